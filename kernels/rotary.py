@@ -1,0 +1,40 @@
+"""Rotary position embedding on adjacent pairs of channels."""
+
+import torch
+from torch import Tensor
+
+
+def rotary_angles(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of p * theta^(-j / (head_dim / 2 - 1)) for pair j of position p.
+
+    The exponent reaches exactly 1 at the last pair, unlike the usual j / (head_dim / 2).
+
+    Args:
+        positions: [T], integers.
+        head_dim: even.
+        theta: base of the frequencies.
+        dtype: of the result. Angles are float32 whatever it is, except float64 for float64.
+
+    Returns:
+        cos, sin: [T, head_dim / 2] each, of `dtype`.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    pairs = head_dim // 2
+    # In Python floats, so that every device starts from the same frequencies: at position one
+    # million, the last bit of a float32 frequency turns a pair by a visible angle.
+    frequencies = torch.tensor(
+        [theta ** (-j / max(pairs - 1, 1)) for j in range(pairs)],
+        dtype=wide,
+        device=positions.device,
+    )
+    angles = positions.to(wide)[:, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates each pair (2j, 2j + 1) of x [..., T, head_dim] by `rotary_angles`' cos and sin."""
+    cos, sin = angles
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -1,0 +1,1 @@
+"""Reads lm-eval result files and draws tables and figures from them."""

@@ -1,0 +1,20 @@
+"""The sentences of the city-number needle tasks, and the cities they speak of."""
+
+INTRODUCTION = (
+    "Below is a collection of notes. Among them, a sentence states the special number of a city. "
+    "Read every note; a question about a special number follows at the end.\n\n"
+)
+NEEDLE = "The special number of {city} is {number}."
+QUESTION = (
+    "\n\nQuestion: What is the special number of {city}?\n"
+    "Answer: The special number of {city} is"
+)
+# One more than the longest answer that is looked for, so that a longer number shows as wrong.
+NUMBER_DIGITS = 5
+
+CITIES = """Amsterdam Ankara Athens Auckland Baghdad Bangkok Barcelona Beijing Belgrade Berlin
+Bogota Boston Brussels Budapest Cairo Caracas Chicago Copenhagen Dakar Damascus Delhi Dhaka Dublin
+Geneva Hamburg Hanoi Havana Helsinki Istanbul Jakarta Johannesburg Karachi Kinshasa Lagos Lima
+Lisbon London Madrid Manila Melbourne Milan Montreal Moscow Mumbai Munich Nairobi Oslo Paris Prague
+Quito Rome Santiago Seoul Shanghai Singapore Stockholm Sydney Tehran Tokyo Toronto Tunis Vienna
+Warsaw Zurich""".split()

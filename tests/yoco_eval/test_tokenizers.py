@@ -1,0 +1,335 @@
+import base64
+import json
+import random
+import sys
+
+import pytest
+import regex
+import sentencepiece
+import tiktoken
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from yoco_eval import tokenizers as module
+from yoco_eval.tokenizers import (
+    TokenizerError,
+    check_vocabulary,
+    checkpoint_tokenizer,
+    from_sentencepiece,
+    from_tiktoken,
+    load_tokenizer,
+    save_tokenizer,
+)
+
+# cl100k_base's split as tiktoken itself writes it today. At the end of a text it leaves a newline
+# and the blanks after it in one piece; no token of cl100k_base joins them, so ids are the same.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+SPECIAL = {"<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
+           "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
+CORPUS = [
+    "The special number of Lisbon is 48213; nobody's told, they'd say, WE'LL see.",
+    "Pack my box with five dozen liquor jugs (quick brown fox, lazy dog) {};:=+-*/#",
+    "def f(x):\n    if x / 2 < 10:\n\n        return [x ** 2 for _ in range(100)]\n\t\t# ===  --->",
+    "Nur ein Wörtchen, été naïve, Привет мир, 漢字仮名 😀👩‍👩‍👧  <s></s><unk>   \r\n\r\n   .",
+    "aaaa abab ababab aaaaaaa bbbaaab banana bananas aabbaabb        1234567 000 1 22 Saba Saba",
+] * 4
+POOLS = [" \n\t\r", "etaoin shrdlu", "TheE'sSLlVv ", "0123456789", "éüÖñçа́бв", "漢字仮名",
+         "😀👩‍👧🏽", "{}()<>;:=+-*/#\"'", "ab", "ab ", "\u00a0\u2003\u3000\u200b\x00\x85", "ſK½Ⅷ"]
+
+
+def random_texts(count, pools=POOLS, seed=0):
+    rng = random.Random(seed)
+    words = " ".join(CORPUS).split(" ")
+    for i in range(count):
+        if i % 3 == 0:
+            spaced = (rng.choice(["", " ", " ", "  "]) + rng.choice(words) for _ in range(8))
+            yield "".join(spaced)
+        else:
+            pool = "".join(rng.sample(pools, rng.randint(1, 3)))
+            yield "".join(rng.choice(pool) for _ in range(rng.choice([0, 1, 3, 30, 200])))
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    tokenizer = Tokenizer(models.BPE())
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = letters
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, show_progress=False, initial_alphabet=letters.alphabet()
+    )
+    pieces = (piece for text in CORPUS for piece in regex.findall(PATTERN, text))
+    tokenizer.train_from_iterator(pieces, trainer)
+    byte = {letter: b for b, letter in module.bytes_to_unicode().items()}
+    return {bytes(byte[c] for c in token): i for token, i in tokenizer.get_vocab().items()}
+
+
+@pytest.fixture(scope="session")
+def rank_file(ranks, tmp_path_factory):
+    file = tmp_path_factory.mktemp("ranks") / "small.tiktoken"
+    write_ranks(file, ranks)
+    return file
+
+
+def write_ranks(file, ranks):
+    lines = (f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items())
+    file.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def small_cl100k(ranks, monkeypatch):
+    """tiktoken with `ranks` in the place of cl100k_base's."""
+    monkeypatch.setattr(module, "_CL100K_RANKS", len(ranks))
+    encoding = tiktoken.Encoding(
+        "cl100k_base", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=SPECIAL
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return encoding
+
+
+def train_sentencepiece(path, **options):
+    text = [line for text in CORPUS for line in text.splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(path.with_suffix("")), minloglevel=2,
+        hard_vocab_limit=False, **options,
+    )
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+@pytest.fixture(scope="session")
+def llama_like(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    processor = train_sentencepiece(
+        path, model_type="bpe", vocab_size=500, byte_fallback=True, character_coverage=0.98,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True,
+    )
+    return path, processor
+
+
+def test_tiktoken_ids_are_shifted_by_four_after_bos(ranks, rank_file):
+    reference = tiktoken.Encoding(
+        "small", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    tokenizer = from_tiktoken(rank_file)
+    for text in ["IT'Saba", *random_texts(600)]:
+        ids = tokenizer.encode(text)
+        assert ids == [0] + [i + 4 for i in reference.encode(text)], text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_piece_that_is_a_token_needs_no_merges(ranks, tmp_path):
+    rank = {**ranks, b"qzqzqzq": len(ranks)}  # no two tokens make it up
+    write_ranks(tmp_path / "odd.tiktoken", rank)
+    assert from_tiktoken(tmp_path / "odd.tiktoken").encode("qzqzqzq") == [0, len(ranks) + 4]
+
+
+def test_published_special_tokens(rank_file):
+    tokenizer = from_tiktoken(rank_file)
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<s>", "<pad>", "</s>", "<unk>"]
+    assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (0, 1)
+    assert (tokenizer.eos_token_id, tokenizer.unk_token_id) == (2, 3)
+    text = "<s>a</s><unk> <pad>"
+    assert not {1, 2, 3} & set(tokenizer.encode(text))
+    assert tokenizer.encode(text).count(0) == 1
+    assert tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(text)[1:]
+
+
+def test_cl100k_by_name_with_its_own_special_tokens(small_cl100k, rank_file):
+    tokenizer = load_tokenizer("cl100k_base")
+    assert tokenizer.get_vocab() == from_tiktoken(rank_file).get_vocab()
+    text = "a <|endoftext|> b<|fim_prefix|>\n <|endofprompt|>"
+    expected = small_cl100k.encode(text, allowed_special="all")
+    assert 100257 in expected
+    assert tokenizer.encode(text) == [0] + [i + 4 for i in expected]
+    check_vocabulary(tokenizer, 100288)
+
+
+def test_cl100k_that_cannot_be_had_names_the_file(monkeypatch):
+    def offline(name):
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(TokenizerError, match=r"cl100k_base\.tiktoken") as error:
+        from_tiktoken("cl100k_base")
+    assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(TokenizerError, match=r"yoco-eval\[tiktoken\].*cl100k_base\.tiktoken"):
+        from_tiktoken("cl100k_base")
+
+
+def test_damaged_rank_files(ranks, rank_file, tmp_path):
+    file = tmp_path / "bad.tiktoken"
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        from_tiktoken(file)
+    for damage in ("!!! 3", "YWI=", "YWI= x"):
+        file.write_text(f"YQ== 0\n{damage}\n")
+        with pytest.raises(TokenizerError, match="line 2"):
+            from_tiktoken(file)
+    for lost in (b"a", next(token for token in ranks if len(token) > 1)):
+        write_ranks(file, {token: rank for token, rank in ranks.items() if token != lost})
+        with pytest.raises(TokenizerError, match="missing"):
+            from_tiktoken(file)
+
+
+def test_saved_tokenizer_is_found_by_auto_tokenizer(rank_file, tmp_path):
+    tokenizer = from_tiktoken(rank_file)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "yoco", "dim": 64}))
+    save_tokenizer(tokenizer, tmp_path, max_length=65536)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["clean_up_tokenization_spaces"] is False
+    for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
+        assert loaded.is_fast
+        assert loaded.model_max_length == 65536
+        assert loaded.special_tokens_map == tokenizer.special_tokens_map
+        assert loaded.get_vocab() == tokenizer.get_vocab()
+        for text in ["a </s> , b . don 't", *random_texts(60)]:
+            ids = tokenizer.encode(text)
+            assert loaded.encode(text) == ids
+            assert loaded.decode(ids, skip_special_tokens=True) == text
+        assert loaded("a", "b").input_ids == tokenizer("a", "b").input_ids
+
+
+def test_saved_tokenizer_has_a_padding_token_and_no_code(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"a": 0, "<e>": 1}, [])),
+        eos_token="<e>", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]},
+    )
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["pad_token"] == "<e>"
+    assert "auto_map" not in config
+
+
+def test_loading_runs_no_code(rank_file, tmp_path):
+    save_tokenizer(from_tiktoken(rank_file), tmp_path)
+    marker = tmp_path / "executed"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    file.write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).encode("a") == from_tiktoken(rank_file).encode("a")
+    assert not marker.exists()
+
+
+def test_load_tokenizer_by_kind_of_file(rank_file, llama_like, tmp_path):
+    expected = from_tiktoken(rank_file).get_vocab()
+    assert load_tokenizer(rank_file).get_vocab() == expected
+    assert load_tokenizer(rank_file.parent).get_vocab() == expected
+    model, processor = llama_like
+    assert len(load_tokenizer(model.parent)) == len(load_tokenizer(model)) == len(processor)
+    save_tokenizer(from_tiktoken(rank_file), tmp_path)
+    assert load_tokenizer(tmp_path / "tokenizer.json").model_max_length > 0
+    (tmp_path / "tokenizer_config.json").unlink()
+    bare = load_tokenizer(tmp_path)
+    assert (bare.get_vocab(), bare.eos_token_id) == (expected, 2)
+
+
+def test_load_tokenizer_errors(tmp_path, monkeypatch):
+    with pytest.raises(TokenizerError, match=f"{tmp_path}.*yoco-eval convert.*tokenizer="):
+        load_tokenizer(tmp_path)
+    with pytest.raises(TokenizerError, match="no such tokenizer"):
+        load_tokenizer(tmp_path / "none")
+    (tmp_path / "vocab.txt").write_text("a")
+    with pytest.raises(TokenizerError, match="vocab.txt: unknown kind"):
+        load_tokenizer(tmp_path / "vocab.txt")
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="ends a text"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    with pytest.raises(TokenizerError, match="tokenizer.json: damaged"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="tokenizer.json: damaged"):
+        load_tokenizer(tmp_path)
+
+    def no_hub(name, **options):
+        assert options["trust_remote_code"] is False
+        raise OSError(f"{name} is not there\nsecond line")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", no_hub)
+    with pytest.raises(TokenizerError, match="^some/name: .*is not there") as error:
+        load_tokenizer("some/name")
+    assert "\n" not in str(error.value)
+
+
+def test_check_vocabulary(rank_file):
+    tokenizer = from_tiktoken(rank_file)
+    largest = max(tokenizer.get_vocab().values())
+    check_vocabulary(tokenizer, largest + 1)
+    with pytest.raises(TokenizerError, match=rf"small\.tiktoken.*{largest + 1}.*{largest}"):
+        check_vocabulary(tokenizer, largest)
+
+
+def test_checkpoint_tokenizer(small_cl100k, rank_file, tmp_path):
+    with pytest.raises(TokenizerError, match="no tokenizer in this folder"):
+        checkpoint_tokenizer(tmp_path, 5000)
+    assert checkpoint_tokenizer(tmp_path, 100288).name_or_path == "cl100k_base"
+    own = checkpoint_tokenizer(rank_file.parent, 100288)
+    assert own.name_or_path == str(rank_file)
+    beside = rank_file.with_name("checkpoint_last.pt")
+    beside.touch()
+    assert checkpoint_tokenizer(beside, 100288).name_or_path == str(rank_file)
+    with pytest.raises(TokenizerError, match="exceed"):
+        checkpoint_tokenizer(rank_file.parent, 100)
+
+
+def test_sentencepiece_ids_are_kept_after_bos(llama_like, tmp_path):
+    path, processor = llama_like
+    tokenizer = from_sentencepiece(path)
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    special = ["<s>", "</s> <s>x", "<unk>", "<0x41>", "", " ", "   ", "\n", " a", "  a  b  ", "▁a"]
+    for text in [*special, *random_texts(500)]:
+        expected = [processor.bos_id(), *processor.encode(text)]
+        assert tokenizer.encode(text) == loaded.encode(text) == expected, text
+        assert loaded.decode(expected, skip_special_tokens=True) == processor.decode(expected)
+    assert loaded.eos_token_id == loaded.pad_token_id == processor.eos_id()
+    assert loaded.unk_token_id == processor.unk_id()
+
+
+@pytest.mark.parametrize("options", [
+    {"model_type": "bpe", "add_dummy_prefix": False, "pad_id": 3},
+    {"model_type": "unigram", "character_coverage": 1.0},
+])
+def test_sentencepiece_with_normalisation(options, tmp_path):
+    processor = train_sentencepiece(tmp_path / "m.model", vocab_size=200, **options)
+    tokenizer = from_sentencepiece(tmp_path / "m.model")
+    texts = ["", "  ", " The  special\tnumber \n", "ﬁ ½ Ａ", "</s>", "1 22 日本 banana  "]
+    for text in [*texts, *random_texts(200, pools=[" \n\t", "TheE ", "Öé", "{}()<>;", "ÿ"])]:
+        ids, expected = tokenizer.encode(text), [processor.bos_id(), *processor.encode(text)]
+        if options["model_type"] == "unigram" and ids != expected:  # cuts of equal score
+            assert sum(map(processor.get_score, ids)) == pytest.approx(
+                sum(map(processor.get_score, expected))
+            ), text
+            assert processor.decode(ids) == processor.decode(expected)
+        else:
+            assert ids == expected, text
+    assert tokenizer.pad_token == ("<pad>" if "pad_id" in options else None)
+
+
+def test_sentencepiece_that_cannot_be_converted(llama_like, tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.model"
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        from_sentencepiece(path)
+    for content in (b"", b"YQ== 0\n", llama_like[0].read_bytes()[:-3]):
+        path.write_bytes(content)
+        with pytest.raises(TokenizerError, match="not a SentencePiece model, or damaged"):
+            from_sentencepiece(path)
+    train_sentencepiece(path, model_type="bpe", vocab_size=200, user_defined_symbols=["<call>"])
+    with pytest.raises(TokenizerError, match="user-defined"):
+        from_sentencepiece(path)
+    train_sentencepiece(path, model_type="char")
+    with pytest.raises(TokenizerError, match="neither a BPE nor a unigram"):
+        from_sentencepiece(path)
+
+    def missing():
+        raise ImportError("protobuf")
+
+    monkeypatch.setattr(module, "import_protobuf", missing)
+    with pytest.raises(TokenizerError, match=r"pip install 'yoco-eval\[sentencepiece\]'"):
+        from_sentencepiece(path)

@@ -1,0 +1,288 @@
+"""Trains the bundled demo checkpoint: a small YOCO that finds needles in its own haystack.
+
+    python training/train_demo.py --out demo            # one GPU, a few minutes
+
+Everything is made here: the haystack and the questions are those of the `yoco_needle` task (other
+seeds, so no evaluation text is trained on), the tokenizer is a byte-level BPE of that text, and the
+model learns on a curriculum of growing contexts, because at long contexts alone it learns nothing.
+Only the questions at the end of a text enter the cross-decoder: early exit pays in training, too.
+Each stage is saved, so that checkpoints of different context lengths can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from yoco_eval.model import Yoco, YocoConfig
+from yoco_eval.tasks.haystack import SyntheticHaystack, sentence_starts
+from yoco_eval.tasks.wording import CITIES, INTRODUCTION, NEEDLE, NUMBER_DIGITS, QUESTION
+
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in the published vocabulary
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps on contexts of up to `context` tokens: every second one as long, the others shorter."""
+
+    name: str
+    context: int
+    rope_theta: float
+    steps: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    seed: int = 1
+    vocab_size: int = 2048
+    dim: int = 256
+    n_layers: int = 8
+    hidden_dim: int = 512
+    haystack_characters: int = 24_000_000
+    tokens_per_step: int = 1 << 17
+    needles: int = 6
+    shortest: int = 512
+    stages: tuple[Stage, ...] = field(
+        default=(
+            Stage("demo-512", 512, 1e4, 1200, 1e-3),
+            Stage("demo-4k", 4096, 1e4, 500, 7e-4),
+            Stage("demo-64k", 65536, 6.4e5, 500, 5e-4),
+        )
+    )
+
+    def config(self) -> YocoConfig:
+        return YocoConfig(
+            dim=self.dim,
+            n_layers=self.n_layers,
+            hidden_dim=self.hidden_dim,
+            n_self_heads=self.dim // 64,
+            n_attn_heads=self.dim // 64,
+            n_attn_kv_heads=self.dim // 128,
+            vocab_size=self.vocab_size,
+        )
+
+
+def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `text` and of the needle sentences: single digits, <s> before a text."""
+    sentences = [
+        INTRODUCTION + NEEDLE.format(city=city, number=7) + QUESTION.format(city=city)
+        for city in CITIES
+    ]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text, *sentences * 50], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+class Examples:
+    """Batches of token ids: notes with needles among them, then a question about every needle."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+        self.recipe, self.random = recipe, np.random.default_rng(recipe.seed)
+        self._encode = lambda text: np.array(
+            tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64
+        )
+        self.bos = tokenizer.bos_token_id
+        starts = [*sentence_starts(text), len(text)]
+        # Sentences are cut before the blank that a byte-level token carries at its front.
+        starts = [s - 1 if s and text[s - 1 : s] == " " else s for s in starts]
+        pieces = [text[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        encoded = tokenizer(pieces, add_special_tokens=False).input_ids
+        self.tokens = np.concatenate([np.array(ids, dtype=np.int64) for ids in encoded])
+        self.sentences = np.cumsum([0] + [len(ids) for ids in encoded])
+        self.introduction = self._encode(INTRODUCTION)
+        self.blank = self._encode(" ")[0]
+        self.digits = np.array([self._encode(str(d))[0] for d in range(10)])
+        self.full_stop, self.newline = self._encode(".")[0], self._encode("\n")[0]
+        mark = "\x00"
+        before, after = NEEDLE.format(city="@", number=mark).split(mark)
+        self.needles, self.questions = [], []
+        for city in CITIES:
+            stem = before.replace("@", city).rstrip()
+            self.needles.append((self._encode(" " + stem), self._encode(stem)))
+            self.questions.append(self._encode(QUESTION.format(city=city)))
+        assert after == "."
+        longest = max(len(question) for question in self.questions)
+        #: tokens at the end of a text that enter the cross-decoder
+        self.tail = recipe.needles * (longest + NUMBER_DIGITS + 2) + 1
+
+    def _number(self) -> np.ndarray:
+        number = self.random.integers(10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS)
+        digits = self.digits[[int(d) for d in str(number)]]
+        return np.concatenate([[self.blank], digits, [self.full_stop]])
+
+    def example(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [length] and, for each, whether it belongs to an answer: bool [length]."""
+        count = self.random.integers(1, self.recipe.needles + 1)
+        cities = self.random.permutation(len(CITIES))[:count]
+        numbers = [self._number() for _ in cities]
+        tail, answers = [], []
+        for i in self.random.permutation(count):
+            tail += [self.questions[cities[i]], numbers[i]]
+            answers += [np.zeros(len(tail[-2]), bool), np.ones(len(tail[-1]), bool)]
+        tail, answers = [*tail, [self.newline]], [*answers, [True]]
+
+        tail, answers = np.concatenate(tail), np.concatenate(answers)
+        used = 1 + len(self.introduction) + len(tail)
+        used += sum(len(self.needles[c][0]) + len(n) for c, n in zip(cities, numbers, strict=True))
+        room = length - used
+        first = self.random.integers(0, np.searchsorted(self.sentences, len(self.tokens) - length))
+        start = self.sentences[first]
+        last = np.searchsorted(self.sentences, start + room, side="right") - 1
+        places = np.sort(self.random.integers(first, last + 1, size=count))
+        parts, position = [[self.bos], self.introduction], start
+        for city, number, place in zip(cities, numbers, places, strict=True):
+            cut = self.sentences[place]
+            parts.append(self.tokens[position:cut])
+            position = cut
+            before = parts[-1][-1] if len(parts[-1]) else parts[-2][-1]
+            parts += [self.needles[city][int(before == self.newline)], number]
+        parts.append(self.tokens[position : start + room])
+        # A needle at the start of a line may be a token shorter.
+        missing = length - sum(len(part) for part in parts) - len(tail)
+        parts.append(self.tokens[start + room : start + room + missing])
+        ids = np.concatenate([*parts, tail])
+        return ids, np.concatenate([np.zeros(length - len(tail), bool), answers])
+
+    def batch(self, length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, answers = zip(*(self.example(length) for _ in range(count)), strict=True)
+        return torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(answers))
+
+
+def initialise(model: Yoco) -> None:
+    """Unit variance after the embedding and every projection; residual branches start small."""
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        std = config.dim**-0.5 if "embed_tokens" in name else parameter.shape[1] ** -0.5
+        if name.endswith(("out_proj.weight", "fc2.weight")):
+            std /= math.sqrt(2 * config.n_layers)
+        torch.nn.init.normal_(parameter, std=std)
+
+
+def answer_loss(
+    model: Yoco, ids: torch.Tensor, answers: torch.Tensor, tail: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the answers' tokens, and the share of answer tokens predicted right."""
+    first = max(0, ids.shape[1] - tail)
+    logits = model(ids[:, :-1], first=first)
+    targets, asked = ids[:, first + 1 :], answers[:, first + 1 :]
+    logits, targets = logits[asked], targets[asked]
+    return F.cross_entropy(logits.float(), targets), (logits.argmax(-1) == targets).float().mean()
+
+
+def batch_sizes(recipe: Recipe, context: int) -> list[tuple[int, int]]:
+    """(length, sequences) of the steps of a stage, longest first."""
+    lengths = [context]
+    while lengths[-1] > recipe.shortest:
+        lengths.append(lengths[-1] // 2)
+    return [(length, max(1, recipe.tokens_per_step // length)) for length in lengths]
+
+
+def train(recipe: Recipe, out: Path, device: str) -> dict[str, list[float]]:
+    """Trains all stages; saves each to `out`/<stage name>. Returns each stage's loss per step."""
+    torch.manual_seed(recipe.seed)
+    torch.set_float32_matmul_precision("high")
+    text = SyntheticHaystack(f"training {recipe.seed}").text(0, recipe.haystack_characters)
+    tokenizer = train_tokenizer(text[:3_000_000], recipe.vocab_size)
+    examples = Examples(recipe, tokenizer, text)
+    model = Yoco(recipe.config()).to(device)
+    initialise(model)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, "
+          f"{len(examples.tokens):,} tokens of haystack", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    losses: dict[str, list[float]] = {}
+    for stage in recipe.stages:
+        model = _with_context(model, stage)
+        sizes = batch_sizes(recipe, stage.context)
+        began, history = time.perf_counter(), losses.setdefault(stage.name, [])
+        for step in range(stage.steps):
+            warm = min(1.0, (step + 1) / 50)
+            decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate * warm * decay
+            # Every second step is of the stage's own length; the shorter ones take turns between.
+            length, count = sizes[0 if step % 2 == 0 else (step // 2) % len(sizes)]
+            ids, answers = (x.to(device) for x in examples.batch(length, count))
+            loss, accuracy = answer_loss(model, ids, answers, examples.tail)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            history.append(loss.item())
+            if step % 50 == 0 or step + 1 == stage.steps:
+                print(f"{stage.name} step {step:4} length {length:6} loss {loss.item():.4f} "
+                      f"tokens right {accuracy.item():.3f} "
+                      f"{time.perf_counter() - began:6.1f} s", flush=True)
+        save(model, tokenizer, stage, out / stage.name, recipe, device)
+    return losses
+
+
+def _with_context(model: Yoco, stage: Stage) -> Yoco:
+    """The same parameters (the optimizer keeps them) under the stage's rotary base and length."""
+    config = replace(
+        model.config, rope_theta=stage.rope_theta, max_position_embeddings=stage.context
+    )
+    model.config = config
+    model.self_decoder.theta = model.cross_decoder.theta = config.rope_theta
+    return model
+
+
+def save(
+    model: Yoco, tokenizer: PreTrainedTokenizerFast, stage: Stage, folder: Path, recipe: Recipe,
+    device: str,
+) -> None:
+    copy = Yoco(model.config).to(device)
+    copy.load_state_dict(model.state_dict())
+    copy.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.model_max_length = stage.context
+    tokenizer.save_pretrained(folder)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints")
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    train(Recipe(seed=args.seed), args.out, args.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""The lm-eval backend `yoco`: text to tokens and back, around the engine."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from yoco_eval.model import Yoco
+from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+
+from .engine import Engine, GenerateRequest, Sampling, ScoreRequest
+from .lengths import parse_length
+from .tokenizers import check_vocabulary, checkpoint_tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "auto": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_ARGUMENTS = (
+    "pretrained, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, prefill_chunk, "
+    "add_bos_token"
+)
+
+
+@register_model("yoco")
+class YocoLM(TemplateLM):
+    """Evaluates a YOCO checkpoint in lm-eval.
+
+    Args:
+        pretrained: path of a checkpoint in any layout, or the name of a bundled one; default: the
+            bundled demo checkpoint.
+        tokenizer: whatever `load_tokenizer` takes; default: the checkpoint's own.
+        dtype: "auto" (bfloat16 on a GPU, float32 on the CPU), "bfloat16", "float16", "float32" or
+            "float64".
+        device: such as "cuda:0"; default: the GPU if there is one.
+        batch_size: how many continuations of one context are scored side by side, or "auto".
+        max_batch_size: accepted because lm-eval passes it; the memory of a batch is bounded by
+            `prefill_chunk` already.
+        max_length: longest context with its continuation, in tokens ("64k" is 65536); default:
+            what the checkpoint was trained for. Longer contexts lose tokens on the left.
+        max_gen_toks: tokens to generate where a task does not say.
+        prefill_chunk: tokens fed at a time; changes memory and speed, not results.
+        add_bos_token: whether a BOS token stands before every text; default: as the tokenizer does.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        tokenizer: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        max_length: int | str | None = None,
+        max_gen_toks: int = 256,
+        prefill_chunk: int | str | None = None,
+        add_bos_token: bool | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise ValueError(
+                f"unknown model argument {', '.join(sorted(unknown))}; --model yoco takes "
+                f"{_ARGUMENTS}"
+            )
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(_DTYPES)}")
+        chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
+        self.max_gen_toks = _length("max_gen_toks", max_gen_toks)
+        batch = None if str(batch_size).startswith("auto") else _length("batch_size", batch_size)
+
+        path = resolve_checkpoint(pretrained or DEFAULT_CHECKPOINT)
+        model = Yoco.from_pretrained(path, _device(device), _DTYPES[dtype])
+        if tokenizer is None:
+            self.tokenizer = checkpoint_tokenizer(path, model.config.vocab_size)
+        else:
+            self.tokenizer = load_tokenizer(tokenizer)
+            check_vocabulary(self.tokenizer, model.config.vocab_size)
+        # Lengths are this backend's business; transformers would warn of every long prompt.
+        self.tokenizer.model_max_length = sys.maxsize
+        self._name = str(pretrained or DEFAULT_CHECKPOINT)
+        self._path, self._device, self.model = path, model.device, model
+        self.batch_size = batch_size
+        self.max_length: int = (
+            model.config.max_position_embeddings or sys.maxsize
+            if max_length is None
+            else _length("max_length", max_length)
+        )
+        if add_bos_token is None:
+            add_bos_token = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
+        elif add_bos_token and self.tokenizer.bos_token_id is None:
+            raise ValueError("add_bos_token=True, but the tokenizer has no BOS token")
+        self.add_bos_token = bool(add_bos_token)
+        self.engine = Engine(model, batch, chunk)
+        # A context is encoded again with each of its continuations.
+        self._encode = lru_cache(maxsize=4)(self._encode)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the results file says of the model."""
+        return {
+            "pretrained": self._name,
+            "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "model_dtype": str(self.model.dtype).removeprefix("torch."),
+            "max_length": self.max_length,
+        }
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids of a text; BOS before it unless told otherwise or already there."""
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos_token and not (bos and string.startswith(bos))
+        ids = self._encode(string)
+        return [self.tokenizer.bos_token_id, *ids] if add_special_tokens else ids
+
+    def _encode(self, string: str) -> list[int]:
+        return self.tokenizer(
+            string,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        ).input_ids
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{self._name}: its tokenizer has no chat template; leave out --apply_chat_template"
+            )
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        results: list[Any] = [None] * len(requests)
+        scored = [self._fit(context, continuation) for _, context, continuation in requests]
+        self._warn_of_cuts(
+            [
+                len(context) - len(request.context)
+                for (_, context, _), request in zip(requests, scored, strict=True)
+            ]
+        )
+        for index, score in self._run(self.engine.score, scored, "loglikelihood", disable_tqdm):
+            results[index] = (score.logprob, score.greedy)
+            self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
+        return results
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            for context, continuation in map(
+                make_disjoint_window,
+                get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                ),
+            ):
+                windows.append(ScoreRequest(_ids(context), _ids(continuation)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        missing = np.bincount(owners, minlength=len(requests))
+        for index, score in self._run(
+            self.engine.score, windows, "loglikelihood_rolling", disable_tqdm
+        ):
+            owner = owners[index]
+            totals[owner] += score.logprob
+            missing[owner] -= 1
+            if missing[owner] == 0:
+                self.cache_hook.add_partial(
+                    "loglikelihood_rolling", requests[owner].args, totals[owner]
+                )
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        results: list[Any] = [None] * len(requests)
+        prompts, untils, cuts = [], [], []
+        for request in requests:
+            context, settings = request.args
+            prompt, until, cut = self._generation(context, settings)
+            prompts.append(prompt)
+            untils.append(until)
+            cuts.append(cut)
+        self._warn_of_cuts(cuts)
+        for index, tokens in self._run(
+            self.engine.generate, prompts, "generate_until", disable_tqdm
+        ):
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            results[index] = postprocess_generated_text(text, untils[index], None)
+            if not requests[index].args[1].get("do_sample"):
+                self.cache_hook.add_partial("generate_until", requests[index].args, results[index])
+        return results
+
+    def _fit(self, context: Sequence[int], continuation: Sequence[int]) -> ScoreRequest:
+        """The request with its context cut on the left to what `max_length` leaves room for."""
+        # The last token of the continuation is predicted, not fed.
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens exceeds max_length = "
+                f"{self.max_length}; raise it with --model_args max_length=..."
+            )
+        return ScoreRequest(_ids(context[-room:]), _ids(continuation))
+
+    def _generation(
+        self, context: str, settings: dict[str, Any]
+    ) -> tuple[GenerateRequest, list[str], int]:
+        """The engine's request, the stop strings, and the number of tokens cut on the left."""
+        kwargs = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        until = kwargs.pop("until", None) or []
+        until = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        max_tokens = kwargs.pop("max_gen_toks")
+        sampled = kwargs.pop("do_sample")
+        temperature = kwargs.pop("temperature", 0.0)
+        sampling = Sampling(
+            temperature=(temperature or 1.0) if sampled else 0.0,
+            top_p=float(kwargs.pop("top_p", 1.0)),
+            top_k=int(kwargs.pop("top_k", 0)),
+        )
+        if kwargs:
+            raise ValueError(
+                f"unknown generation setting {', '.join(sorted(kwargs))}; --model yoco knows "
+                "until, max_gen_toks, do_sample, temperature, top_p and top_k"
+            )
+        room = self.max_length - max_tokens
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks = {max_tokens} leaves no room for a prompt within max_length = "
+                f"{self.max_length}; lower the one or raise the other"
+            )
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        request = GenerateRequest(
+            context=_ids(ids[-room:]),
+            max_tokens=max_tokens,
+            end_tokens=frozenset([self.eot_token_id]),
+            finished=self._stopper(until),
+            sampling=sampling,
+        )
+        return request, until, max(0, len(ids) - room)
+
+    def _stopper(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
+        """Says whether generated tokens contain a stop string, of which the last one is a part."""
+        # A token is at least a byte, so a stop string lies within as many tokens as it has bytes;
+        # some more, because decoding may change the first characters of a piece of text.
+        window = max((len(stop.encode()) for stop in until), default=0) + 8
+
+        def finished(tokens: list[int]) -> bool:
+            text = self.tokenizer.decode(tokens[-window:], skip_special_tokens=False)
+            return any(stop in text for stop in until)
+
+        return finished
+
+    def _warn_of_cuts(self, cuts: Sequence[int]) -> None:
+        if count := sum(cut > 0 for cut in cuts):
+            logger.warning(
+                "%d of %d requests are longer than max_length = %d tokens: their contexts lost up "
+                "to %d tokens on the left",
+                count, len(cuts), self.max_length, max(cuts),
+            )
+
+    def _run(
+        self, method: Callable[..., Iterator], requests: Sequence[Any], name: str, silent: bool
+    ) -> Iterator:
+        """Runs an engine method under a progress bar that counts tokens."""
+        with tqdm(desc=f"yoco {name}", unit="tok", unit_scale=True, disable=silent) as bar:
+            yield from method(requests, begin=bar.reset, progress=bar.update)
+
+
+def _ids(tokens: Sequence[int]) -> np.ndarray:
+    """As int32, a ninth of the memory of a list: a long context is a million of them."""
+    return np.asarray(tokens, dtype=np.int32)
+
+
+def _length(name: str, value: Any) -> int:
+    try:
+        return parse_length(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
