@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from yoco_eval.kernels.attention import cache_attention, sliding_window_attention
 from yoco_eval.kernels.norm import rms_norm
 from yoco_eval.kernels.retention import (

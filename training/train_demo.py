@@ -23,22 +23,28 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from yoco_eval.model import Yoco, YocoConfig
+
+from yoco_eval.model import Yoco, YocoConfig, save_checkpoint
 from yoco_eval.tasks.haystack import SyntheticHaystack, sentence_starts
 from yoco_eval.tasks.wording import CITIES, INTRODUCTION, NEEDLE, NUMBER_DIGITS, QUESTION
+from yoco_eval.tokenizers import save_tokenizer
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in the published vocabulary
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps on contexts of up to `context` tokens: every second one as long, the others shorter."""
+    """Steps on contexts of up to `context` tokens: every second one as long, the others shorter.
+
+    It ends after `steps`, or once the mean loss of the last 50 steps is below `until`.
+    """
 
     name: str
     context: int
     rope_theta: float
     steps: int
     learning_rate: float
+    until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,9 @@ class Recipe:
     shortest: int = 512
     stages: tuple[Stage, ...] = field(
         default=(
-            Stage("demo-512", 512, 1e4, 1200, 1e-3),
-            Stage("demo-4k", 4096, 1e4, 500, 7e-4),
-            Stage("demo-64k", 65536, 6.4e5, 500, 5e-4),
+            Stage("demo-512", 512, 1e4, 1500, 1e-3, until=0.003),
+            Stage("demo-4k", 4096, 1e4, 600, 7e-4, until=0.003),
+            Stage("demo-64k", 65536, 6.4e5, 300, 4e-4),
         )
     )
 
@@ -122,7 +128,13 @@ class Examples:
         encoded = tokenizer(pieces, add_special_tokens=False).input_ids
         self.tokens = np.concatenate([np.array(ids, dtype=np.int64) for ids in encoded])
         self.sentences = np.cumsum([0] + [len(ids) for ids in encoded])
-        self.introduction = self._encode(INTRODUCTION)
+        # First sentences of a line, as they are when a needle has taken their place.
+        self.moved = {
+            i: self._encode(" " + piece) for i, piece in enumerate(pieces) if piece[0] != " "
+        }
+        self.lines = np.array(sorted(self.moved))
+        # As it is before a line; a byte-level BPE cuts line breaks at a text's end otherwise.
+        self.introduction = self._encode(INTRODUCTION + "A")[:-1]
         self.blank = self._encode(" ")[0]
         self.digits = np.array([self._encode(str(d))[0] for d in range(10)])
         self.full_stop, self.newline = self._encode(".")[0], self._encode("\n")[0]
@@ -158,22 +170,24 @@ class Examples:
         used = 1 + len(self.introduction) + len(tail)
         used += sum(len(self.needles[c][0]) + len(n) for c, n in zip(cities, numbers, strict=True))
         room = length - used
-        first = self.random.integers(0, np.searchsorted(self.sentences, len(self.tokens) - length))
+        latest = np.searchsorted(self.sentences[self.lines], len(self.tokens) - length)
+        first = self.lines[self.random.integers(latest)]
         start = self.sentences[first]
         last = np.searchsorted(self.sentences, start + room, side="right") - 1
-        places = np.sort(self.random.integers(first, last + 1, size=count))
-        parts, position = [[self.bos], self.introduction], start
+        places = np.sort(self.random.integers(first, last, size=count))
+        parts, position = [[self.bos], self.introduction], first
         for city, number, place in zip(cities, numbers, places, strict=True):
-            cut = self.sentences[place]
-            parts.append(self.tokens[position:cut])
-            position = cut
-            before = parts[-1][-1] if len(parts[-1]) else parts[-2][-1]
-            parts += [self.needles[city][int(before == self.newline)], number]
-        parts.append(self.tokens[position : start + room])
-        # A needle at the start of a line may be a token shorter.
-        missing = length - sum(len(part) for part in parts) - len(tail)
-        parts.append(self.tokens[start + room : start + room + missing])
-        ids = np.concatenate([*parts, tail])
+            if place > position:
+                parts.append(self.tokens[self.sentences[position] : self.sentences[place]])
+                position = place
+            starts_line = place in self.moved and parts[-1][-1] == self.newline
+            parts += [self.needles[city][int(starts_line)], number]
+            if starts_line:
+                parts.append(self.moved[place])
+                position = place + 1
+        filler = length - sum(len(part) for part in parts) - len(tail)
+        rest = self.sentences[position]
+        ids = np.concatenate([*parts, self.tokens[rest : rest + filler], tail])
         return ids, np.concatenate([np.zeros(length - len(tail), bool), answers])
 
     def batch(self, length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,12 +240,12 @@ def train(recipe: Recipe, out: Path, device: str) -> dict[str, list[float]]:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     losses: dict[str, list[float]] = {}
     for stage in recipe.stages:
-        model = _with_context(model, stage)
+        _extend(model, stage)
         sizes = batch_sizes(recipe, stage.context)
         began, history = time.perf_counter(), losses.setdefault(stage.name, [])
         for step in range(stage.steps):
             warm = min(1.0, (step + 1) / 50)
-            decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+            decay = 1 - 0.9 * step / stage.steps
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * warm * decay
             # Every second step is of the stage's own length; the shorter ones take turns between.
@@ -243,33 +257,29 @@ def train(recipe: Recipe, out: Path, device: str) -> dict[str, list[float]]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             history.append(loss.item())
-            if step % 50 == 0 or step + 1 == stage.steps:
+            done = step + 1 == stage.steps or np.mean(history[-50:]) < stage.until
+            if step % 50 == 0 or done:
                 print(f"{stage.name} step {step:4} length {length:6} loss {loss.item():.4f} "
                       f"tokens right {accuracy.item():.3f} "
                       f"{time.perf_counter() - began:6.1f} s", flush=True)
-        save(model, tokenizer, stage, out / stage.name, recipe, device)
+            if done:
+                break
+        save(model, tokenizer, out / stage.name, recipe)
     return losses
 
 
-def _with_context(model: Yoco, stage: Stage) -> Yoco:
-    """The same parameters (the optimizer keeps them) under the stage's rotary base and length."""
-    config = replace(
+def _extend(model: Yoco, stage: Stage) -> None:
+    """Gives the model the stage's context length and rotary base; its parameters stay."""
+    model.config = replace(
         model.config, rope_theta=stage.rope_theta, max_position_embeddings=stage.context
     )
-    model.config = config
-    model.self_decoder.theta = model.cross_decoder.theta = config.rope_theta
-    return model
+    model.self_decoder.theta = model.cross_decoder.theta = stage.rope_theta
 
 
-def save(
-    model: Yoco, tokenizer: PreTrainedTokenizerFast, stage: Stage, folder: Path, recipe: Recipe,
-    device: str,
-) -> None:
-    copy = Yoco(model.config).to(device)
-    copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.model_max_length = stage.context
-    tokenizer.save_pretrained(folder)
+def save(model: Yoco, tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: Recipe) -> None:
+    weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    save_checkpoint(folder, model.config, weights)
+    save_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
 

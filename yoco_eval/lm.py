@@ -49,7 +49,7 @@ class YocoLM(TemplateLM):
         tokenizer: whatever `load_tokenizer` takes; default: the checkpoint's own.
         dtype: "auto" (bfloat16 on a GPU, float32 on the CPU), "bfloat16", "float16", "float32" or
             "float64".
-        device: such as "cuda:0"; default: the GPU if there is one.
+        device: such as "cuda:1"; default: the first GPU if there is one, else the CPU.
         batch_size: how many continuations of one context are scored side by side, or "auto".
         max_batch_size: accepted because lm-eval passes it; the memory of a batch is bounded by
             `prefill_chunk` already.
@@ -322,7 +322,8 @@ def _length(name: str, value: Any) -> int:
 
 
 def _device(name: str | None) -> torch.device | None:
-    if name is None:
+    # lm_eval passes cuda:0 when no device was asked for, GPU or not.
+    if name is None or (name == "cuda:0" and not torch.cuda.is_available()):
         return None
     try:
         return torch.zeros(1, device=name).device

@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
+
 from yoco_eval.reports import heatmap
 from yoco_eval.reports.heatmap import (
     cell_figures,

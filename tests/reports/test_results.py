@@ -6,6 +6,7 @@ from datetime import datetime
 
 import pytest
 from lm_eval.loggers import EvaluationTracker
+
 from yoco_eval.reports.results import (
     NeedleCell,
     ResultsError,

@@ -6,10 +6,10 @@ import sys
 import types
 
 import pytest
-from yoco_eval.model.checkpoint import CheckpointError
 
 from yoco_eval import __version__
 from yoco_eval.cli import main
+from yoco_eval.model.checkpoint import CheckpointError
 from yoco_eval.tokenizers import TokenizerError
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from yoco_eval.model import Yoco
-from yoco_eval.model.checkpoint import CheckpointError, load_checkpoint
 
 from yoco_eval import convert as module
 from yoco_eval.convert import convert
+from yoco_eval.model import Yoco
+from yoco_eval.model.checkpoint import CheckpointError, load_checkpoint
 from yoco_eval.tokenizers import TokenizerError, save_tokenizer
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"

@@ -1,0 +1,122 @@
+"""What a task must know of the evaluated model: its tokenizer, and how many positions it has.
+
+lm-eval hands a task the arguments of the backend (`--model_args`) in its metadata, whichever the
+backend is. Nothing here loads the model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from yoco_eval.lengths import parse_length
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The evaluated model's tokenizer: `tokenizer`, else that of `pretrained`, else of `model`.
+
+    Without any of these it is the default bundled checkpoint's, as for `--model yoco`.
+
+    Raises:
+        ValueError: it cannot be loaded, or it cannot tell where its tokens are in the text.
+    """
+    names = (metadata.get(key) for key in ("tokenizer", "pretrained", "model"))
+    name = next((name for name in names if name), None) or _default_checkpoint()
+    source = _locate(name)
+    logger.info("prompts are sized with the tokenizer of %s", name)
+    try:
+        if isinstance(source, Path) and _read_config(source).get("model_type") == "yoco":
+            # Not AutoTokenizer: it would look for model classes, and warn that it knows no YOCO.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
+        else:
+            revision = metadata.get("revision") or "main"
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=revision, trust_remote_code=False
+            )
+    except Exception as error:  # the libraries raise whatever their readers do
+        raise ValueError(
+            f"tokenizer: {name} has no Hugging Face tokenizer that can be loaded; convert a YOCO "
+            "checkpoint with `yoco-eval convert`, or name one with --metadata tokenizer=NAME"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer: {name} has no fast tokenizer, which sizing prompts takes; name another "
+            "one with --metadata tokenizer=NAME"
+        )
+    return tokenizer
+
+
+def max_positions(metadata: Mapping[str, Any]) -> int | None:
+    """The longest context in tokens: what the user says, else what the model's configuration says.
+
+    A user's `max_length` (or `max_model_len`, as vLLM calls it) may be beyond the trained length.
+    None if neither tells.
+
+    Raises:
+        ValueError: the user's is not a length.
+    """
+    for key in ("max_length", "max_model_len"):
+        if metadata.get(key):
+            try:
+                return parse_length(metadata[key])
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+    name = metadata.get("pretrained")
+    if not name:
+        if metadata.get("tokenizer") or metadata.get("model"):
+            return None
+        name = _default_checkpoint()
+    source = _locate(name)
+    if isinstance(source, Path):
+        config = _read_config(source)
+    else:
+        try:
+            config, _ = PretrainedConfig.get_config_dict(source)
+        except (OSError, ValueError):
+            return None
+    config = {**config.get("text_config", {}), **config}
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(config.get(key), int) and config[key] > 0:
+            return config[key]
+    return None
+
+
+def _default_checkpoint() -> str:
+    return (_bundled() / "DEFAULT").read_text(encoding="utf-8").strip()
+
+
+def _bundled() -> Path:
+    """The folder of the bundled checkpoints, found without importing the model's code."""
+    [folder] = find_spec("yoco_eval.model").submodule_search_locations
+    return Path(folder, "checkpoints")
+
+
+def _locate(name: Any) -> Path | str:
+    """The folder of a local or bundled checkpoint; any other name as it is."""
+    path = Path(str(name)).expanduser()
+    if path.exists():
+        return path if path.is_dir() else path.parent
+    if (_bundled() / str(name)).is_dir():
+        return _bundled() / str(name)
+    return str(name)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """A model's configuration, in the Hugging Face or the published layout; {} if there is none."""
+    for file in (folder / "config.json", folder / "params.json"):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    return {}

@@ -1,0 +1,125 @@
+"""Prompts have exactly the tokens they say, and needles stand where the depth says."""
+
+import random
+
+import pytest
+
+from yoco_eval.tasks.haystack import SyntheticHaystack, TextHaystack
+from yoco_eval.tasks.prompts import SLACK, Notes, TokenCounter
+from yoco_eval.tasks.wording import CITIES, INTRODUCTION, NEEDLE, QUESTION
+
+KINDS = ["demo", "byte-level", "unigram", "sentencepiece"]
+DEPTHS = [0, 0.03, 0.5, 0.97, 1]
+ROUGH = ["word", "Don't ", "  ", "\n", "\n\n", "\t", ". ", "! ", ", ", "123", "4", "é", "日本語"]
+ROUGH += ["。", "🙂", "\r\n", "a", "B", "http://x.y/z?", "</b>", " ", " ", " "]
+
+
+def rough_text():
+    draw = random.Random(1)
+    return "".join(draw.choice(ROUGH) for _ in range(60_000))
+
+
+HAYSTACKS = {
+    "synthetic": SyntheticHaystack(0),
+    "rough": TextHaystack("rough", rough_text()),
+    "one word": TextHaystack("word", "x1y2z3" * 20_000),
+}
+
+
+def needle_and_question(city, number=48213):
+    return NEEDLE.format(city=city, number=number), QUESTION.format(city=city)
+
+
+def tokens(tokenizer, text):
+    return len(tokenizer(text, verbose=False).input_ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", HAYSTACKS)
+def test_every_prompt_has_the_tokens_it_says(tokenizers, kind, source):
+    tokenizer = tokenizers[kind]
+    counter = TokenCounter(tokenizer)
+    notes = Notes(counter, INTRODUCTION, lambda n: HAYSTACKS[source].text(1, n), 16384)
+    reserve = max(sum(map(counter.count, needle_and_question(city))) for city in CITIES)
+    for city in ("Rome", "Johannesburg"):
+        needle, question = needle_and_question(city)
+        shortest = tokens(tokenizer, INTRODUCTION + needle + question)
+        sizes = [*range(shortest, shortest + 20), 777, 2048, 16384 if city == "Rome" else 5001]
+        for size in sizes:
+            for depth in DEPTHS:
+                prompt = notes.prompt(size, depth, needle, question, reserve)
+                assert tokens(tokenizer, prompt.text) == prompt.tokens
+                assert size - SLACK <= prompt.tokens <= size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_needle_stands_at_its_depth(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    counter = TokenCounter(tokenizer)
+    haystack = SyntheticHaystack(0)
+    notes = Notes(counter, INTRODUCTION, lambda size: haystack.text(0, size), 8192)
+    needle, question = needle_and_question("Lima")
+    reserve = counter.count(needle) + counter.count(question)
+    introduction = counter.count(INTRODUCTION)
+    for depth in DEPTHS:
+        prompt = notes.prompt(8192, depth, needle, question, reserve)
+        begin = prompt.text.index(needle)
+        before, after = prompt.text[:begin], prompt.text[begin + len(needle) :]
+        # The position is that of the needle in the tokens of the prompt ...
+        assert abs(tokens(tokenizer, before.rstrip(" ")) - prompt.needle_position) <= 2
+        # ... which is the start of the sentence nearest to the depth,
+        notes_before = counter.count(before) - introduction
+        all_notes = notes_before + counter.count(after[: -len(question)])
+        assert abs(notes_before - depth * all_notes) < 60
+        assert before == INTRODUCTION or before.endswith((". ", ".\n"))
+        # and the sentence follows.
+        assert after.startswith(" ") and after[1].isupper()
+    assert notes.prompt(8192, 0, needle, question, reserve).text.startswith(INTRODUCTION + needle)
+    last = notes.prompt(8192, 1, needle, question, reserve).text
+    assert "." not in last[last.index(needle) + len(needle) : -len(question) - 1]
+
+
+def test_text_without_sentences_has_needles_between_words(tokenizers):
+    counter = TokenCounter(tokenizers["demo"])
+    text = " ".join(random.Random(0).choices(SyntheticHaystack(0).text(0, 9000).split(), k=9000))
+    text = text.replace(".", "").lower()
+    notes = Notes(counter, INTRODUCTION, lambda _: text, 4096)
+    needle, question = needle_and_question("Lima")
+    for depth in DEPTHS:
+        prompt = notes.prompt(4096, depth, needle, question, 30)
+        before, after = prompt.text.split(needle)
+        assert abs(prompt.needle_position / 4050 - depth) < 0.02
+        assert before[-1].isspace() and after[0] == " "
+        assert after[1 : -len(question)].split()[0] in text.split()
+
+
+def test_prompts_of_a_sample_share_their_notes(tokenizers):
+    haystack = SyntheticHaystack(0)
+    counter = TokenCounter(tokenizers["demo"])
+    notes = Notes(counter, INTRODUCTION, lambda size: haystack.text(0, size), 4096)
+    texts = []
+    for size, depth in [(2000, 0.2), (4000, 0.2), (4000, 0.9)]:
+        needle, question = needle_and_question("Lima", number=round(10000 + size * depth))
+        text = notes.prompt(size, depth, needle, question, 34).text
+        assert text.endswith(question)
+        texts.append(text.removesuffix(question).replace(needle + " ", ""))
+    shorter, longer, deeper = texts
+    assert longer == deeper
+    assert longer.startswith(shorter)
+    # A longer context elsewhere in the grid changes nothing here.
+    more = Notes(counter, INTRODUCTION, lambda size: haystack.text(0, size), 9000)
+    needle, question = needle_and_question("Lima")
+    assert more.prompt(4000, 0.5, needle, question, 34) == notes.prompt(
+        4000, 0.5, needle, question, 34
+    )
+
+
+def test_special_tokens_are_counted(tokenizers):
+    expected = {"demo": (1, 1), "byte-level": (0, 0), "unigram": (1, 2), "sentencepiece": (1, 1)}
+    for kind, counts in expected.items():
+        counter = TokenCounter(tokenizers[kind])
+        assert (counter.front, counter.special) == counts
+    forced = TokenCounter(tokenizers["byte-level"], add_bos_token=True)
+    assert (forced.front, forced.special) == (1, 1)
+    already = TokenCounter(tokenizers["demo"], add_bos_token=True)
+    assert (already.front, already.special) == (1, 1)

@@ -1,0 +1,80 @@
+"""The demo's training script, on a tiny recipe on the CPU."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from yoco_eval.model import Yoco
+from yoco_eval.tasks.haystack import SyntheticHaystack
+
+
+@pytest.fixture(scope="module")
+def script():
+    import train_demo  # pytest's path holds its folder, see pyproject.toml
+
+    return train_demo
+
+
+@pytest.fixture(scope="module")
+def recipe(script):
+    return script.Recipe(
+        vocab_size=1024,
+        dim=128,
+        n_layers=4,
+        hidden_dim=128,
+        haystack_characters=200_000,
+        tokens_per_step=1024,
+        needles=2,
+        shortest=256,
+        stages=(script.Stage("short", 256, 1e4, 25, 3e-3), script.Stage("long", 512, 2e4, 2, 1e-3)),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(script, recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    return script.train(recipe, out, "cpu"), out
+
+
+def test_the_loss_falls(trained):
+    losses, _ = trained
+    assert [len(losses["short"]), len(losses["long"])] == [25, 2]
+    # From guessing among 1024 tokens to guessing among ten digits.
+    assert losses["short"][0] > 6 and np.mean(losses["short"][-5:]) < 4.5
+
+
+def test_every_stage_is_a_checkpoint(trained):
+    _, out = trained
+    for name, context, theta in (("short", 256, 1e4), ("long", 512, 2e4)):
+        config = Yoco.from_pretrained(out / name, device="cpu").config
+        assert (config.max_position_embeddings, config.rope_theta) == (context, theta)
+        tokenizer = AutoTokenizer.from_pretrained(out / name)
+        assert tokenizer.model_max_length == context and len(tokenizer) <= config.vocab_size
+
+
+def test_the_same_seed_trains_the_same(script, recipe, trained, tmp_path):
+    losses, _ = trained
+    short = script.Recipe(**{**vars(recipe), "stages": recipe.stages[:1]})
+    again = script.train(short, tmp_path, "cpu")
+    assert again["short"] == pytest.approx(losses["short"], rel=1e-3)
+
+
+def test_examples_are_what_the_tokenizer_makes_of_their_text(script, recipe):
+    text = SyntheticHaystack("test").text(0, recipe.haystack_characters)
+    tokenizer = script.train_tokenizer(text, recipe.vocab_size)
+    examples = script.Examples(recipe, tokenizer, text)
+    for _ in range(20):
+        ids, answers = examples.example(400)
+        assert len(ids) == len(answers) == 400
+        written = tokenizer.decode(ids).removeprefix("<s>")
+        assert tokenizer(written).input_ids == list(ids)
+        asked = written.split("\n\nQuestion: ")[1:]
+        wanted = tokenizer.decode(ids[answers])
+        for question, answer in zip(asked, wanted.split("."), strict=False):
+            city = question.split("?")[0].rsplit(" ", 1)[1]
+            number = answer.strip()
+            needle = f"The special number of {city} is {number}."
+            before, _, after = written.split("\n\nQuestion: ")[0].partition(needle)
+            assert before[-1] in " \n" and after[0] in " \n"
+            assert question.strip().endswith(f"is {number}.")
+        assert not answers[: -examples.tail].any()
