@@ -13,14 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from yoco_eval.lengths import parse_length
+from yoco_eval.tokenizers import CL100K, checkpoint_tokenizer
+from yoco_eval.tokenizers import load_tokenizer as load_any_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +34,23 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     name = next((name for name in names if name), None) or _default_checkpoint()
     source = _locate(name)
     logger.info("prompts are sized with the tokenizer of %s", name)
+    if metadata.get("tokenizer") and (Path(name).is_file() or name == CL100K):
+        return load_any_tokenizer(name)
+    if isinstance(source, Path):
+        config = _read_config(source)
+        # Other models' folders go to AutoTokenizer, as their backends do.
+        if config.get("model_type") == "yoco" or (source / "params.json").is_file():
+            if "vocab_size" in config:
+                return checkpoint_tokenizer(source, config["vocab_size"])
+            return load_any_tokenizer(source)
     try:
-        if isinstance(source, Path) and _read_config(source).get("model_type") == "yoco":
-            # Not AutoTokenizer: it would look for model classes, and warn that it knows no YOCO.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
-        else:
-            revision = metadata.get("revision") or "main"
-            tokenizer = AutoTokenizer.from_pretrained(
-                source, revision=revision, trust_remote_code=False
-            )
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=metadata.get("revision") or "main", trust_remote_code=False
+        )
     except Exception as error:  # the libraries raise whatever their readers do
         raise ValueError(
-            f"tokenizer: {name} has no Hugging Face tokenizer that can be loaded; convert a YOCO "
-            "checkpoint with `yoco-eval convert`, or name one with --metadata tokenizer=NAME"
+            f"tokenizer: {name} has no tokenizer that can be loaded; name another one with "
+            "--metadata tokenizer=NAME"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import warnings
 
 import pytest
@@ -48,6 +49,22 @@ def test_tokenizer_comes_before_pretrained_before_model(folder, tokenizers):
     assert load_tokenizer({"pretrained": f"{own}/config.json"}).vocab_size == vocab_size
 
 
+def test_published_layout(tmp_path, folder):
+    """The tokenizers that the yoco backend takes for it: beside it, or a file given by name."""
+    (tmp_path / "params.json").write_text('{"vocab_size": 2048}')
+    shutil.copy(folder / "tokenizer.json", tmp_path / "own.json")
+    with pytest.raises(ValueError, match="no tokenizer in this folder"):
+        load_tokenizer({"pretrained": str(tmp_path)})
+    arguments = {"pretrained": str(tmp_path), "tokenizer": str(tmp_path / "own.json")}
+    own = load_tokenizer({"pretrained": str(folder)})
+    assert load_tokenizer(arguments).get_vocab() == own.get_vocab()
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    assert load_tokenizer({"pretrained": str(tmp_path)}).get_vocab() == own.get_vocab()
+    (tmp_path / "params.json").write_text('{"vocab_size": 9}')
+    with pytest.raises(ValueError, match="exceed the model's vocabulary of 9"):
+        load_tokenizer({"pretrained": str(tmp_path)})
+
+
 def test_positions_of_the_usual_layouts(tmp_path, folder):
     assert max_positions({"pretrained": str(folder)}) == 777
     for config, positions in [
@@ -85,9 +102,10 @@ def test_what_the_user_says_comes_before_the_configuration():
 
 
 @pytest.mark.parametrize("key", ["tokenizer", "pretrained"])
-def test_no_tokenizer_to_be_had(tmp_path, key):
-    (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(ValueError, match="^tokenizer: .*no Hugging Face tokenizer") as caught:
+@pytest.mark.parametrize("name", ["params.json", "config.json"])
+def test_no_tokenizer_to_be_had(tmp_path, key, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="no tokenizer .* tokenizer=") as caught:
         load_tokenizer({key: str(tmp_path)})
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
