@@ -1,8 +1,8 @@
 """Puts yoco_eval_registration.pth into site-packages; everything else is in setup.cfg."""
 
-from distutils.command.install_data import install_data
+from setuptools import Distribution, setup  # isort: skip; it provides distutils
 
-from setuptools import Distribution, setup
+from distutils.command.install_data import install_data
 
 
 class DistributionWithData(Distribution):

@@ -30,23 +30,23 @@ def sliding_window_attention(
     keep = min(window - 1, total)
     following = (k[..., total - keep :, :], v[..., total - keep :, :])
 
-    # A block of `window` queries sees only itself and the block of keys before: T * 2 window
-    # scores in place of T^2. The first block begins where the queries do.
-    block = min(window, length)
-    blocks = -(-length // block)
-    q = F.pad(q, (0, 0, 0, blocks * block - length)).unflatten(-2, (blocks, block))
-    lead, trail = window - 1 - (total - length), blocks * block - length
-    k, v = (
-        F.pad(x, (0, 0, lead, trail)).unfold(-2, window - 1 + block, block).transpose(-1, -2)
-        for x in (k, v)
-    )
-    i = torch.arange(block, device=q.device)[:, None]
-    j = torch.arange(window - 1 + block, device=q.device)[None, :]
-    band = (j >= i) & (j <= i + window - 1)
-    first = torch.arange(blocks, device=q.device)[:, None, None] * block
-    visible = band & (first + j >= lead)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    return out.flatten(-3, -2)[..., :length, :], following
+    # Each block of queries meets the keys in reach of any of them: T * (block + window) scores in
+    # place of T^2.
+    offset = total - length
+    block = max(128, min(window, 512))
+    outputs = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        reach = slice(max(0, start + offset - window + 1), end + offset)
+        i = torch.arange(start + offset, end + offset, device=q.device)[:, None]
+        j = torch.arange(reach.start, reach.stop, device=q.device)
+        visible = (j <= i) & (j > i - window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q[..., start:end, :], k[..., reach, :], v[..., reach, :], attn_mask=visible
+            )
+        )
+    return torch.cat(outputs, dim=-2), following
 
 
 def cache_attention(q: Tensor, k: Tensor, v: Tensor, tail: Tensor) -> Tensor:

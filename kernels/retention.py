@@ -51,7 +51,7 @@ def retention_chunkwise(
     v: Tensor,
     log_gate: Tensor,
     state: Tensor | None = None,
-    chunk_size: int = 128,
+    chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Decay matrix inside each chunk, states between chunks as one more matrix product.
 
@@ -61,6 +61,7 @@ def retention_chunkwise(
     dtype, length = v.dtype, q.shape[-2]
     q, k, v, log_gate = _wide(q), _wide(k), _wide(v), _wide(log_gate)
     state = _initial(state, k, v)
+    chunk_size = min(chunk_size, length)
     padding = -length % chunk_size
     if padding:  # a token with k = v = 0 and a = 0 leaves the state as it is
         q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
@@ -73,11 +74,11 @@ def retention_chunkwise(
     out = scores @ v
 
     sums = (k * (whole[..., None] - inside).exp()[..., None]).transpose(-1, -2) @ v
-    ends = whole.cumsum(-1)
+    ends = whole.double().cumsum(-1)  # long sums, of which only differences matter
     starts = F.pad(ends, (1, 0))  # [B, H, C + 1]; the last one is the end of the text
-    states = _decay(starts, ends, diagonal=-1) @ sums.flatten(-2)
+    states = _decay(starts, ends, diagonal=-1).to(sums.dtype) @ sums.flatten(-2)
     states = states.unflatten(-1, state.shape[-2:])
-    states = states + starts.exp()[..., None, None] * state[:, :, None]
+    states = states + starts.exp().to(sums.dtype)[..., None, None] * state[:, :, None]
     out = out + (q * inside.exp()[..., None]) @ states[:, :, :-1]
     return out.flatten(2, 3)[:, :, :length].to(dtype), states[:, :, -1]
 

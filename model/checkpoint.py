@@ -7,14 +7,15 @@ more kinds of objects; those are read as empty shells.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,39 @@ BUNDLED = Path(__file__).parent / "checkpoints"
 DEFAULT_CHECKPOINT = (BUNDLED / "DEFAULT").read_text(encoding="utf-8").strip()
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# Modules whose objects stand in fairseq checkpoints beside the weights and are never needed.
-_SHELLS = ("argparse.Namespace", "fairseq.", "omegaconf.", "yoco.", "enum.", "typing.")
+# What stands in training checkpoints beside the weights and is never needed, or only for its
+# attributes. A shell takes its place, so that not even these names are looked up.
+_HARMLESS = re.compile(
+    r"argparse\.Namespace|(fairseq|omegaconf|numpy|pathlib|enum|typing)\..+|_codecs\.encode"
+    r"|collections\.(defaultdict|deque)"
+    r"|builtins\.(bool|bytearray|complex|dict|float|frozenset|int|list|object|set|slice|str|tuple)"
+)
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names it and the mend, in one line."""
+
+
+class _Shell:
+    """Stands for an object of a pickle: takes any arguments and state, and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Shell:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def _shell(name: str) -> tuple[Callable[..., Any], str]:
+    """What the reader is to call where a pickle says `name`; it fills only plain lists and dicts."""
+    if name == "collections.defaultdict":
+        return (lambda *args: {}), name
+    if name == "collections.deque":
+        return (lambda *args: []), name
+    return type("Shell", (_Shell,), {}), name
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
@@ -46,7 +74,7 @@ def resolve_checkpoint(name: str | Path) -> Path:
     Raises:
         CheckpointError: there is neither.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists():
         return path
     bundled = sorted(folder.name for folder in BUNDLED.iterdir() if folder.is_dir())
@@ -94,16 +122,21 @@ def save_checkpoint(path: str | Path, config: YocoConfig, weights: Mapping[str, 
     path.mkdir(parents=True, exist_ok=True)
     settings = {"model_type": "yoco", "architectures": ["Yoco"]}
     settings |= {key: value for key, value in asdict(config).items() if value is not None}
+    whole: dict[str, Tensor] = {}
+    for name, weight in weights.items():  # tied ones are written twice: safetensors knows no ties
+        tied = any(weight.data_ptr() == other.data_ptr() for other in whole.values())
+        whole[name] = weight.clone() if tied else weight.contiguous()
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as temporary:
-        save_torch_state_dict(
-            {name: weight.contiguous() for name, weight in weights.items()}, temporary
-        )
+        save_torch_state_dict(whole, temporary)
         files = os.listdir(temporary)
         Path(temporary, _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         for name in files:  # safetensors writes files that only their owner may read
             shutil.copymode(Path(temporary, _CONFIG), Path(temporary, name))
         for name in [*sorted(files), _CONFIG]:
             os.replace(Path(temporary, name), path / name)
+        for old in path.glob("model*.safetensors*"):
+            if old.name not in files:  # the shards and the index of an earlier model
+                old.unlink()
 
 
 def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
@@ -116,7 +149,10 @@ def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
     known = {field.name for field in fields(YocoConfig)}
     config = YocoConfig.from_dict({k: v for k, v in settings.items() if k in known})
     if (folder / _INDEX).exists():
-        files = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
+        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{folder / _INDEX}: has no weight_map; copy it again")
+        files = sorted(set(map(str, weight_map.values())))
     else:
         files = [_WEIGHTS]
     weights: dict[str, Tensor] = {}
@@ -134,6 +170,8 @@ def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
 
 def _torch_file(path: Path) -> Path:
     if path.is_file():
+        if path.suffix in (".safetensors", ".json"):
+            raise CheckpointError(f"{path}: is a part of a checkpoint; name its folder")
         return path
     candidates = [path / "checkpoint.pth"]
     if not candidates[0].exists():
@@ -155,15 +193,18 @@ def _load_torch(file: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, not a state dict")
     weights = content["model"] if isinstance(content.get("model"), Mapping) else content
-    embedding = next((name for name in weights if name.endswith("embed_tokens.weight")), None)
-    if embedding is None:
-        raise CheckpointError(f"{file}: not a YOCO checkpoint; it has no embed_tokens.weight")
-    prefix = embedding.removesuffix("embed_tokens.weight")
+    if odd := [k for k, v in weights.items() if not isinstance(k, str) or not torch.is_tensor(v)]:
+        raise CheckpointError(f"{file}: not a state dict; {odd[0]!r} in it names no tensor")
+    marks = ("embed_tokens.weight", "output_projection.weight", "cross_decoder.k_proj.weight")
+    found = [(name, mark) for mark in marks for name in weights if name.endswith(mark)]
+    if not found:
+        raise CheckpointError(f"{file}: not a YOCO checkpoint; it has no {marks[0]}")
+    prefix = found[0][0].removesuffix(found[0][1])
     params = file.parent / "params.json"
     if params.exists():
         config = YocoConfig.from_dict(_read_json(params))
     elif settings := _training_settings(content):
-        config = YocoConfig.from_dict({"vocab_size": weights[embedding].shape[0], **settings})
+        config = YocoConfig.from_dict({"vocab_size": weights[found[0][0]].shape[0], **settings})
     else:
         raise CheckpointError(f"{file}: no params.json beside it and no model settings in it")
     return config, {name.removeprefix(prefix): weight for name, weight in weights.items()}
@@ -186,30 +227,30 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 def _unpickle(file: Path) -> Any:
+    mend = "save its state dict alone with torch.save(model.state_dict(), ...)"
     zipped = zipfile.is_zipfile(file)
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipped else []
-        unsafe = [name for name in unknown if not name.startswith(_SHELLS)]
+        unsafe = [name for name in unknown if not _HARMLESS.fullmatch(name)]
         if unsafe:
             raise CheckpointError(
                 f"{file}: refused, its pickle asks for {', '.join(sorted(unsafe))}, which could "
-                "execute code; save its state dict alone with torch.save(model.state_dict(), ...)"
+                f"execute code; {mend}"
             )
-        shells = [
-            argparse.Namespace if name == "argparse.Namespace" else (type("Shell", (), {}), name)
-            for name in unknown
-        ]
-        with torch.serialization.safe_globals(shells):
+        shells = [_shell(name) for name in unknown]
+        with torch.serialization.safe_globals(shells), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old kinds of pickles, which are read or refused
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file}: refused, its pickle is damaged or holds more than plain data; save its state "
-            "dict alone with torch.save(model.state_dict(), ...)"
+            f"{file}: refused, its pickle is damaged or holds more than plain data; {mend}"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # the reader raises whatever a damaged file leads it to
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{file}: damaged or truncated ({first_line}); copy it again"
+            f"{file}: damaged or truncated ({first_line}); copy it again, or {mend}"
         ) from error
 
 

@@ -39,6 +39,10 @@ class YocoConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
         for multiple, of in (("n_layers", 2), ("n_attn_heads", self.n_attn_kv_heads),
                              ("dim", 2 * self.n_self_heads), ("dim", 2 * self.n_attn_heads)):
             if getattr(self, multiple) % of:
@@ -61,8 +65,8 @@ class YocoConfig:
                 of range.
         """
         settings = {k: v for k, v in settings.items() if k not in _RUN_SETTINGS}
-        length = settings.pop("max_seq_len", -1)  # the published code's word; -1 where unset
-        if length > 0:
+        length = settings.pop("max_seq_len", None)  # the published code's word; -1 where unset
+        if length not in (None, -1):
             settings.setdefault("max_position_embeddings", length)
         if settings.get("sliding_window") is False:
             settings["sliding_window"] = None

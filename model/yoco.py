@@ -219,7 +219,7 @@ class Yoco(nn.Module):
         Args:
             path: folder or file of the checkpoint.
             device: default: the GPU if there is one, else the CPU.
-            dtype: default: bfloat16 on a GPU, float32 on the CPU.
+            dtype: default: bfloat16 on an NVIDIA or AMD GPU, float32 elsewhere.
 
         Raises:
             CheckpointError: nothing there, or not a YOCO checkpoint, or an unsafe or damaged one.
@@ -227,7 +227,7 @@ class Yoco(nn.Module):
         from .checkpoint import load_checkpoint  # which needs this module for the expected shapes
 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         config, weights = load_checkpoint(path)
         with torch.device("meta"):
             model = cls(config)

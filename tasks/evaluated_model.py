@@ -39,9 +39,10 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     if isinstance(source, Path):
         config = _read_config(source)
         # Other models' folders go to AutoTokenizer, as their backends do.
-        if config.get("model_type") == "yoco" or (source / "params.json").is_file():
-            if "vocab_size" in config:
-                return checkpoint_tokenizer(source, config["vocab_size"])
+        foreign = (source / "config.json").is_file() and config.get("model_type") != "yoco"
+        if not foreign and "vocab_size" in config:
+            return checkpoint_tokenizer(source, config["vocab_size"])
+        if not foreign and not (source / "tokenizer_config.json").is_file():
             return load_any_tokenizer(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -202,7 +202,8 @@ def load_haystack(source: str, seed: int = 0) -> SyntheticHaystack | TextHaystac
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(
-            f"haystack {source!r} is neither 'synthetic', 'essays' nor a text file or folder"
+            f"haystack {source!r} is neither 'synthetic', 'essays' nor a text file or folder; give "
+            "one of these"
         )
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_text_file(p))
     try:

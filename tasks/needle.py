@@ -6,9 +6,11 @@ documents say what was asked; the prompts, up to megabytes each, stay beside the
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from functools import partial
 from random import Random
 from typing import Any
@@ -23,6 +25,8 @@ from .evaluated_model import load_tokenizer, max_positions
 from .haystack import load_haystack
 from .prompts import Notes, Prompt, TokenCounter
 from .wording import CITIES, INTRODUCTION, NEEDLE, NUMBER_DIGITS, QUESTION
+
+logger = logging.getLogger(__name__)
 
 _EXCERPT = 200  # characters shown on each side of the needle
 _WORST_CELL = "acc_worst_cell"
@@ -54,6 +58,11 @@ class Settings:
         Raises:
             ValueError: one is not what it should be.
         """
+        known = [*(f.name for f in fields(cls)), "max_seq_lengths"]
+        for key in metadata.keys() - set(known):
+            # Arguments of the model are among them, so only what looks like a slip is one.
+            if close := get_close_matches(key, known, n=1, cutoff=0.85):
+                raise ValueError(f"metadata {key!r} is unknown; did you mean {close[0]!r}?")
         given = {f.name: metadata[f.name] for f in fields(cls) if metadata.get(f.name) is not None}
         lengths = "context_lengths"
         if metadata.get("max_seq_lengths") is not None:
@@ -122,6 +131,11 @@ class Needle(ConfigurableTask):
             for sample in samples
         ]
         self._build_documents()
+        logger.info(
+            "%s: %d prompts, %d context lengths up to %d x %d depths x %d samples",
+            self.config.task, len(self._prompts), len(settings.context_lengths), longest,
+            len(settings.depths), settings.samples,
+        )
 
     def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: None = None) -> str:
         return self._prompts[doc["context_length"], doc["depth"], doc["sample"]]
@@ -145,11 +159,14 @@ class Needle(ConfigurableTask):
             "chat_template": chat_template,
             "fewshot_as_multiturn": fewshot_as_multiturn,
         }
+        around = 0
         if system_instruction or apply_chat_template:
             shortest = self.eval_docs[0]
             whole = self.fewshot_context(shortest, num_fewshot=0, **wrapping)
             bare = self.doc_to_text(shortest)
-            self._build_documents(self._counter.count(whole) - self._counter.count(bare))
+            around = self._counter.count(whole) - self._counter.count(bare)
+        if around or self._answer_tokens() != self._answer:  # --gen_kwargs come after loading
+            self._build_documents(around)
         super().build_all_requests(**{**options, **wrapping, "cache_requests": False})
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
@@ -170,10 +187,16 @@ class Needle(ConfigurableTask):
             _WORST_CELL: (length, doc["depth"], correct),
         }
 
+    def _answer_tokens(self) -> int:
+        """The generation budget, under whichever of its names lm-eval knows."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        return normalize_gen_kwargs(self.config.generation_kwargs)["max_gen_toks"]
+
     def _build_documents(self, wrapping: int = 0) -> None:
         """Makes prompts that leave `wrapping` tokens to a system instruction or chat template."""
         settings = self.settings
-        answer = int(self.config.generation_kwargs["max_gen_toks"])
+        answer = self._answer = self._answer_tokens()
         reserve, shortest = _longest_needle_and_question(self._counter)
         self._prompts: dict[tuple[int, float, int], str] = {}
         documents = []
@@ -275,8 +298,9 @@ def _worst_cell_noting_all(metadata: dict[str, Any]) -> Callable[[Iterable[tuple
 
 
 def _parse_lengths(name: str, value: Any) -> list[int]:
+    items = _as_list(name, value)
     try:
-        return sorted({parse_length(item) for item in _as_list(name, value)})
+        return sorted({parse_length(item) for item in items})
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -9,7 +9,7 @@ QUESTION = (
     "\n\nQuestion: What is the special number of {city}?\n"
     "Answer: The special number of {city} is"
 )
-# One more than the longest answer that is looked for, so that a longer number shows as wrong.
+# Numbers have this many digits, the first of them not 0.
 NUMBER_DIGITS = 5
 
 CITIES = """Amsterdam Ankara Athens Auckland Baghdad Bangkok Barcelona Beijing Belgrade Berlin

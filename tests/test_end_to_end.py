@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,9 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from lm_eval.__main__ import cli_evaluate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from yoco_eval.cli import main
+from yoco_eval.model import Yoco
 from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
 from yoco_eval.tokenizers import load_tokenizer
 
@@ -97,11 +101,13 @@ def test_killed_run_resumes(tmp_path):
 
 
 def stored(database: Path) -> int:
+    """Responses in the cache; its one other entry says which model's they are."""
     if not database.exists():
         return 0
     connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     try:
-        return connection.execute("SELECT count(*) FROM unnamed").fetchone()[0]
+        count = "SELECT count(*) FROM unnamed WHERE key != 'yoco_eval'"
+        return connection.execute(count).fetchone()[0]
     except sqlite3.OperationalError:  # not a table yet
         return 0
     finally:
@@ -126,14 +132,77 @@ def test_hugging_face_model(tmp_path, capsys):
     assert len(rows) == 6 and {row["model"] for row in rows} == {"llama"}
 
 
+def test_errors_are_the_last_line():
+    run = lm_eval("--model_args", "pretrained=/nowhere")
+    assert run.returncode != 0
+    assert "/nowhere: no such checkpoint" in run.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """Checkpoints with one fault each, and an empty haystack."""
+    published = Path(__file__).parent / "data" / "published" / "gated_retention"
+    weights = torch.load(published / "checkpoint.pth", weights_only=True)
+    for name in ("bomb", "truncated", "vocabulary"):
+        shutil.copytree(published, tmp_path / name)
+    torch.save({**weights, "bomb": Bomb(tmp_path / "exploded")}, tmp_path / "bomb/checkpoint.pth")
+    whole = (published / "checkpoint.pth").read_bytes()
+    (tmp_path / "truncated/checkpoint.pth").write_bytes(whole[:-5000])
+    (tmp_path / "neither").mkdir()
+    (tmp_path / "empty.txt").write_text("\n")
+    yield tmp_path
+    assert not (tmp_path / "exploded").exists()
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
 @pytest.mark.parametrize(
     ("arguments", "grid", "message"),
     [
-        (["--model_args", "pretrained=/nowhere"], GRID, "/nowhere: no such checkpoint"),
-        ([], {"context_lengths": ["128k"]}, "65536"),
+        ("pretrained={bad}/neither", {}, "neither: not a YOCO checkpoint; expected"),
+        ("pretrained={bad}/bomb", {}, "refused, its pickle asks for posix.mkdir"),
+        ("pretrained={bad}/truncated", {}, "truncated/checkpoint.pth: damaged or truncated"),
+        (
+            f"pretrained={{bad}}/vocabulary,tokenizer={BUNDLED / DEFAULT_CHECKPOINT}", {},
+            "2048 token ids exceed the model's vocabulary of 96; use the tokenizer",
+        ),
+        ("pretrain=demo-64k", {}, "unknown model argument pretrain; --model yoco takes"),
+        ("", {"context_lengths": ["128k"]}, "131072 exceeds the model's 65536 positions; give"),
+        ("", {"context_lengths": ["long"]}, "'long' is not a length; write 65536, 64k or 1m"),
+        ("", {"depths": [0.5, 1.5]}, "depths: 1.5 is not within 0 and 1; give"),
+        ("", {"haystack": "{bad}/empty.txt"}, "is empty; give a file or folder with text"),
+        ("", {"sample": 3}, "'sample' is unknown; did you mean 'samples'?"),
+    ],
+)  # fmt: skip
+def test_bad_input(bad, monkeypatch, arguments, grid, message):
+    """Refused in one line, before anything is computed."""
+    grid = {k: v.format(bad=bad) if isinstance(v, str) else v for k, v in {**GRID, **grid}.items()}
+    given = ["--model_args", arguments.format(bad=bad)] if arguments else []
+    monkeypatch.setattr(sys, "argv", command(*given, grid=grid)[2:])
+    monkeypatch.setattr(Yoco, "prefill", None)
+    with pytest.raises(ValueError) as caught:
+        cli_evaluate()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "{bad}/bomb", "{bad}/out"], "refused, its pickle asks for posix.mkdir"),
+        (["convert", "{bad}/truncated", "{bad}/out"], "damaged or truncated"),
+        (["convert", "{bad}/vocabulary", "{bad}/out"], "no tokenizer in this folder"),
+        (["heatmap", "{bad}"], "no needle results; make some with lm_eval"),
     ],
 )
-def test_errors_are_the_last_line(arguments, grid, message):
-    run = lm_eval(*arguments, grid=grid)
-    assert run.returncode != 0
-    assert message in run.stderr.splitlines()[-1]
+def test_bad_input_of_the_command_line(bad, arguments, message):
+    arguments = [argument.format(bad=bad) for argument in arguments]
+    script = Path(sys.executable).with_name("yoco-eval")
+    run = subprocess.run([script, *arguments], capture_output=True, text=True)
+    (line,) = run.stderr.splitlines()
+    assert run.returncode == 2 and message in line and line.startswith("yoco-eval: error: ")

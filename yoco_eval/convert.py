@@ -75,6 +75,8 @@ def convert(
         partial.mkdir(parents=True)
         save_checkpoint(partial, config, weights)
         save_tokenizer(chosen, partial, config.max_position_embeddings)
+        if dst.exists():
+            dst.rmdir()  # it is empty; Windows would not replace it
         os.replace(partial, dst)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -19,7 +19,7 @@ from yoco_eval.model import Cache, SelfState, Yoco
 from .prefixes import Item, Step, merge, plan
 
 _LOGITS = 1 << 25  # at most this many logits exist at a time
-_CHUNK = {"cpu": 2048, "cuda": 16384}
+_CHUNK = {"cpu": 1024, "cuda": 16384}
 
 TokenIds = Sequence[int] | np.ndarray
 Progress = Callable[[int], object]
@@ -45,11 +45,22 @@ class Score:
 class Sampling:
     """How the next token is drawn: the likeliest one at temperature 0, else from the `top_p`,
     `top_k` nucleus of the tempered distribution, with PyTorch's global generator.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature} is below 0; 0 decodes greedily")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is outside 0..1; 1 leaves every token in")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k} is below 0; 0 leaves every token in")
 
 
 @dataclass(frozen=True)
@@ -72,17 +83,16 @@ class Engine:
 
     Args:
         model: the model, on its device.
-        batch_size: how many continuations of one prefix are scored side by side; None for as many
-            as `prefill_chunk` tokens hold.
+        batch_size: how many continuations of one prefix are scored side by side at most.
         prefill_chunk: how many tokens are fed at a time. Changes cost and memory, not results.
     """
 
     def __init__(
-        self, model: Yoco, batch_size: int | None = 1, prefill_chunk: int | None = None
+        self, model: Yoco, batch_size: int = 1, prefill_chunk: int | None = None
     ) -> None:
         self.model = model
-        self.chunk = prefill_chunk or _CHUNK.get(model.device.type, 2048)
-        self.batch_size = batch_size or self.chunk
+        self.chunk = prefill_chunk or _CHUNK.get(model.device.type, _CHUNK["cpu"])
+        self.batch_size = batch_size
 
     @torch.inference_mode()
     def score(
@@ -280,5 +290,6 @@ def _next_token(logits: Tensor, sampling: Sampling) -> int:
     probabilities = ordered.softmax(-1)
     # The smallest set of likeliest tokens whose probability reaches top_p, the first in any case.
     before = probabilities.cumsum(-1) - probabilities
+    before[0] = -1.0
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     return int(tokens[torch.multinomial(probabilities, 1)])

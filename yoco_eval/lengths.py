@@ -14,7 +14,7 @@ def parse_length(value: int | str) -> int:
     Raises:
         ValueError: it is none of these, or not positive.
     """
-    match = re.fullmatch(r"(\d+)([km]?)", str(value).strip().lower())
+    match = re.fullmatch(r"(\d+)(?:\.0)?([km]?)", str(value).strip().lower())
     if match is None or int(match[1]) < 1:
         raise ValueError(f"{value!r} is not a length; write 65536, 64k or 1m")
     return int(match[1]) * _UNITS[match[2]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    make_disjoint_window,
+    simple_parse_args_string,
+)
 from tqdm import tqdm
 
 from yoco_eval.model import Yoco
@@ -33,6 +38,7 @@ _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+_AUTO_BATCH = 64  # beyond this, continuations of one context gain nothing
 _ARGUMENTS = (
     "pretrained, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, prefill_chunk, "
     "add_bos_token"
@@ -50,9 +56,9 @@ class YocoLM(TemplateLM):
         dtype: "auto" (bfloat16 on a GPU, float32 on the CPU), "bfloat16", "float16", "float32" or
             "float64".
         device: such as "cuda:1"; default: the first GPU if there is one, else the CPU.
-        batch_size: how many continuations of one context are scored side by side, or "auto".
-        max_batch_size: accepted because lm-eval passes it; the memory of a batch is bounded by
-            `prefill_chunk` already.
+        batch_size: how many continuations of one context are scored side by side at most, within
+            `prefill_chunk` tokens; or "auto".
+        max_batch_size: accepted because lm-eval passes it; "auto" needs no bound to try.
         max_length: longest context with its continuation, in tokens ("64k" is 65536); default:
             what the checkpoint was trained for. Longer contexts lose tokens on the left.
         max_gen_toks: tokens to generate where a task does not say.
@@ -83,8 +89,11 @@ class YocoLM(TemplateLM):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(_DTYPES)}")
         chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
-        self.max_gen_toks = _length("max_gen_toks", max_gen_toks)
-        batch = None if str(batch_size).startswith("auto") else _length("batch_size", batch_size)
+        self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
+        auto = str(batch_size).startswith("auto")
+        batch = _AUTO_BATCH if auto else _count("batch_size", batch_size)
+        if add_bos_token not in (None, True, False):
+            raise ValueError(f"add_bos_token: {add_bos_token!r} is neither True nor False")
 
         path = resolve_checkpoint(pretrained or DEFAULT_CHECKPOINT)
         model = Yoco.from_pretrained(path, _device(device), _DTYPES[dtype])
@@ -95,8 +104,13 @@ class YocoLM(TemplateLM):
             check_vocabulary(self.tokenizer, model.config.vocab_size)
         # Lengths are this backend's business; transformers would warn of every long prompt.
         self.tokenizer.model_max_length = sys.maxsize
+        if self.prefix_token_id is None:
+            raise ValueError(
+                f"{self.tokenizer.name_or_path}: this tokenizer has neither a BOS nor an EOS "
+                "token; name another one with --model_args tokenizer=..."
+            )
         self._name = str(pretrained or DEFAULT_CHECKPOINT)
-        self._path, self._device, self.model = path, model.device, model
+        self._device, self.model = model.device, model
         self.batch_size = batch_size
         self.max_length: int = (
             model.config.max_position_embeddings or sys.maxsize
@@ -111,6 +125,49 @@ class YocoLM(TemplateLM):
         self.engine = Engine(model, batch, chunk)
         # A context is encoded again with each of its continuations.
         self._encode = lru_cache(maxsize=4)(self._encode)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> YocoLM:
+        """As lm-eval's, but what stands in --model_args comes before lm-eval's own options.
+
+        lm-eval passes its defaults of --device and --batch_size, too, and fails on both.
+        """
+        options = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        return cls(**{**options, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> YocoLM:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Refuses a --use_cache file with another model's responses: lm-eval keys it by prompts.
+
+        Raises:
+            ValueError: the file was filled by another model, or under another setting.
+        """
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is None:
+            return
+        if len(cache_hook.dbdict) and cache_hook.dbdict.get("yoco_eval") != self._fingerprint():
+            raise ValueError(
+                f"{cache_hook.dbdict.filename}: holds responses of another model, or of this one "
+                "with other settings; name another file with --use_cache"
+            )
+        cache_hook.dbdict["yoco_eval"] = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        """A hash of all that responses depend on; of each parameter, some numbers stand for all."""
+        settings = [self.model.config, self.model.dtype, self.max_length, self.max_gen_toks]
+        digest = hashlib.sha256(repr([*settings, self.add_bos_token]).encode())
+        for name, parameter in self.model.state_dict().items():
+            few = parameter.flatten()[:: max(1, parameter.numel() // 4096)].double().tolist()
+            digest.update(f"{name} {few}".encode())
+        digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        return digest.hexdigest()
 
     @property
     def eot_token_id(self) -> int:
@@ -131,18 +188,17 @@ class YocoLM(TemplateLM):
             "pretrained": self._name,
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.dtype).removeprefix("torch."),
-            "max_length": self.max_length,
+            "max_length": None if self.max_length == sys.maxsize else self.max_length,
         }
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Token ids of a text; BOS before it unless told otherwise or already there."""
-        bos = self.tokenizer.bos_token
+        ids, bos = self._encode(string), self.tokenizer.bos_token_id
         if add_special_tokens is None:
-            add_special_tokens = self.add_bos_token and not (bos and string.startswith(bos))
-        ids = self._encode(string)
-        return [self.tokenizer.bos_token_id, *ids] if add_special_tokens else ids
+            add_special_tokens = self.add_bos_token and ids[:1] != [bos]
+        return [bos, *ids] if add_special_tokens else list(ids)
 
     def _encode(self, string: str) -> list[int]:
         return self.tokenizer(
@@ -173,6 +229,12 @@ class YocoLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         results: list[Any] = [None] * len(requests)
+        if empty := sum(not continuation for _, _, continuation in requests):
+            logger.warning(
+                "%d of %d continuations have no token of their own (their text merges with the "
+                "context's last token); they score 0",
+                empty, len(requests),
+            )
         scored = [self._fit(context, continuation) for _, context, continuation in requests]
         self._warn_of_cuts(
             [
@@ -243,7 +305,7 @@ class YocoLM(TemplateLM):
                 f"a continuation of {len(continuation)} tokens exceeds max_length = "
                 f"{self.max_length}; raise it with --model_args max_length=..."
             )
-        return ScoreRequest(_ids(context[-room:]), _ids(continuation))
+        return ScoreRequest(_ids(context[-room:] or [self.prefix_token_id]), _ids(continuation))
 
     def _generation(
         self, context: str, settings: dict[str, Any]
@@ -254,11 +316,11 @@ class YocoLM(TemplateLM):
         until = [until] if isinstance(until, str) else [stop for stop in until if stop]
         max_tokens = kwargs.pop("max_gen_toks")
         sampled = kwargs.pop("do_sample")
-        temperature = kwargs.pop("temperature", 0.0)
+        temperature, top_p, top_k = (kwargs.pop(k, None) for k in ("temperature", "top_p", "top_k"))
         sampling = Sampling(
-            temperature=(temperature or 1.0) if sampled else 0.0,
-            top_p=float(kwargs.pop("top_p", 1.0)),
-            top_k=int(kwargs.pop("top_k", 0)),
+            temperature=(1.0 if temperature is None else float(temperature)) if sampled else 0.0,
+            top_p=1.0 if top_p is None else float(top_p),
+            top_k=0 if top_k is None else int(top_k),
         )
         if kwargs:
             raise ValueError(
@@ -319,6 +381,12 @@ def _length(name: str, value: Any) -> int:
         return parse_length(value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _count(name: str, value: Any) -> int:
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"{name}: {value!r} is not a whole number from 1 on; give one, such as 8")
+    return int(value)
 
 
 def _device(name: str | None) -> torch.device | None:

@@ -13,6 +13,8 @@ import numpy as np
 
 # Sharing fewer tokens than this past a snapshot does not pay for cutting a chunk in two.
 _WORTHWHILE = 16
+# A snapshot holds the self-decoder's whole state: as many as this are kept of one item's way.
+_SNAPSHOTS = 64
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def plan(items: Sequence[Item], max_items: int = 1, max_tokens: int = 0) -> list
 
     Args:
         max_items: how many items may be fed as one step, side by side after what they share.
-        max_tokens: how many tokens of their own they may then have, all together.
+        max_tokens: how many tokens of their own they may then have, padded to the longest.
     """
     shared = [0] + [_common(a, b) for a, b in zip(items, items[1:], strict=False)]
     steps, snapshots, i = [], [0], 0
@@ -75,12 +77,11 @@ def plan(items: Sequence[Item], max_items: int = 1, max_tokens: int = 0) -> list
         while snapshots[-1] > shared[i]:
             snapshots.pop()
         resume = snapshots[-1]
-        points = _branches(shared, i, resume)
         j, branch = _side_by_side(items, shared, i, resume, max_items, max_tokens)
-        if j > i + 1:
-            points = [point for point in points if point <= branch]
+        if j == i + 1:
+            points, branch = _branches(shared, i, resume), resume
         else:
-            branch = resume
+            points = _branches(shared, i, resume, branch)
         steps.append(Step(tuple(items[i:j]), resume, branch, tuple(points)))
         snapshots += points
         i = j
@@ -94,16 +95,24 @@ def _common(a: Item, b: Item) -> int:
     return int(differ.argmax()) if differ.any() else length
 
 
-def _branches(shared: Sequence[int], i: int, resume: int) -> list[int]:
-    """Lengths past `resume` at which items after `i` leave its path, ascending."""
+def _branches(shared: Sequence[int], i: int, resume: int, limit: int | None = None) -> list[int]:
+    """Lengths past `resume`, up to `limit`, at which items after `i` leave its path, ascending.
+
+    Of lengths that lie close together the longest is taken; the items of the others go back to the
+    one before.
+    """
     points: list[int] = []
-    lowest = shared[i + 1] if i + 1 < len(shared) else 0
-    j = i + 1
+    lowest, j = max(shared) if limit is None else limit, i + 1
     while j < len(shared) and (lowest := min(lowest, shared[j])) >= resume + _WORTHWHILE:
         if not points or lowest < points[-1]:
             points.append(lowest)
         j += 1
-    return points[::-1]
+    gap = max(_WORTHWHILE, (points[0] - resume) // _SNAPSHOTS) if points else 0
+    kept: list[int] = []
+    for point in points:
+        if not kept or kept[-1] - point >= gap:
+            kept.append(point)
+    return kept[::-1]
 
 
 def _side_by_side(
@@ -114,11 +123,10 @@ def _side_by_side(
     if i + 1 == len(items):
         return i + 1, resume
     branch = shared[i + 1] if shared[i + 1] >= resume + _WORTHWHILE else resume
-    tokens, j = len(items[i].tokens) - branch, i + 1
-    while (
-        j < min(len(items), i + max_items)
-        and branch <= shared[j] < branch + _WORTHWHILE
-        and (tokens := tokens + len(items[j].tokens) - branch) <= max_tokens
-    ):
+    longest, j = len(items[i].tokens) - branch, i + 1
+    while j < min(len(items), i + max_items) and branch <= shared[j] < branch + _WORTHWHILE:
+        longest = max(longest, len(items[j].tokens) - branch)
+        if longest * (j + 1 - i) > max_tokens:
+            break
         j += 1
     return j, branch

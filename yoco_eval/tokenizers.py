@@ -67,8 +67,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         if found is None:
             raise TokenizerError(
                 f"{path}: no tokenizer in this folder (tokenizer.json, tokenizer.model or "
-                "*.tiktoken); add one with `yoco-eval convert --tokenizer`, or name one with "
-                "tokenizer="
+                "*.tiktoken); name one, with --tokenizer in `yoco-eval convert` or with "
+                "--model_args tokenizer=... in lm_eval"
             )
         path = found
     if path.is_file():

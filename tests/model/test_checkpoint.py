@@ -1,10 +1,16 @@
 """Checkpoints: every layout is read, nothing in them is executed, faults are named in one line."""
 
 import argparse
+import collections
+import enum
 import json
 import os
+import pathlib
 import shutil
+import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +74,66 @@ def test_shards(published, tmp_path, monkeypatch):
     assert shards[0].name in fault(tmp_path)
 
 
+def test_saving_over_another_model(published, tmp_path, monkeypatch):
+    """The shards and the index of the earlier one do not outlive it."""
+    config, weights = load_checkpoint(published)
+    save = module.save_torch_state_dict
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            module, "save_torch_state_dict", lambda *args: save(*args, max_shard_size=100_000)
+        )
+        save_checkpoint(tmp_path, config, weights)
+    changed = {name: weight + 1 for name, weight in weights.items()}
+    save_checkpoint(tmp_path, config, changed)
+    _, loaded = load_checkpoint(tmp_path)
+    assert all(torch.equal(loaded[name], changed[name]) for name in changed)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_tied_embeddings(published, tmp_path):
+    config, weights = load_checkpoint(published)
+    weights["output_projection.weight"] = weights["embed_tokens.weight"]
+    save_checkpoint(tmp_path, config, weights)
+    _, loaded = load_checkpoint(tmp_path)
+    assert torch.equal(loaded["output_projection.weight"], weights["embed_tokens.weight"])
+
+
+class Enumerated(enum.Enum):
+    CHOICE = "choice"
+
+
+class DictConfig:
+    """Pickled as omegaconf's is: an object with a state, and a type as a value."""
+
+    def __init__(self, **content):
+        self._content = content
+        self._type = dict
+
+
+def test_other_objects_of_a_training_checkpoint(params, weights, tmp_path, monkeypatch):
+    for kind, name in ((Enumerated, "fairseq.dataclass"), (DictConfig, "omegaconf.dictconfig")):
+        monkeypatch.setattr(kind, "__module__", name)
+        stand_in = types.ModuleType(name)
+        setattr(stand_in, kind.__name__, kind)
+        monkeypatch.setitem(sys.modules, name, stand_in)
+        monkeypatch.setitem(sys.modules, name.split(".")[0], stand_in)
+    content = {
+        "model": weights,
+        "cfg": {
+            "model": argparse.Namespace(**params),
+            "common": DictConfig(fp16=True),
+            "choice": Enumerated.CHOICE,
+        },
+        "extra_state": {
+            "loss": np.float64(3.5),
+            "meters": collections.defaultdict(list, {"a": [1]}),
+            "file": pathlib.PurePosixPath("/data"),
+        },
+    }
+    torch.save(content, tmp_path / "checkpoint.pt")
+    assert load_checkpoint(tmp_path)[0] == YocoConfig(**params)
+
+
 def test_fairseq_checkpoint(params, weights, tmp_path):
     """A state dict under "model" with a prefix, settings and other objects beside it."""
     content = {
@@ -122,14 +188,43 @@ def test_truncated(published, tmp_path, name):
     assert str(file) in message and "damaged" in message
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"hello world", b"", b"\x80\x04K\x01.", b"abc\n.", bytes(range(256)), b"PK\x03\x04 not a zip"],
+)
+def test_garbage(published, tmp_path, content):
+    folder = copy(published, tmp_path)
+    (folder / "checkpoint.pth").write_bytes(content)
+    assert str(folder / "checkpoint.pth") in fault(folder)
+
+
+@pytest.mark.parametrize("content", [{1: torch.zeros(2)}, {"a": 3}, {"a": torch.zeros(2)}, [1, 2]])
+def test_no_state_dict(published, tmp_path, content):
+    folder = copy(published, tmp_path)
+    torch.save(content, folder / "checkpoint.pth")
+    assert "not a" in fault(folder)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": [1]}'])
+def test_bad_index(published, tmp_path, content):
+    Yoco.from_pretrained(published, device="cpu").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert "has no weight_map" in fault(tmp_path)
+
+
+def test_a_file_of_a_native_folder(published, tmp_path):
+    Yoco.from_pretrained(published, device="cpu").save_pretrained(tmp_path)
+    assert "name its folder" in fault(tmp_path / "model.safetensors")
+
+
 def test_every_fault_of_the_parameters_is_named(published, weights, tmp_path):
     folder = copy(published, tmp_path)
-    del weights["layer_norm.weight"], weights["embed_tokens.weight"]
+    del weights["layer_norm.weight"], weights["self_decoder.layers.0.ffn.fc1.weight"]
     weights["embed_tokens.weight"] = torch.zeros(5, 64)
     weights["extra.bias"] = torch.zeros(3)
     torch.save(weights, folder / "checkpoint.pth")
     message = fault(folder)
-    assert "missing: layer_norm.weight" in message
+    assert "missing: self_decoder.layers.0.ffn.fc1.weight, layer_norm.weight" in message
     assert "surplus: extra.bias" in message
     assert "embed_tokens.weight is [5, 64], not [96, 64]" in message
 
@@ -157,6 +252,8 @@ def test_neither_layout(tmp_path):
         ({"n_attn_heads": 6}, "dim = 64 is no multiple of 12"),
         ({"vocab_size": "96"}, "vocab_size must be a positive whole number, not '96'"),
         ({"sliding_window": True}, "sliding_window must be a positive whole number"),
+        ({"rope_theta": "1e4"}, "rope_theta must be a positive number, not '1e4'"),
+        ({"max_seq_len": "long"}, "max_position_embeddings must be a positive whole number"),
     ],
 )
 def test_bad_settings(published, params, tmp_path, change, message):

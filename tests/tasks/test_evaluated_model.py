@@ -117,6 +117,7 @@ def test_slow_tokenizers_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(
         evaluated_model.AutoTokenizer, "from_pretrained", lambda *args, **options: Slow()
     )
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="^tokenizer: .*no fast tokenizer"):
         load_tokenizer({"pretrained": str(tmp_path)})
 

@@ -59,7 +59,7 @@ def requests(exact):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "chunk"), [(1, None), (1, 17), (4, 64), (None, None), (3, 1)]
+    ("batch_size", "chunk"), [(1, None), (1, 17), (4, 64), (1000, None), (3, 1)]
 )
 def test_scores_equal_one_full_pass_each(exact, requests, batch_size, chunk):
     scores, fed = collect(Engine(exact, batch_size, chunk).score, requests)
@@ -134,6 +134,7 @@ def test_sampling_follows_the_tempered_nucleus():
         # The likeliest two have 0.64 + 0.24 of the probability.
         (Sampling(temperature=1.0, top_p=0.8), logits[:2].softmax(0)),
         (Sampling(temperature=1.0, top_p=0.1), torch.tensor([1.0])),
+        (Sampling(temperature=1.0, top_p=0.0), torch.tensor([1.0])),
     ):
         expected = torch.nn.functional.pad(expected, (0, 4 - len(expected)))
         torch.testing.assert_close(frequencies(sampling), expected, rtol=0, atol=0.03)

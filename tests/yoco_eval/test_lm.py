@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook, CachingLM
 
 from yoco_eval.lm import YocoLM
 from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
@@ -17,7 +18,7 @@ WORDS = "the special number of a city is found in old notes about Lima and Oslo 
 
 @pytest.fixture
 def folder(small_model, tmp_path):
-    """A checkpoint with random weights and the demo's tokenizer; 256 positions."""
+    """A checkpoint with random weights and the demo's tokenizer; 512 positions."""
     small_model.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUNDLED / DEFAULT_CHECKPOINT / name, tmp_path)
@@ -42,12 +43,12 @@ def requests(seed):
     rng = random.Random(seed)
     stem = text(rng, 60)
     result = []
-    for _ in range(60):
-        context = rng.choice(["", stem[:100], stem, text(rng, 20), stem + text(rng, 400)])
-        context += rng.choice(["", " ", "\n"]) + text(rng, 3)
-        for words in (1, rng.randrange(2, 6), rng.choice([1, 150])):
+    for _ in range(70):
+        context = rng.choice(["", " ", stem[:100], stem, text(rng, 20), stem + text(rng, 600)])
+        context += rng.choice(["", " ", "\n"]) + rng.choice(["", text(rng, 3)])
+        for words in (1, rng.randrange(2, 6), rng.choice([1, 1, 1, 240]), 1):
             result.append((context, " " + text(rng, words)))
-    result += [("", text(rng, words)) for words in (1, 5, 150)]
+    result += [("", text(rng, words)) for words in (1, 5, 150)] * 8
     rng.shuffle(result)
     return result
 
@@ -57,31 +58,36 @@ def logprobs(lm, ids):
 
 
 def score_by_definition(lm, context, continuation):
+    """With <s> in front, which stands for an empty context where it is not added to texts."""
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
-    whole = [0, *lm.tokenizer.encode(context + continuation, add_special_tokens=False)]
-    count = len(whole) - 1 - len(lm.tokenizer.encode(context, add_special_tokens=False))
+    whole = lm.tokenizer.encode(context + continuation, add_special_tokens=False)
+    count = len(whole) - len(lm.tokenizer.encode(context, add_special_tokens=False))
+    whole = [0] * (lm.add_bos_token or not context) + whole
     whole = whole[-(lm.max_length + 1) :]
     rows, targets = logprobs(lm, whole[:-1])[-count:], torch.tensor(whole[-count:])
     return rows.gather(1, targets[:, None]).sum().item(), bool((rows.argmax(-1) == targets).all())
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, "auto"])
-def test_loglikelihood(folder, batch_size, caplog):
+@pytest.mark.parametrize(("batch_size", "bos"), [(1, None), (4, False), ("auto", None)])
+def test_loglikelihood(folder, batch_size, bos, caplog):
     lm = YocoLM(
         pretrained=str(folder), device="cpu", dtype="float64", batch_size=batch_size,
-        prefill_chunk=100,
+        prefill_chunk=100, add_bos_token=bos,
     )
     wanted = requests(0)
+    lengths = [len(lm.tok_encode(continuation)) for _, continuation in wanted]
+    assert len(wanted) > 300 and max(lengths) >= 300 and lengths.count(2 - (bos is False)) > 50
+    assert sum(not context.strip() for context, _ in wanted) > 50
     results = lm.loglikelihood(instances("loglikelihood", wanted))
     too_long = 0
     for (context, continuation), (logprob, greedy) in zip(wanted, results, strict=True):
         expected, expected_greedy = score_by_definition(lm, context, continuation)
         assert logprob == pytest.approx(expected, abs=1e-8)
         assert greedy == expected_greedy
-        too_long += len(lm.tokenizer.encode(context + continuation)) > lm.max_length + 1
+        too_long += len(lm.tok_encode(context + continuation)) > lm.max_length + 1
     assert too_long > 10
-    assert f"{too_long} of {len(wanted)} requests are longer than max_length = 256" in caplog.text
+    assert f"{too_long} of {len(wanted)} requests are longer than max_length = 512" in caplog.text
 
 
 def test_loglikelihood_rolling(lm):
@@ -91,16 +97,16 @@ def test_loglikelihood_rolling(lm):
     for string, result in zip(texts, results, strict=True):
         ids = lm.tokenizer.encode(string, add_special_tokens=False)
         total = 0.0
-        for start in range(0, len(ids), 256):
-            end = min(start + 256, len(ids))
-            fed = [0, *ids][max(0, end - 256) : end]  # the last window sees a full context, too
+        for start in range(0, len(ids), 512):
+            end = min(start + 512, len(ids))
+            fed = [0, *ids][max(0, end - 512) : end]  # the last window sees a full context, too
             rows = logprobs(lm, fed)[-(end - start) :]
             total += rows.gather(1, torch.tensor(ids[start:end])[:, None]).sum().item()
         assert result == pytest.approx(total, abs=1e-8)
 
 
 def generate_by_definition(lm, context, count, until):
-    ids = [0, *lm.tokenizer.encode(context, add_special_tokens=False)][-(256 - count) :]
+    ids = [0, *lm.tokenizer.encode(context, add_special_tokens=False)][-(512 - count) :]
     new = []
     for _ in range(count):
         token = int(logprobs(lm, ids + new)[-1].argmax())
@@ -115,7 +121,7 @@ def generate_by_definition(lm, context, count, until):
 
 def test_generate_until(lm):
     rng = random.Random(4)
-    prompts = [text(rng, words) for words in (1, 5, 40, 40, 600)]
+    prompts = [text(rng, words) for words in (1, 5, 40, 40, 900)]
     free = [generate_by_definition(lm, prompt, 12, []) for prompt in prompts]
     # Stop strings that occur: each spans the middle of what is generated, thus several tokens.
     cases = [(prompt, []) for prompt in prompts]
@@ -138,46 +144,100 @@ def test_generation_settings(lm):
     greedy = generate(0)
     assert generate(0, do_sample=False, temperature=0.0) == greedy
     assert generate(0, do_sample=True, temperature=1.0, top_p=1e-6) == greedy
+    assert generate(0, do_sample=True, temperature=0.0) == greedy
+    assert generate(1, do_sample=True) == generate(1, do_sample=True, temperature=1.0)
     sampled = {generate(seed, do_sample=True, temperature=1.0) for seed in (1, 1, 2)}
     assert len(sampled) == 2
     assert generate(0, until="\n") == generate(0, until=["\n"])
     with pytest.raises(ValueError, match="unknown generation setting num_beams; --model yoco"):
         generate(0, num_beams=4)
-    with pytest.raises(ValueError, match="max_gen_toks = 300 leaves no room"):
-        generate(0, max_gen_toks=300)
+    with pytest.raises(ValueError, match="max_gen_toks = 600 leaves no room"):
+        generate(0, max_gen_toks=600)
+    with pytest.raises(ValueError, match="top_p 2.0 is outside 0..1"):
+        generate(0, do_sample=True, top_p=2)
 
 
-def test_responses_reach_the_cache_as_soon_as_they_exist(lm):
-    class Hook:
+SETTINGS = {"max_gen_toks": 3, "until": []}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("loglikelihood", [(city, " is old") for city in ("Lima", "Oslo", "Rome", "Cairo")]),
+        ("loglikelihood_rolling", [(f"{city} is old",) for city in ("Lima", "Oslo", "Rome")]),
+        ("generate_until", [(city, SETTINGS) for city in ("Lima", "Oslo", "Rome", "Cairo")]),
+    ],
+)
+def test_responses_reach_the_cache_as_soon_as_they_exist(lm, kind, arguments):
+    class Interrupting(CacheHook):
         def add_partial(self, kind, arguments, response):
             saved.append((kind, arguments, response))
             if len(saved) == 2:
                 raise KeyboardInterrupt
 
     saved = []
-    lm.set_cache_hook(Hook())
-    pairs = [("Lima", " is old"), ("Oslo", " is old"), ("a city", " is old")]
+    expected = dict(
+        zip(arguments_key(arguments), getattr(lm, kind)(instances(kind, arguments)), strict=True)
+    )
+    lm.set_cache_hook(Interrupting(None))
     with pytest.raises(KeyboardInterrupt):
-        lm.loglikelihood(instances("loglikelihood", pairs))
-    for kind, arguments, response in saved:
-        assert kind == "loglikelihood" and arguments in pairs
-        assert response[0] == pytest.approx(score_by_definition(lm, *arguments)[0], abs=1e-8)
+        getattr(lm, kind)(instances(kind, arguments))
+    assert len(saved) == 2
+    for saved_kind, request, response in saved:
+        assert saved_kind == kind and request in arguments
+        assert response == expected[arguments_key([request])[0]]
 
-    saved = [None] * 2  # far from the interruption
-    settings = {"max_gen_toks": 3, "until": []}
-    (result,) = lm.generate_until(instances("generate_until", [("Oslo", settings)]))
-    assert saved[2:] == [("generate_until", ("Oslo", settings), result)]
-    (result,) = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("Oslo is old",)]))
-    assert saved[3:] == [("loglikelihood_rolling", ("Oslo is old",), result)]
+
+def arguments_key(arguments):
+    return [request[0] for request in arguments]
+
+
+def test_a_cache_of_another_model_is_refused(folder, small_model, tmp_path):
+    """lm-eval's own key is the prompt alone."""
+
+    def cached(**changes):
+        lm = YocoLM(**{"pretrained": str(folder), "device": "cpu", **changes})
+        return CachingLM(lm, str(tmp_path / "cache.db"))
+
+    first = cached().loglikelihood(instances("loglikelihood", [("Oslo", " is old")]))
+    assert cached().loglikelihood(instances("loglikelihood", [("Oslo", " is old")])) == first
+    with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
+        cached(dtype="float64")
+    small_model.cross_decoder.layers[0].ffn.fc1.weight.mul_(1.1)
+    small_model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
+        cached()
+
+
+def test_model_args_come_before_options():
+    """lm_eval passes its defaults of --device and --batch_size as well."""
+    options = {"batch_size": 1, "max_batch_size": None, "device": "cuda:99"}
+    arguments = {"batch_size": 4, "device": "cpu", "pretrained": DEFAULT_CHECKPOINT}
+    lm = YocoLM.create_from_arg_obj(arguments, options)
+    assert lm.engine.batch_size == 4 and lm.device.type == "cpu"
+    lm = YocoLM.create_from_arg_string("device=cpu,batch_size=auto", options)
+    assert lm.engine.batch_size > 1
 
 
 def test_bos(folder):
     def encode(string, **arguments):
         return YocoLM(pretrained=str(folder), device="cpu", **arguments).tok_encode(string)
 
+    with pytest.raises(ValueError, match="add_bos_token: 'no' is neither True nor False"):
+        encode("Oslo", add_bos_token="no")
     bare = encode("Oslo", add_bos_token=False)
     assert encode("Oslo") == encode("Oslo", add_bos_token=True) == [0, *bare] and bare[0] != 0
     assert encode("<s>Oslo") == [0, *bare]  # such as a chat template writes
+    # Elsewhere the same three characters may be plain text.
+    lm = YocoLM(pretrained=str(folder), device="cpu")
+    lm.tokenizer.split_special_tokens = True
+    plain = lm.tok_encode("<s>Oslo")
+    assert plain[0] == 0 and lm.tokenizer.decode(plain[1:]) == "<s>Oslo"
+
+
+def test_encodings_are_the_callers_own(lm):
+    lm.tok_encode("Oslo", add_special_tokens=False).append(7)
+    assert 7 not in lm.tok_encode("Oslo")
 
 
 def test_max_length(folder, caplog):
@@ -221,7 +281,7 @@ def test_the_bundled_checkpoint_is_the_default():
         ({"dtype": "int8"}, "dtype 'int8' is unknown; choose one of auto, bfloat16"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
         ({"max_length": "long"}, "max_length: 'long' is not a length"),
-        ({"batch_size": 0}, "batch_size: 0 is not a length"),
+        ({"batch_size": 0}, "batch_size: 0 is not a whole number from 1 on; give one"),
         ({"prefill_chunk": "-1"}, "prefill_chunk: '-1' is not a length"),
     ],
 )

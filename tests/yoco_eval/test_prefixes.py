@@ -24,7 +24,8 @@ def run(steps, max_items, max_tokens):
             assert list(before[: step.resume]) == list(first.tokens[: step.resume])
         if len(step.items) > 1:
             assert len(step.items) <= max_items
-            assert sum(len(item.tokens) - step.shared for item in step.items) <= max_tokens
+            longest = max(len(item.tokens) - step.shared for item in step.items)
+            assert longest * len(step.items) <= max_tokens
             assert step.shared in (step.resume, *step.snapshots)
         path += step.snapshots
         done += step.items
@@ -94,3 +95,15 @@ def test_deep_trees():
     """Ten thousand sequences, each a prefix of the next."""
     pairs = [(list(range(n)), n - 1) for n in range(1, 100_000, 500)]
     assert cost(pairs) < 100_000 + 200 * 20
+
+
+def test_snapshots_are_few_and_far_between():
+    """Branches at every token of a long stem: a snapshot is megabytes of a real model."""
+    stem = list(range(3000))
+    pairs = [(stem[:n] + [9999, n], n + 1) for n in range(1, 3000)]
+    steps = plan(merge(*zip(*pairs, strict=True)))
+    run(steps, 1, 0)
+    longest = max(steps, key=lambda step: len(step.snapshots)).snapshots
+    gaps = [b - a for a, b in zip(longest, longest[1:], strict=False)]
+    assert min(gaps) >= 16 and len(longest) <= 65
+    assert sum(step.tokens for step in steps) < 3000 * 50
