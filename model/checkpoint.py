@@ -60,7 +60,7 @@ class _Shell:
 
 
 def _shell(name: str) -> tuple[Callable[..., Any], str]:
-    """What the reader is to call where a pickle says `name`; it fills only plain lists and dicts."""
+    """What to call where a pickle says `name`; the reader fills plain lists and dicts only."""
     if name == "collections.defaultdict":
         return (lambda *args: {}), name
     if name == "collections.deque":

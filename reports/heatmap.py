@@ -150,7 +150,7 @@ def draw_heatmap(run: NeedleRun, ax: Axes) -> QuadMesh:
     font = _fit(figures, cell_width, cell_height)
     if font < CELL_FONT[0]:
         logger.warning(
-            "%d x %d cells are too small for figures; -o FILE.csv has them",
+            "%d x %d cells are drawn without figures, being too small for them; a .csv has them",
             len(lengths),
             len(depths),
         )

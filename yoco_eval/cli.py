@@ -54,6 +54,7 @@ def _heatmap(args: argparse.Namespace) -> None:
         run = load_needle_run(args.results, args.task)
         if args.output:
             save_heatmap(run, args.output, args.title)
+            print(f"wrote {args.output}")
             return
     except ResultsError as error:
         raise UserError(error) from error

@@ -16,6 +16,7 @@ from lm_eval.utils import make_table
 
 import yoco_eval.tasks
 from yoco_eval.reports.results import load_needle_run
+from yoco_eval.tasks import evaluated_model
 from yoco_eval.tasks.needle import Settings, first_number
 from yoco_eval.tasks.wording import INTRODUCTION
 
@@ -210,6 +211,28 @@ def test_default_grid_fits_its_context_lengths(tokenizers):
         assert doc["excerpt"] in prompt and doc["needle"] in doc["excerpt"]
         assert re.fullmatch(r"[1-9]\d{4}", doc["number"]) and task.doc_to_target(doc) in prompt
         assert len(json.dumps(doc)) < 2000
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens"])
+def test_the_budget_of_gen_kwargs_is_kept(name):
+    """lm-eval sets --gen_kwargs when the task has been loaded already."""
+    task = load(context_lengths=[512], depths=3, samples=1)
+    settings = {"until": ["\n"], "do_sample": False, name: 100}
+    task.set_config(key="generation_kwargs", value=settings)
+    task.build_all_requests()
+    tokenizer = evaluated_model.load_tokenizer({})
+    for instance in task.instances:
+        assert 512 - 16 <= len(tokenizer(instance.args[0]).input_ids) + 100 <= 512
+
+
+@pytest.mark.parametrize(
+    ("slip", "meant"),
+    [("sample", "samples"), ("context_length", "context_lengths"), ("depth", "depths")],
+)
+def test_slips_in_the_names_of_settings(slip, meant):
+    with pytest.raises(ValueError, match=f"'{slip}' is unknown; did you mean '{meant}'"):
+        load(**{slip: 3})
+    load(context_lengths=[512], samples=1, max_length=600, dtype="auto", batch_size=1)
 
 
 def test_same_prompts_on_every_machine():

@@ -84,7 +84,8 @@ def test_heatmap_to_a_file(results, tmp_path, capsys, suffix, magic):
     file = tmp_path / f"needle.{suffix}"
     assert main(["heatmap", str(results), "-o", str(file), "--title", "Mine"]) == 0
     assert file.read_bytes().startswith(magic)
-    assert capsys.readouterr() == ("", "")
+    out, err = capsys.readouterr()
+    assert out.startswith("wrote ") and out.endswith(f"{suffix}\n") and err == ""
 
 
 def test_notes_go_to_stderr(results, capsys):
