@@ -79,6 +79,7 @@ def _convert(args: argparse.Namespace) -> None:
         )
     except (CheckpointError, TokenizerError) as error:
         raise UserError(error) from error
+    print(f"wrote {args.destination}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="a SentencePiece tokenizer.model or a folder with tokenizer.json "
+        help="a folder, tokenizer.json, SentencePiece *.model, *.tiktoken file or cl100k_base "
         "(default: the checkpoint's own)",
     )
     convert.add_argument(

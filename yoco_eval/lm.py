@@ -264,7 +264,7 @@ class YocoLM(TemplateLM):
                 windows.append(ScoreRequest(_ids(context), _ids(continuation)))
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        missing = np.bincount(owners, minlength=len(requests))
+        missing = np.bincount(np.asarray(owners, dtype=np.int64), minlength=len(requests))
         for index, score in self._run(
             self.engine.score, windows, "loglikelihood_rolling", disable_tqdm
         ):

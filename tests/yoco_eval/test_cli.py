@@ -109,8 +109,9 @@ def test_heatmap_refusals(results, tmp_path, capsys):
     assert "no needle task 'x'" in refused(capsys, "heatmap", results, "--task", "x")
 
 
-def test_convert(convert):
+def test_convert(convert, capsys):
     assert main(["convert", "a", "b"]) == 0
+    assert capsys.readouterr().out == "wrote b\n"
     argv = "convert a b --tokenizer t.model --max-length 64k --dtype bfloat16".split()
     assert main(argv) == 0
     assert convert == [

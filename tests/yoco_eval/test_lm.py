@@ -105,6 +105,10 @@ def test_loglikelihood_rolling(lm):
         assert result == pytest.approx(total, abs=1e-8)
 
 
+def test_an_empty_text_has_nothing_to_predict(lm):
+    assert lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("",)])) == [0.0]
+
+
 def generate_by_definition(lm, context, count, until):
     ids = [0, *lm.tokenizer.encode(context, add_special_tokens=False)][-(512 - count) :]
     new = []
