@@ -123,20 +123,22 @@ def save_checkpoint(path: str | Path, config: YocoConfig, weights: Mapping[str, 
     settings = {"model_type": "yoco", "architectures": ["Yoco"]}
     settings |= {key: value for key, value in asdict(config).items() if value is not None}
     whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name, weight in weights.items():  # tied ones are written twice: safetensors knows no ties
-        tied = any(weight.data_ptr() == other.data_ptr() for other in whole.values())
-        whole[name] = weight.clone() if tied else weight.contiguous()
+        whole[name] = weight.clone() if weight.data_ptr() in seen else weight.contiguous()
+        seen.add(weight.data_ptr())
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as temporary:
         save_torch_state_dict(whole, temporary)
         files = os.listdir(temporary)
         Path(temporary, _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         for name in files:  # safetensors writes files that only their owner may read
             shutil.copymode(Path(temporary, _CONFIG), Path(temporary, name))
-        for name in [*sorted(files), _CONFIG]:
+        for name in sorted(files):
             os.replace(Path(temporary, name), path / name)
         for old in path.glob("model*.safetensors*"):
             if old.name not in files:  # the shards and the index of an earlier model
                 old.unlink()
+        os.replace(Path(temporary, _CONFIG), path / _CONFIG)
 
 
 def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from yoco_eval.lengths import parse_length
@@ -189,8 +190,6 @@ class Needle(ConfigurableTask):
 
     def _answer_tokens(self) -> int:
         """The generation budget, under whichever of its names lm-eval knows."""
-        from lm_eval.models.utils import normalize_gen_kwargs
-
         return normalize_gen_kwargs(self.config.generation_kwargs)["max_gen_toks"]
 
     def _build_documents(self, wrapping: int = 0) -> None:

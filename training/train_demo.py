@@ -257,7 +257,8 @@ def train(recipe: Recipe, out: Path, device: str) -> dict[str, list[float]]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             history.append(loss.item())
-            done = step + 1 == stage.steps or np.mean(history[-50:]) < stage.until
+            right = len(history) >= 50 and np.mean(history[-50:]) < stage.until
+            done = right or step + 1 == stage.steps
             if step % 50 == 0 or done:
                 print(f"{stage.name} step {step:4} length {length:6} loss {loss.item():.4f} "
                       f"tokens right {accuracy.item():.3f} "

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import (
     get_rolling_token_windows,
@@ -45,7 +44,6 @@ _ARGUMENTS = (
 )
 
 
-@register_model("yoco")
 class YocoLM(TemplateLM):
     """Evaluates a YOCO checkpoint in lm-eval.
 
@@ -152,12 +150,13 @@ class YocoLM(TemplateLM):
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is None:
             return
-        if len(cache_hook.dbdict) and cache_hook.dbdict.get("yoco_eval") != self._fingerprint():
+        fingerprint = self._fingerprint()
+        if len(cache_hook.dbdict) and cache_hook.dbdict.get("yoco_eval") != fingerprint:
             raise ValueError(
                 f"{cache_hook.dbdict.filename}: holds responses of another model, or of this one "
                 "with other settings; name another file with --use_cache"
             )
-        cache_hook.dbdict["yoco_eval"] = self._fingerprint()
+        cache_hook.dbdict["yoco_eval"] = fingerprint
 
     def _fingerprint(self) -> str:
         """A hash of all that responses depend on; of each parameter, some numbers stand for all."""

@@ -228,6 +228,18 @@ print(lm_eval.api.registry.model_registry, *entry_points(group="lm_eval.models")
     )
 
 
+def test_backend_loads_from_an_entry_point():
+    """As a later lm-eval registers it: loading the class must not register it once more."""
+    code = (
+        "from importlib.metadata import EntryPoint\n"
+        "from lm_eval.api.registry import model_registry\n"
+        "point = EntryPoint('yoco', 'yoco_eval.lm:YocoLM', 'lm_eval.models')\n"
+        "model_registry.register('yoco', target=point)\n"
+        "print(model_registry.get('yoco').__name__)"
+    )
+    assert run(sys.executable, "-c", code)[0] == "YocoLM\n"
+
+
 def test_a_changed_lm_eval_still_works(wheel, tmp_path):
     (tmp_path / "lm_eval" / "tasks").mkdir(parents=True)
     (tmp_path / "lm_eval" / "tasks" / "_index.py").write_text("works = True")
