@@ -1,38 +1,231 @@
-"""Attention over a sliding window, and of few queries over a long shared cache.
+"""Attention over a shared cache, of one decoded token or of many, and over a sliding window.
 
-Scores are scaled by head_dim^(-1/2); grouped queries are supported throughout: query head h reads
-key-value head h // (Hq / Hkv).
+Scores are scaled by D^(-1/2). Grouped queries are supported where the cache is read: query head h
+reads key-value head h // (Hq / Hkv).
 """
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import use_triton
+from .rotary import rotate
+from .sequences import Sequences, Span, Spans
+
+Angles = tuple[Tensor, Tensor]
+
 _MASK_ELEMENTS = 1 << 25  # queries are taken in blocks so that no mask is larger than this
 
 
-def sliding_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, past: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Each token attends to itself and the `window` - 1 tokens before it.
+def cache_attention(
+    q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: Angles | None = None
+) -> Tensor:
+    """Queries over the keys of a shared cache that `spans` gives them.
 
     Args:
-        q, k, v: [B, H, T, D], rotated already.
-        window: number of visible tokens, own position included.
-        past: keys and values [B, H, P, D], P <= window - 1, of the tokens just before.
+        q: [T, Hq, D].
+        keys, values: [Hkv, N, D], rotated; both of one buffer shape, or of such buffers the same
+            slots. Keys outside the spans may be uninitialised.
+        spans: which keys each query reads.
+        angles: cos and sin [T, D / 2] by which q is rotated first; None: it is rotated already.
 
     Returns:
-        The output [B, H, T, D] and the keys and values to pass as `past` for the next tokens.
+        [T, Hq, D].
     """
-    if past is not None:
-        k, v = torch.cat((past[0], k), -2), torch.cat((past[1], v), -2)
-    length, total = q.shape[-2], k.shape[-2]
-    keep = min(window - 1, total)
-    following = (k[..., total - keep :, :], v[..., total - keep :, :])
+    if use_triton(q, keys, values):
+        from .attention_triton import cache_attention as fast
 
-    # Each block of queries meets the keys in reach of any of them: T * (block + window) scores in
-    # place of T^2.
-    offset = total - length
+        return fast(q, keys, values, spans, angles)
+    return cache_attention_reference(q, keys, values, spans, angles)
+
+
+def cache_attention_reference(
+    q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: Angles | None = None
+) -> Tensor:
+    """`cache_attention`, run after run of queries that read the same spans."""
+    if angles is not None:
+        q = rotate(q, angles)
+    group = q.shape[1] // keys.shape[0]
+    outputs = []
+    for first, end, run in query_runs(spans):
+        total = sum(span.end_key - span.first_key for span in run)
+        block = max(1, _MASK_ELEMENTS // (total * group))
+        for start in range(first, end, block):
+            stop = min(start + block, end)
+            cut = [cut_span(span, start, stop) for span in run]
+            outputs.append(_attend(q[start:stop], keys, values, cut))
+    return torch.cat(outputs)
+
+
+def query_runs(spans: Spans) -> list[tuple[int, int, list[Span]]]:
+    """First and end of each maximal run of queries that lie in the same spans, and these spans."""
+    return spans.table("query_runs", lambda: cells(spans.spans))
+
+
+def cells(intervals: Iterable[tuple]) -> list[tuple[int, int, list[tuple]]]:
+    """Cuts an axis wherever one of the intervals (first, end, ...) on it begins or ends.
+
+    Returns:
+        First and end of each piece, in order, and the intervals that it lies in.
+    """
+    beginning, bounds = defaultdict(list), set()
+    for interval in intervals:
+        beginning[interval[0]].append(interval)
+        bounds.update(interval[:2])
+    pieces, current = [], []
+    for first, end in pairwise(sorted(bounds)):
+        current = [interval for interval in current if interval[1] > first] + beginning[first]
+        pieces.append((first, end, current))
+    return pieces
+
+
+def cut_span(span: Span, first_query: int, end_query: int) -> Span:
+    """The part of a span that some of its queries make, less the keys that none of them reads."""
+    unread = span.end_query - end_query if span.causal else 0
+    return Span(first_query, end_query, span.first_key, span.end_key - unread, span.causal)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, spans: list[Span]) -> Tensor:
+    """q [T, Hq, D], rotated, over spans that all have these T queries: [T, Hq, D]."""
+    length, heads = q.shape[0], keys.shape[0]
+    ranges = [slice(span.first_key, span.end_key) for span in spans]
+    if len(ranges) == 1:
+        keys, values = keys[:, ranges[0]], values[:, ranges[0]]
+    else:  # a copy, since what lies between the ranges may be NaN, which no mask would hide
+        keys, values = (torch.cat([x[:, r] for r in ranges], 1) for x in (keys, values))
+    # A group's query heads read the same keys, so they are queries of one head.
+    grouped = q.transpose(0, 1).unflatten(0, (heads, -1))
+    group = grouped.shape[1]
+    visible = None
+    if length > 1 and any(span.causal for span in spans):
+        visible = torch.cat([_visible(span, q.device) for span in spans], 1).repeat(group, 1)
+    out = F.scaled_dot_product_attention(
+        grouped.flatten(1, 2)[None], keys[None], values[None], attn_mask=visible
+    )
+    return out[0].unflatten(1, (group, length)).flatten(0, 1).transpose(0, 1)
+
+
+def _visible(span: Span, device: torch.device) -> Tensor:
+    """bool [queries, keys] of a span."""
+    queries, keys = span.end_query - span.first_query, span.end_key - span.first_key
+    every = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return every.tril(keys - queries) if span.causal else every
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, angles: Angles | None = None
+) -> Tensor:
+    """One token's queries over the first `length` keys of a buffer, in a CUDA graph if need be.
+
+    A graph may hold it once it has been called outside the graph with the same shapes.
+
+    Args:
+        q: [1, Hq, D].
+        keys, values: [Hkv, N, D], rotated. What follows the first `length` may be uninitialised.
+        length: integer [1], at least 1, on q's device: a graph's replays may each find another.
+        angles: cos and sin [1, D / 2] by which q is rotated first; None: it is rotated already.
+
+    Returns:
+        [1, Hq, D].
+    """
+    if use_triton(q, keys, values):
+        from .attention_triton import decode_attention as fast
+
+        return fast(q, keys, values, length, angles)
+    return decode_attention_reference(q, keys, values, length, angles)
+
+
+def decode_attention_reference(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, angles: Angles | None = None
+) -> Tensor:
+    """`decode_attention`, with the length read on the host."""
+    every = Spans((Span(0, 1, 0, int(length), causal=False),))
+    return cache_attention_reference(q, keys, values, every, angles)
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sequences: Sequences,
+    past: Tensor | None = None,
+    angles: Angles | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Each token attends to itself and the `window` - 1 tokens before it in its sequence.
+
+    Args:
+        q, k, v: [T, H, D].
+        window: number of visible tokens, own position included.
+        sequences: how the T tokens are packed.
+        past: [m, 2, window - 1, H, D], rotated keys (0) and values (1) of tokens that were fed
+            before, right-aligned: the last slot is the token just before a sequence that continues
+            this state. Slots before a text's first token may be uninitialised. None: every
+            sequence begins its text.
+        angles: cos and sin [T, D / 2] by which q and k are rotated first; None: they are already.
+        keep: whether to return the past of the tokens that follow.
+
+    Returns:
+        The output [T, H, D] and, of the n sequences, the `past` [n, 2, window - 1, H, D] of the
+        tokens that follow, in new memory, or None.
+    """
+    if use_triton(q, k, v):
+        from .attention_triton import sliding_window_attention as fast
+
+        return fast(q, k, v, window, sequences, past, angles, keep)
+    return sliding_window_attention_reference(q, k, v, window, sequences, past, angles, keep)
+
+
+def sliding_window_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sequences: Sequences,
+    past: Tensor | None = None,
+    angles: Angles | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`sliding_window_attention`; sequences of one length and one length of past are a batch."""
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
+    batches = defaultdict(list)
+    for i, (length, start) in enumerate(zip(sequences.lengths, sequences.starts, strict=True)):
+        batches[length, min(start, window - 1)].append(i)
+    sources = sequences.sources or tuple(range(len(sequences.lengths)))
+
+    out = q.new_empty(q.shape)
+    following = q.new_empty(len(sequences.lengths), 2, window - 1, *q.shape[1:]) if keep else None
+    for (length, before), members in batches.items():
+        offsets = torch.tensor([sequences.offsets[i] for i in members], device=q.device)
+        rows = offsets[:, None] + torch.arange(length, device=q.device)
+        own = torch.stack((k[rows], v[rows]), 1)  # [n, 2, length, H, D]
+        if before:
+            continued = torch.tensor([sources[i] for i in members], device=q.device)
+            own = torch.cat((past[continued, :, window - 1 - before :], own), 2)
+        out[rows] = _window(q[rows], own[:, 0], own[:, 1], window)
+        if keep:
+            last = own[:, :, max(0, before + length - window + 1) :]
+            padding = window - 1 - last.shape[2]
+            members = torch.tensor(members, device=q.device)
+            following[members] = F.pad(last, (0, 0, 0, 0, padding, 0))
+    return out, following
+
+
+def _window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """q [n, length, H, D] over k, v [n, total, H, D], whose last `length` are the queries' own.
+
+    Each block of queries meets the keys in reach of any of them: length * (block + window) scores
+    in place of length * total.
+    """
+    length, offset = q.shape[1], k.shape[1] - q.shape[1]
     block = max(128, min(window, 512))
     outputs = []
     for start in range(0, length, block):
@@ -41,36 +234,55 @@ def sliding_window_attention(
         i = torch.arange(start + offset, end + offset, device=q.device)[:, None]
         j = torch.arange(reach.start, reach.stop, device=q.device)
         visible = (j <= i) & (j > i - window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q[..., start:end, :], k[..., reach, :], v[..., reach, :], attn_mask=visible
-            )
+        blocks = (q[:, start:end], k[:, reach], v[:, reach])
+        out = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in blocks), attn_mask=visible
         )
-    return torch.cat(outputs, dim=-2), following
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, 1)
 
 
-def cache_attention(q: Tensor, k: Tensor, v: Tensor, tail: Tensor) -> Tensor:
-    """Few queries over a long cache whose last keys need a mask and whose others do not.
+def window_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring_keys: Tensor,
+    ring_values: Tensor,
+    position: Tensor,
+    angles: Angles,
+) -> Tensor:
+    """`sliding_window_attention` of one decoded token, in a CUDA graph if need be.
 
     Args:
-        q: [B, Hq, T, D].
-        k, v: [B, Hkv, N, D]; B may be 1 for a cache that all sequences share.
-        tail: bool [T, M], M <= N: whether query t sees key N - M + m. The N - M keys before are
-            visible to every query.
+        q, k, v: [1, H, D].
+        ring_keys, ring_values: [H, window, D]; token p lies in slot p % window. The token's own
+            rotated key and value are written to its slot. Slots never written may be uninitialised.
+        position: int64 [1], of the token in its text, on q's device.
+        angles: cos and sin [1, D / 2] by which q and k are rotated first.
 
     Returns:
-        [B, Hq, T, D].
+        [1, H, D].
     """
-    batch, query_heads, length, dim = q.shape
-    heads, keys = k.shape[1], k.shape[2]
-    group = query_heads // heads
-    k, v = k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)
-    outputs = []
-    block = max(1, _MASK_ELEMENTS // (keys * group))
-    for rows in torch.arange(length, device=q.device).split(block):
-        # A group's query heads read the same keys, so they are queries of one head.
-        grouped = q[:, :, rows].reshape(batch, heads, group * len(rows), dim)
-        visible = F.pad(tail[rows], (keys - tail.shape[1], 0), value=True).repeat(group, 1)
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=visible)
-        outputs.append(out.reshape(batch, query_heads, len(rows), dim))
-    return torch.cat(outputs, dim=-2)
+    window = ring_keys.shape[1]
+    slot = position % window
+    ring_keys.index_copy_(1, slot, rotate(k, angles).transpose(0, 1))
+    ring_values.index_copy_(1, slot, v.transpose(0, 1))
+    return decode_attention(q, ring_keys, ring_values, (position + 1).clamp(max=window), angles)
+
+
+def ring_from_past(past: Tensor, position: int) -> Tensor:
+    """What `window_step` needs as ring_keys and ring_values for the token at `position`.
+
+    Args:
+        past: [2, window - 1, H, D], one sequence's part of `sliding_window_attention`'s `past`.
+        position: of the token that follows it.
+
+    Returns:
+        [2, H, window, D], ring_keys and ring_values; slots of no token are zero.
+    """
+    window = past.shape[1] + 1
+    before = min(position, window - 1)
+    slots = torch.arange(position - before, position, device=past.device) % window
+    ring = past.new_zeros(2, past.shape[2], window, past.shape[3])
+    ring[:, :, slots] = past[:, window - 1 - before :].transpose(1, 2)
+    return ring

@@ -1,7 +1,11 @@
 """Root-mean-square normalisation."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
+
+from .dispatch import use_triton
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -9,9 +13,21 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
 
     Args:
         x: [..., d], any floating dtype; the arithmetic is in float32, or float64 for float64 input.
-        weight: [d], or None for no weight.
+        weight: [d] of x's dtype, or None for no weight.
         eps: added to the mean square.
+
+    Returns:
+        Like x.
     """
+    if use_triton(x) if weight is None else use_triton(x, weight):
+        from .norm_triton import rms_norm as fast
+
+        return fast(x, weight, eps)
+    return rms_norm_reference(x, weight, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """`rms_norm` in PyTorch."""
     wide = x if x.dtype == torch.float64 else x.float()
     normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return normed if weight is None else normed * weight

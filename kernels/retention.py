@@ -7,15 +7,167 @@ Per head, with a scalar log-gate a_p <= 0 for every token (YOCO, arXiv:2405.0525
 All three forms take a starting state and return the state after the last token, so that a text
 may be cut anywhere. They compute in float32, or in float64 for float64 inputs.
 
-Shapes, here and below: q, k [B, H, T, Dk]; v [B, H, T, Dv]; log_gate [B, H, T];
+Shapes of the three forms: q, k [B, H, T, Dk]; v [B, H, T, Dv]; log_gate [B, H, T];
 state [B, H, Dk, Dv] (None stands for zeros); outputs [B, H, T, Dv] in v's dtype.
+
+What a layer calls is `gated_retention`, over sequences packed on one token axis, and, for one token
+of each, `gated_retention_step`: they also rotate, scale, take the gate's logarithm, normalise and
+apply the swish gate. On a GPU both are Triton kernels (`retention_triton`).
 """
+
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import use_triton
+from .norm import rms_norm_reference
+from .rotary import rotate
+from .sequences import Sequences
+
 GATE_TEMPERATURE = 16.0
+
+
+def gated_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    sequences: Sequences,
+    states: Tensor | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
+    swish: Tensor | None = None,
+    eps: float = 1e-5,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated retention of packed sequences, each with its own starting state.
+
+    Args:
+        q, k, v: [T, H, D], views with any row stride; k is scaled by D^(-1/2) here.
+        gate: [T, H], the gates' logits: a = logsigmoid(gate) / 16, in float32.
+        sequences: which tokens form a sequence, and which state it continues.
+        states: [m, H, D, D] float32 (float64 for float64 inputs), of which `sequences.sources`
+            picks each sequence's; None stands for zeros. Not changed.
+        angles: cos and sin [T, D / 2] by which q and k are rotated; None: they are not.
+        swish: [T, H, D]: the output is silu(swish) * RMSNorm(o) over each head; None: o itself.
+        eps: of that RMSNorm, which has no weight.
+        keep: whether the states after the sequences are asked for.
+
+    Returns:
+        The output [T, H, D] in q's dtype, contiguous; and the state after each of the n sequences,
+        [n, H, D, D] in float32 (float64 for float64 inputs), or None unless `keep`.
+    """
+    if use_triton(q, k, v, gate):
+        from .retention_triton import gated_retention as fast
+
+        return fast(q, k, v, gate, sequences, states, angles, swish, eps, keep)
+    return gated_retention_reference(q, k, v, gate, sequences, states, angles, swish, eps, keep)
+
+
+def gated_retention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    sequences: Sequences,
+    states: Tensor | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
+    swish: Tensor | None = None,
+    eps: float = 1e-5,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`gated_retention` in PyTorch, on any device and differentiable."""
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
+    k = _wide(k) * q.shape[-1] ** -0.5
+    inputs = (q, k, v, retention_log_gate(gate))
+    if states is not None and sequences.sources is not None:
+        states = states[list(sequences.sources)]
+
+    # Sequences of equal length are a batch: one sequence, or n equal ones, are the common cases.
+    by_length: dict[int, list[int]] = {}
+    for i, length in enumerate(sequences.lengths):
+        by_length.setdefault(length, []).append(i)
+    if len(by_length) == 1:
+        batches = [x.unflatten(0, (len(sequences.lengths), -1)) for x in inputs]
+        out, last = _retain_batch(*batches, states)
+        out = out.flatten(0, 1)
+    else:
+        tokens, outputs, lasts, members = [], [], [], []
+        offsets = torch.tensor(sequences.offsets[:-1], device=q.device)
+        for length, group in by_length.items():
+            rows = offsets[group][:, None] + torch.arange(length, device=q.device)
+            starts = None if states is None else states[group]
+            out, last = _retain_batch(*(x[rows] for x in inputs), starts)
+            tokens.append(rows.flatten())
+            outputs.append(out.flatten(0, 1))
+            lasts.append(last)
+            members += group
+        out = torch.cat(outputs)[torch.cat(tokens).argsort()]
+        last = torch.cat(lasts)[torch.tensor(members).argsort().to(q.device)]
+
+    if swish is not None:
+        out = F.silu(swish) * rms_norm_reference(out, eps=eps)
+    return out, last if keep else None
+
+
+def _retain_batch(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, states: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """[n, T, H, D] each, log_gate [n, T, H] -> [n, T, H, D] and the states after them."""
+    retention = retention_recurrent if q.shape[1] == 1 else retention_chunkwise
+    q, k, v, log_gate = (x.transpose(1, 2) for x in (q, k, v, log_gate))
+    out, states = retention(q, k, v, log_gate, states)
+    return out.transpose(1, 2).contiguous(), states
+
+
+def gated_retention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    state: Tensor,
+    angles: tuple[Tensor, Tensor],
+    swish: Tensor,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Gated retention of one token of each of B sequences, as decoding asks for it.
+
+    Args:
+        q, k, v, swish: [B, H, D]; gate: [B, H]; angles: cos and sin [B, D / 2]; all of them as in
+            `gated_retention`.
+        state: [B, H, D, D] float32 (float64 for float64 inputs), contiguous, CHANGED IN PLACE to
+            the states after the tokens.
+        eps: of the RMSNorm.
+
+    Returns:
+        silu(swish) * RMSNorm(o), [B, H, D] in q's dtype.
+    """
+    if use_triton(q, k, v, gate):
+        from .retention_triton import gated_retention_step as fast
+
+        return fast(q, k, v, gate, state, angles, swish, eps)
+    return gated_retention_step_reference(q, k, v, gate, state, angles, swish, eps)
+
+
+def gated_retention_step_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    state: Tensor,
+    angles: tuple[Tensor, Tensor],
+    swish: Tensor,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`gated_retention_step` in PyTorch."""
+    q, k = rotate(q, angles), rotate(k, angles)
+    k = _wide(k) * q.shape[-1] ** -0.5
+    state *= retention_log_gate(gate).exp()[..., None, None]
+    state += k[..., :, None] * _wide(v)[..., None, :]
+    out = (_wide(q)[..., None, :] @ state).squeeze(-2).to(q.dtype)
+    return F.silu(swish) * rms_norm_reference(out, eps=eps)
 
 
 def retention_log_gate(gate: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
 """Rotary position embedding on adjacent pairs of channels."""
 
+from __future__ import annotations
+
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,20 +25,34 @@ def rotary_angles(
         cos, sin: [T, head_dim / 2] each, of `dtype`.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    pairs = head_dim // 2
-    # In Python floats, so that every device starts from the same frequencies: at position one
-    # million, the last bit of a float32 frequency turns a pair by a visible angle.
-    frequencies = torch.tensor(
-        [theta ** (-j / max(pairs - 1, 1)) for j in range(pairs)],
-        dtype=wide,
-        device=positions.device,
-    )
+    frequencies = _frequencies(head_dim, theta, wide, positions.device)
     angles = positions.to(wide)[:, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+@lru_cache
+def _frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of each pair, [head_dim / 2]; kept, so that only the first call copies to the device.
+
+    A CUDA graph may hold `rotary_angles`, therefore, once it has been called outside the graph.
+    """
+    pairs = head_dim // 2
+    # In Python floats, so that every device starts from the same frequencies: at position one
+    # million, the last bit of a float32 frequency turns a pair by a visible angle.
+    frequencies = [theta ** (-j / max(pairs - 1, 1)) for j in range(pairs)]
+    return torch.tensor(frequencies, dtype=dtype, device=device)
+
+
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates each pair (2j, 2j + 1) of x [..., T, head_dim] by `rotary_angles`' cos and sin."""
-    cos, sin = angles
+    """Rotates each pair (2j, 2j + 1) of every head of x [T, H, head_dim].
+
+    Args:
+        x: any strides.
+        angles: cos and sin [T, head_dim / 2] of `rotary_angles`, in x's dtype.
+
+    Returns:
+        [T, H, head_dim], contiguous.
+    """
+    cos, sin = (part[:, None] for part in angles)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

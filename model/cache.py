@@ -16,67 +16,60 @@ from .config import YocoConfig
 
 @dataclass(frozen=True)
 class SelfState:
-    """State of the self-decoder after `length` tokens, and with it a snapshot of a `Cache`.
+    """States of the self-decoder after `lengths` tokens of n texts.
 
-    `layers` holds, per layer: None before the first token; the state [B, H, Dk, Dv] of gated
-    retention; or keys and values [B, H, <= window - 1, D] of sliding-window attention.
+    `layers` holds, per layer: None before the first token; states [n, H, D, D] of gated retention;
+    or the rotated keys and values [n, 2, window - 1, H, D] of sliding-window attention, the newest
+    last, of which as many are valid as there were tokens.
     """
 
-    length: int
-    layers: tuple[Tensor | tuple[Tensor, Tensor] | None, ...]
+    lengths: tuple[int, ...]
+    layers: tuple[Tensor | None, ...]
 
-    def expand(self, batch: int) -> SelfState:
-        """The same state for each of `batch` sequences, without copying."""
-
-        def widen(state):
-            if state is None:
-                return None
-            if isinstance(state, tuple):
-                return tuple(part.expand(batch, -1, -1, -1) for part in state)
-            return state.expand(batch, -1, -1, -1)
-
-        return SelfState(self.length, tuple(widen(state) for state in self.layers))
+    @property
+    def length(self) -> int:
+        """Tokens of the only text."""
+        (length,) = self.lengths
+        return length
 
 
 class Cache:
-    """Self-decoder state, and shared keys and values for up to `capacity` tokens of one sequence.
+    """Shared keys and values of up to `capacity` tokens, and the self-decoder's state of one text.
 
     It takes 2 * n_attn_kv_heads * head_dim numbers per token, whatever the number of layers.
+
+    Attributes:
+        keys, values: [n_attn_kv_heads, capacity, head_dim], keys rotated; filled from the front.
+        filled: number of tokens in them.
+        state: of the text that the first `state.length` of them are.
     """
 
     def __init__(
         self, config: YocoConfig, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (1, config.n_attn_kv_heads, capacity, config.attn_head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
-        self._filled = 0
-        self.state = SelfState(0, (None,) * (config.n_layers // 2))
+        shape = (config.n_attn_kv_heads, capacity, config.attn_head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.filled = 0
+        self.state = SelfState((0,), (None,) * (config.n_layers // 2))
 
     @property
     def capacity(self) -> int:
-        return self._keys.shape[2]
+        return self.keys.shape[1]
 
-    @property
-    def keys(self) -> Tensor:
-        """[1, n_attn_kv_heads, tokens, head_dim], rotated; a view."""
-        return self._keys[:, :, : self._filled]
+    def extend(self, count: int) -> int:
+        """Claims the next `count` places and returns the first.
 
-    @property
-    def values(self) -> Tensor:
-        """[1, n_attn_kv_heads, tokens, head_dim]; a view."""
-        return self._values[:, :, : self._filled]
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Adds keys and values [1, n_attn_kv_heads, T, head_dim] at the end."""
-        end = self._filled + keys.shape[2]
+        Raises:
+            ValueError: there are fewer.
+        """
+        first, end = self.filled, self.filled + count
         if end > self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens, not for {end}")
-        self._keys[:, :, self._filled : end] = keys
-        self._values[:, :, self._filled : end] = values
-        self._filled = end
+        self.filled = end
+        return first
 
     def restore(self, snapshot: SelfState) -> None:
         """Goes back to a state that this cache had; the tokens since are forgotten."""
         self.state = snapshot
-        self._filled = snapshot.length
+        self.filled = snapshot.length

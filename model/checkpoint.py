@@ -85,6 +85,26 @@ def resolve_checkpoint(name: str | Path) -> Path:
     )
 
 
+def load_config(path: str | Path) -> YocoConfig:
+    """Reads the configuration of a checkpoint of any layout alone, without its weights.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, for faults that show without the weights.
+    """
+    path = resolve_checkpoint(path)
+    try:
+        if path.is_dir() and (path / _CONFIG).exists():
+            return _native_config(path)
+        file = _torch_file(path)
+        params = file.parent / "params.json"
+        if params.exists():
+            return YocoConfig.from_dict(_read_json(params))
+        return _load_torch(file)[0]
+    except (TypeError, ValueError) as error:
+        prefix = "" if isinstance(error, CheckpointError) else f"{path}: "
+        raise CheckpointError(f"{prefix}{error}") from error
+
+
 def load_checkpoint(path: str | Path) -> tuple[YocoConfig, dict[str, Tensor]]:
     """Reads a checkpoint of any layout, on the CPU, in the dtypes that it was stored in.
 
@@ -124,9 +144,11 @@ def save_checkpoint(path: str | Path, config: YocoConfig, weights: Mapping[str, 
     settings |= {key: value for key, value in asdict(config).items() if value is not None}
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, weight in weights.items():  # tied ones are written twice: safetensors knows no ties
-        whole[name] = weight.clone() if weight.data_ptr() in seen else weight.contiguous()
-        seen.add(weight.data_ptr())
+    for name, weight in weights.items():  # safetensors knows no tensors that share their memory
+        storage = weight.untyped_storage()
+        alone = storage.nbytes() == weight.nbytes and storage.data_ptr() not in seen
+        whole[name] = weight.contiguous() if alone else weight.clone()
+        seen.add(storage.data_ptr())
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as temporary:
         save_torch_state_dict(whole, temporary)
         files = os.listdir(temporary)
@@ -141,7 +163,7 @@ def save_checkpoint(path: str | Path, config: YocoConfig, weights: Mapping[str, 
         os.replace(Path(temporary, _CONFIG), path / _CONFIG)
 
 
-def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
+def _native_config(folder: Path) -> YocoConfig:
     settings = _read_json(folder / _CONFIG)
     if settings.get("model_type") != "yoco":
         raise CheckpointError(
@@ -149,7 +171,11 @@ def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
             "evaluate other models with lm-eval's own backends, such as --model hf"
         )
     known = {field.name for field in fields(YocoConfig)}
-    config = YocoConfig.from_dict({k: v for k, v in settings.items() if k in known})
+    return YocoConfig.from_dict({k: v for k, v in settings.items() if k in known})
+
+
+def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
+    config = _native_config(folder)
     if (folder / _INDEX).exists():
         weight_map = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):

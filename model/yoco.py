@@ -1,5 +1,6 @@
 """The YOCO model: a self-decoder that fills one shared cache, a cross-decoder that reads it.
 
+Tokens lie on one axis: x is [T, dim], with the texts of a batch packed one behind the other.
 Parameter names are those of the published checkpoints. Equations: "You Only Cache Once:
 Decoder-Decoder Architectures for Language Models", arXiv:2405.05254.
 """
@@ -7,49 +8,42 @@ Decoder-Decoder Architectures for Language Models", arXiv:2405.05254.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yoco_eval.kernels.attention import cache_attention, sliding_window_attention
-from yoco_eval.kernels.norm import rms_norm
-from yoco_eval.kernels.retention import (
-    retention_chunkwise,
-    retention_log_gate,
-    retention_recurrent,
+from yoco_eval.kernels.attention import (
+    cache_attention,
+    decode_attention,
+    ring_from_past,
+    sliding_window_attention,
+    window_step,
 )
+from yoco_eval.kernels.cache import store_keys_values
+from yoco_eval.kernels.matvec import linear_add, norm_linear, norm_swiglu_linear
+from yoco_eval.kernels.norm import rms_norm
+from yoco_eval.kernels.retention import gated_retention, gated_retention_step
 from yoco_eval.kernels.rotary import rotary_angles, rotate
+from yoco_eval.kernels.sequences import Sequences, Span, Spans
 
 from .cache import Cache, SelfState
 from .config import YocoConfig
+from .decoder import Decoder
+from .linear import Stack, allocate, linear
 
 Angles = tuple[Tensor, Tensor]
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, heads * D] -> [B, heads, T, D]"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def join_heads(x: Tensor) -> Tensor:
-    """[B, heads, T, D] -> [B, T, heads * D]"""
-    return x.transpose(1, 2).flatten(-2)
-
-
 class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float) -> None:
+    """Holds the weight; whoever reads the normed input applies the norm."""
+
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class FeedForward(nn.Module):
@@ -57,133 +51,180 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
+        self.eps = config.norm_eps
         self.fc1 = linear(config.dim, config.hidden_dim)
         self.gate = linear(config.dim, config.hidden_dim)
         self.fc2 = linear(config.hidden_dim, config.dim)
+        self.stack = Stack(self.fc1, self.gate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)) * self.gate(x))
+    def forward(self, x: Tensor, norm: Tensor) -> Tensor:
+        hidden = norm_swiglu_linear(x, norm, self.stack.weight, self.eps)
+        return linear_add(hidden, self.fc2.weight, x)
 
 
 class GatedRetention(nn.Module):
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
-        self.heads, self.eps = config.n_self_heads, config.norm_eps
+        self.heads, self.head_dim = config.n_self_heads, config.self_head_dim
+        self.eps = config.norm_eps
         self.q_proj = linear(config.dim, config.dim)
         self.k_proj = linear(config.dim, config.dim)
         self.v_proj = linear(config.dim, config.dim)
         self.g_proj = linear(config.dim, config.dim)
         self.gt_proj = linear(config.dim, config.n_self_heads)
         self.out_proj = linear(config.dim, config.dim)
+        self.stack = Stack(self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gt_proj)
 
-    def forward(self, x: Tensor, angles: Angles, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        q = rotate(split_heads(self.q_proj(x), self.heads), angles)
-        k = rotate(split_heads(self.k_proj(x), self.heads), angles) * q.shape[-1] ** -0.5
-        v = split_heads(self.v_proj(x), self.heads)
-        log_gate = retention_log_gate(self.gt_proj(x)).transpose(1, 2)
-        retention = retention_recurrent if x.shape[1] == 1 else retention_chunkwise
-        out, state = retention(q, k, v, log_gate, state)
-        out = join_heads(rms_norm(out, eps=self.eps))
-        return self.out_proj(F.silu(self.g_proj(x)) * out), state
+    def project(self, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        y = norm_linear(x, norm, self.stack.weight, self.eps)
+        *parts, gate = self.stack.split(y)
+        q, k, v, swish = (part.unflatten(-1, (self.heads, self.head_dim)) for part in parts)
+        return q, k, v, swish, gate
+
+    def forward(
+        self, x: Tensor, norm: Tensor, angles: Angles, sequences: Sequences, state: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v, swish, gate = self.project(x, norm)
+        out, state = gated_retention(
+            q, k, v, gate, sequences, state, angles, swish, self.eps, keep
+        )
+        return linear_add(out.flatten(-2), self.out_proj.weight, x), state
+
+    def step(self, x: Tensor, norm: Tensor, angles: Angles, state: Tensor) -> Tensor:
+        q, k, v, swish, gate = self.project(x, norm)
+        out = gated_retention_step(q, k, v, gate, state, angles, swish, self.eps)
+        return linear_add(out.flatten(-2), self.out_proj.weight, x)
 
 
 class SlidingWindowAttention(nn.Module):
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
-        self.heads, self.window = config.n_self_heads, config.sliding_window
+        self.heads, self.head_dim = config.n_self_heads, config.self_head_dim
+        self.eps, self.window = config.norm_eps, config.sliding_window
         self.q_proj = linear(config.dim, config.dim)
         self.k_proj = linear(config.dim, config.dim)
         self.v_proj = linear(config.dim, config.dim)
         self.out_proj = linear(config.dim, config.dim)
+        self.stack = Stack(self.q_proj, self.k_proj, self.v_proj)
+
+    def project(self, x: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
+        parts = self.stack.split(norm_linear(x, norm, self.stack.weight, self.eps))
+        return tuple(part.unflatten(-1, (self.heads, self.head_dim)) for part in parts)
 
     def forward(
-        self, x: Tensor, angles: Angles, state: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        q = rotate(split_heads(self.q_proj(x), self.heads), angles)
-        k = rotate(split_heads(self.k_proj(x), self.heads), angles)
-        v = split_heads(self.v_proj(x), self.heads)
-        out, state = sliding_window_attention(q, k, v, self.window, state)
-        return self.out_proj(join_heads(out)), state
+        self, x: Tensor, norm: Tensor, angles: Angles, sequences: Sequences, state: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self.project(x, norm)
+        out, state = sliding_window_attention(
+            q, k, v, self.window, sequences, state, angles, keep
+        )
+        return linear_add(out.flatten(-2), self.out_proj.weight, x), state
+
+    def step(
+        self, x: Tensor, norm: Tensor, angles: Angles, ring: tuple[Tensor, Tensor],
+        position: Tensor,
+    ) -> Tensor:
+        q, k, v = self.project(x, norm)
+        out = window_step(q, k, v, *ring, position, angles)
+        return linear_add(out.flatten(-2), self.out_proj.weight, x)
 
 
 class CrossAttention(nn.Module):
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
-        self.heads = config.n_attn_heads
+        self.heads, self.head_dim = config.n_attn_heads, config.attn_head_dim
+        self.eps = config.norm_eps
         self.q_proj = linear(config.dim, config.dim)
         self.out_proj = linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, angles: Angles, keys: Tensor, values: Tensor, tail: Tensor):
-        q = rotate(split_heads(self.q_proj(x), self.heads), angles)
-        return self.out_proj(join_heads(cache_attention(q, keys, values, tail)))
+    def forward(self, x: Tensor, norm: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """`attend` takes queries [T, heads, head_dim], not rotated, to outputs of that shape."""
+        q = norm_linear(x, norm, self.q_proj.weight, self.eps)
+        out = attend(q.unflatten(-1, (self.heads, self.head_dim)))
+        return linear_add(out.flatten(-2), self.out_proj.weight, x)
 
 
 class DecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)), around any of the three mixers."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)); both parts take the norm's weight and x itself."""
 
     def __init__(self, config: YocoConfig, mixer: nn.Module) -> None:
         super().__init__()
         self.mixer = mixer
-        self.mixer_layer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mixer_layer_norm = RMSNorm(config.dim)
         self.ffn = FeedForward(config)
-        self.final_layer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.final_layer_norm = RMSNorm(config.dim)
+
+    def mix(self, x: Tensor, *args) -> Tensor | tuple[Tensor, Tensor | None]:
+        return self.mixer(x, self.mixer_layer_norm.weight, *args)
+
+    def step(self, x: Tensor, *args) -> Tensor:
+        return self.feed_forward(self.mixer.step(x, self.mixer_layer_norm.weight, *args))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.ffn(self.final_layer_norm(x))
+        return self.ffn(x, self.final_layer_norm.weight)
 
 
 class SelfDecoder(nn.Module):
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
         mixer = SlidingWindowAttention if config.sliding_window else GatedRetention
-        self.head_dim, self.theta = config.self_head_dim, config.rope_theta
         self.layers = nn.ModuleList(
             DecoderLayer(config, mixer(config)) for _ in range(config.n_layers // 2)
         )
+        self._angles = partial(
+            rotary_angles, head_dim=config.self_head_dim, theta=config.rope_theta
+        )
 
-    def forward(self, x: Tensor, state: SelfState) -> tuple[Tensor, SelfState]:
-        """x: [B, T, dim], the tokens after `state`. Returns the output and the state after them."""
-        positions = torch.arange(state.length, state.length + x.shape[1], device=x.device)
-        angles = rotary_angles(positions, self.head_dim, self.theta, x.dtype)
+    def forward(
+        self, x: Tensor, sequences: Sequences, state: SelfState, keep: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """x: [T, dim], tokens that follow `state`. Returns the output and the layers' states."""
+        angles = self._angles(sequences.positions, dtype=x.dtype)
         states = []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            mixed, layer_state = layer.mixer(layer.mixer_layer_norm(x), angles, layer_state)
-            x = layer.feed_forward(x + mixed)
+            x, layer_state = layer.mix(x, angles, sequences, layer_state, keep)
+            x = layer.feed_forward(x)
             states.append(layer_state)
-        return x, SelfState(state.length + x.shape[1], tuple(states))
+        return x, states
+
+    def step(self, x: Tensor, position: Tensor, memory: list) -> Tensor:
+        """One token, x [1, dim]; `memory` as `Yoco.decoder` makes it, changed in place."""
+        angles = self._angles(position, dtype=x.dtype)
+        for layer, part in zip(self.layers, memory, strict=True):
+            rest = (part, position) if isinstance(part, tuple) else (part,)
+            x = layer.step(x, angles, *rest)
+        return x
 
 
 class CrossDecoder(nn.Module):
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
-        self.kv_heads = config.n_attn_kv_heads
-        self.head_dim, self.theta = config.attn_head_dim, config.rope_theta
+        self.kv_heads, self.head_dim = config.n_attn_kv_heads, config.attn_head_dim
+        self.eps = config.norm_eps
         self.k_proj = linear(config.dim, config.n_attn_kv_heads * config.attn_head_dim)
         self.v_proj = linear(config.dim, config.n_attn_kv_heads * config.attn_head_dim)
-        self.kv_layer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.kv_layer_norm = RMSNorm(config.dim)
         self.layers = nn.ModuleList(
             DecoderLayer(config, CrossAttention(config)) for _ in range(config.n_layers // 2)
         )
-
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        return rotary_angles(positions, self.head_dim, self.theta, dtype)
-
-    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Shared keys and values [B, kv_heads, T, head_dim] of the self-decoder's output."""
-        normed = self.kv_layer_norm(x)
-        keys = rotate(
-            split_heads(self.k_proj(normed), self.kv_heads), self.angles(positions, x.dtype)
+        self.stack = Stack(self.k_proj, self.v_proj)
+        self.angles = partial(
+            rotary_angles, head_dim=config.attn_head_dim, theta=config.rope_theta
         )
-        return keys, split_heads(self.v_proj(normed), self.kv_heads)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor, tail: Tensor
-    ) -> Tensor:
-        """x: [B, T, dim] at `positions` [T]; `tail` as in `cache_attention`."""
-        angles = self.angles(positions, x.dtype)
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Shared keys (not rotated yet) and values [T, kv_heads, head_dim] of x [T, dim]."""
+        y = norm_linear(x, self.kv_layer_norm.weight, self.stack.weight, self.eps)
+        keys, values = self.stack.split(y)
+        shape = (self.kv_heads, self.head_dim)
+        return keys.unflatten(-1, shape), values.unflatten(-1, shape)
+
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """x: [T, dim]; `attend` as in `CrossAttention`."""
         for layer in self.layers:
-            mixed = layer.mixer(layer.mixer_layer_norm(x), angles, keys, values, tail)
-            x = layer.feed_forward(x + mixed)
+            x = layer.feed_forward(layer.mix(x, attend))
         return x
 
 
@@ -196,7 +237,7 @@ class Yoco(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.self_decoder = SelfDecoder(config)
         self.cross_decoder = CrossDecoder(config)
-        self.layer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.layer_norm = RMSNorm(config.dim)
         self.output_projection = linear(config.dim, config.vocab_size)
 
     @property
@@ -206,6 +247,14 @@ class Yoco(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
+
+    @classmethod
+    def empty(cls, config: YocoConfig, device: torch.device, dtype: torch.dtype) -> Yoco:
+        """A model for evaluation whose weights are allocated but not set."""
+        with torch.device("meta"):
+            model = cls(config)
+        allocate(model, device, dtype)
+        return model.requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(
@@ -229,12 +278,10 @@ class Yoco(nn.Module):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         config, weights = load_checkpoint(path)
-        with torch.device("meta"):
-            model = cls(config)
-        model.load_state_dict(
-            {name: weight.to(device, dtype) for name, weight in weights.items()}, assign=True
-        )
-        return model.requires_grad_(False).eval()
+        model = cls.empty(config, device, dtype)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+        return model
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the native layout's `config.json` and `model.safetensors` to the folder `path`."""
@@ -243,7 +290,7 @@ class Yoco(nn.Module):
         save_checkpoint(path, self.config, self.state_dict())
 
     def forward(self, input_ids: Tensor, first: int = 0) -> Tensor:
-        """Logits of a batch of whole texts.
+        """Logits of a batch of whole texts, with gradients where they are asked for.
 
         Args:
             input_ids: [B, T], integers.
@@ -253,52 +300,149 @@ class Yoco(nn.Module):
         Returns:
             [B, T - first, vocab_size].
         """
-        length = input_ids.shape[1]
-        positions = torch.arange(length, device=input_ids.device)
-        x, _ = self.self_decode(input_ids, self.initial_state())
-        keys, values = self.cross_decoder.keys_values(x, positions)
-        asked = length - first
-        tail = torch.ones(asked, asked, dtype=torch.bool, device=x.device).tril()
-        x = self.cross_decoder(x[:, first:], positions[first:], keys, values, tail)
-        return self.output_projection(self.layer_norm(x))
+        batch, length = input_ids.shape
+        sequences = Sequences((length,) * batch, (0,) * batch, input_ids.device)
+        x, _ = self.self_decode(input_ids.flatten(), sequences, self.initial_state(), keep=False)
+        keys, values = self.cross_decoder.keys_values(x)
+        angles = self.cross_decoder.angles(sequences.positions, dtype=x.dtype)
+        asked = (sequences.positions >= first).nonzero().squeeze(-1)
+        asked_angles = tuple(part[asked] for part in angles)
+        keys, values = (
+            part.unflatten(0, (batch, length)).transpose(1, 2)
+            for part in (rotate(keys, angles), values)
+        )
+        visible = torch.ones(length - first, length, dtype=torch.bool, device=x.device)
+        visible = visible.tril(first)
+
+        def attend(q: Tensor) -> Tensor:
+            q = rotate(q, asked_angles).unflatten(0, (batch, -1)).transpose(1, 2)
+            out = F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=visible, enable_gqa=keys.shape[1] < q.shape[1]
+            )
+            return out.transpose(1, 2).flatten(0, 1)
+
+        x = self.cross_decoder(x[asked], attend)
+        return self.output_projection(self.normed(x)).unflatten(0, (batch, -1))
 
     def initial_state(self) -> SelfState:
-        return SelfState(0, (None,) * (self.config.n_layers // 2))
+        return SelfState((0,), (None,) * (self.config.n_layers // 2))
 
     def new_cache(self, capacity: int) -> Cache:
-        """An empty cache for one text of up to `capacity` tokens."""
+        """An empty cache for up to `capacity` tokens."""
         return Cache(self.config, capacity, self.dtype, self.device)
 
-    def self_decode(self, input_ids: Tensor, state: SelfState) -> tuple[Tensor, SelfState]:
-        """Embeds tokens [B, T] that follow `state` and runs the self-decoder: [B, T, dim]."""
-        x = math.sqrt(self.config.dim) * self.embed_tokens(input_ids)
-        return self.self_decoder(x, state)
+    def normed(self, x: Tensor) -> Tensor:
+        """The cross-decoder's output [T, dim], ready for `output_projection`."""
+        return rms_norm(x, self.layer_norm.weight, self.config.norm_eps)
 
-    def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
-        """Feeds tokens [T] and keeps only their state: no cross-decoder, no logits.
+    def self_decode(
+        self, input_ids: Tensor, sequences: Sequences, state: SelfState, keep: bool = True
+    ) -> tuple[Tensor, SelfState | None]:
+        """Embeds packed tokens [T] that follow `state` and runs the self-decoder.
 
         Returns:
-            The self-decoder's output [1, T, dim], for those who ask a prediction of some of them.
+            Its output [T, dim], and the state after each sequence, or None unless `keep`.
         """
-        start = cache.state.length
-        x, state = self.self_decode(input_ids[None], cache.state)
-        positions = torch.arange(start, state.length, device=x.device)
-        cache.append(*self.cross_decoder.keys_values(x, positions))
-        cache.state = state
+        x = math.sqrt(self.config.dim) * self.embed_tokens(input_ids)
+        x, states = self.self_decoder(x, sequences, state, keep)
+        if not keep:
+            return x, None
+        ends = zip(sequences.starts, sequences.lengths, strict=True)
+        return x, SelfState(tuple(start + length for start, length in ends), tuple(states))
+
+    def feed(
+        self,
+        input_ids: Tensor,
+        sequences: Sequences,
+        state: SelfState,
+        cache: Cache,
+        keep: bool = True,
+    ) -> tuple[Tensor, SelfState | None]:
+        """`self_decode`, with the tokens' keys and values added to the cache in the same order."""
+        first = cache.extend(len(input_ids))
+        x, state = self.self_decode(input_ids, sequences, state, keep)
+        keys, values = self.cross_decoder.keys_values(x)
+        angles = self.cross_decoder.angles(sequences.positions, dtype=x.dtype)
+        store_keys_values(keys, values, angles, cache.keys, cache.values, first)
+        return x, state
+
+    def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """Feeds tokens [T] of the cache's text, keeping their state: no cross-decoder, no logits.
+
+        Returns:
+            The self-decoder's output [T, dim], for those who ask a prediction of some of them.
+        """
+        sequences = Sequences((len(input_ids),), (cache.state.length,), input_ids.device)
+        x, cache.state = self.feed(input_ids, sequences, cache.state, cache)
         return x
 
-    def predict(self, x: Tensor, positions: Tensor, cache: Cache, tail: Tensor) -> Tensor:
+    def predict(self, x: Tensor, positions: Tensor, cache: Cache, spans: Spans) -> Tensor:
         """Runs the self-decoder's output of some cached tokens through the cross-decoder.
 
         Args:
-            x: [1, T, dim].
-            positions: [T], of these tokens.
+            x: [T, dim]. Its memory may be used for something else.
+            positions: int64 [T], of these tokens in their texts.
             cache: whose keys and values they read.
-            tail: as in `cache_attention`.
+            spans: which of them.
 
         Returns:
             The normalised output [T, dim], ready for `output_projection`.
         """
-        return self.layer_norm(
-            self.cross_decoder(x, positions, cache.keys, cache.values, tail)
+        angles = self.cross_decoder.angles(positions, dtype=x.dtype)
+        x = self.cross_decoder(
+            x, lambda q: cache_attention(q, cache.keys, cache.values, spans, angles)
+        )
+        return self.normed(x)
+
+    def predict_last(self, x: Tensor, cache: Cache) -> Tensor:
+        """Logits [vocab_size] after the last token that was fed, whose output x [1, dim] is."""
+        length = cache.state.length
+        positions = torch.full((1,), length - 1, device=x.device)
+        output = self.predict(x, positions, cache, Spans((Span(0, 1, 0, length, True),)))
+        return self.output_projection(output)[0]
+
+    def decoder(self, cache: Cache) -> Decoder:
+        """Decodes after the text in the cache, in whose buffers the new keys and values go."""
+        config = self.config
+        heads, dim = config.n_self_heads, config.self_head_dim
+        if config.sliding_window:
+            shape = (heads, config.sliding_window, dim)
+            memory = [
+                tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+                for _ in self.self_decoder.layers
+            ]
+        else:
+            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+            memory = [
+                torch.zeros(1, heads, dim, dim, dtype=wide, device=self.device)
+                for _ in self.self_decoder.layers
+            ]
+
+        def begin() -> int:
+            for part, state in zip(memory, cache.state.layers, strict=True):
+                if not config.sliding_window:
+                    part.zero_() if state is None else part.copy_(state)
+                elif state is not None:
+                    filled = ring_from_past(state[0], cache.state.length)
+                    for ring, content in zip(part, filled, strict=True):
+                        ring.copy_(content)
+            return cache.state.length
+
+        return Decoder(
+            begin, partial(self._step, cache=cache, memory=memory), cache.capacity, self.device
+        )
+
+    def _step(self, token: Tensor, position: Tensor, cache: Cache, memory: list) -> Tensor:
+        """Logits [vocab_size] after a token [1] at a position [1] of the cache's text."""
+        x = math.sqrt(self.config.dim) * self.embed_tokens(token)
+        x = self.self_decoder.step(x, position, memory)
+        angles = self.cross_decoder.angles(position, dtype=x.dtype)
+        keys, values = self.cross_decoder.keys_values(x)
+        store_keys_values(keys, values, angles, cache.keys, cache.values, position)
+        length = position + 1
+        x = self.cross_decoder(
+            x, lambda q: decode_attention(q, cache.keys, cache.values, length, angles)
+        )
+        return norm_linear(
+            x, self.layer_norm.weight, self.output_projection.weight, self.config.norm_eps
         )[0]

@@ -8,11 +8,9 @@ import csv
 import io
 import logging
 import math
-import os
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -27,7 +25,8 @@ from rich.text import Text
 
 from yoco_eval.lengths import format_length
 
-from .results import NeedleCell, NeedleRun, ResultsError
+from .files import check_path, write_atomically, write_figure
+from .results import NeedleCell, NeedleRun
 
 logger = logging.getLogger(__name__)
 
@@ -67,21 +66,15 @@ def save_heatmap(run: NeedleRun, path: str | Path, title: str | None = None) -> 
     path = Path(path)
     check_output(path)
     if path.suffix.lower() == ".csv":
-        _write_atomically(path, lambda file: file.write(_csv(run).encode()))
+        write_atomically(path, lambda file: file.write(_csv(run).encode()))
         return
-    kind = path.suffix.lower()[1:]
-    metadata = {"Date": None} if kind == "svg" else None
     with matplotlib.rc_context(RC):
-        figure = heatmap_figure(run, title)
-        _write_atomically(path, lambda file: figure.savefig(file, format=kind, metadata=metadata))
+        write_figure(path, heatmap_figure(run, title))
 
 
 def check_output(path: Path) -> None:
     """Raises ResultsError if `save_heatmap` cannot write to such a path."""
-    if path.suffix.lower() not in (".png", ".svg", ".csv"):
-        raise ResultsError(f"{path}: unknown suffix {path.suffix!r}; use .png, .svg or .csv")
-    if not path.parent.is_dir():
-        raise ResultsError(f"{path}: no such folder {path.parent}; create it first")
+    check_path(path, (".png", ".svg", ".csv"))
 
 
 def heatmap_figure(run: NeedleRun, title: str | None = None) -> Figure:
@@ -265,18 +258,6 @@ def _csv(run: NeedleRun) -> str:
             )
         )
     return table.getvalue()
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _fit(figures: dict[NeedleCell, str], width: float, height: float) -> float:

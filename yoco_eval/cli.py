@@ -1,12 +1,18 @@
-"""The command line, `yoco-eval`: reports of lm-eval's results, and checkpoints converted."""
+"""The command line, `yoco-eval`: reports of lm-eval's results, profiles, checkpoints converted."""
+
+from __future__ import annotations
 
 import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from yoco_eval import __version__
-from yoco_eval.lengths import parse_length
+from yoco_eval.lengths import parse_length, parse_lengths
+
+if TYPE_CHECKING:
+    from yoco_eval.reports.profile import Profile
 
 # Heavy modules (torch, matplotlib, lm_eval) are imported by the subcommand that needs them.
 
@@ -42,6 +48,23 @@ def _length(text: str) -> int:
         return parse_length(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return parse_lengths(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; write 120")
+    return seconds
 
 
 def _heatmap(args: argparse.Namespace) -> None:
@@ -80,6 +103,63 @@ def _convert(args: argparse.Namespace) -> None:
     except (CheckpointError, TokenizerError) as error:
         raise UserError(error) from error
     print(f"wrote {args.destination}")
+
+
+def _profile(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from yoco_eval.reports.profile import check_output, load_profile, print_profile, save_profile
+    from yoco_eval.reports.results import ResultsError
+
+    try:
+        for path in args.output:
+            check_output(path)
+        profile = load_profile(args.read) if args.read else _measure_profile(args)
+        for path in args.output:
+            save_profile(profile, path)
+    except ResultsError as error:
+        raise UserError(error) from error
+    print_profile(profile, Console(highlight=False))
+    for path in args.output:
+        print(f"wrote {path}")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from yoco_eval.devices import find_device, find_dtype
+    from yoco_eval.estimate import estimate, print_estimate
+    from yoco_eval.model.checkpoint import load_config
+    from yoco_eval.model.shapes import find_shape
+
+    try:
+        device = find_device(args.device)
+        dtype = find_dtype(args.dtype, device)
+        config = find_shape(args.shape) if args.shape else load_config(args.pretrained)
+        result = estimate(config, dtype, device, args.length, args.prefill_chunk)
+    except ValueError as error:
+        raise UserError(error) from error
+    print_estimate(result, args.shape or args.pretrained, device, Console(highlight=False))
+
+
+def _measure_profile(args: argparse.Namespace) -> Profile:
+    from yoco_eval.model.checkpoint import CheckpointError
+    from yoco_eval.profile import ProfileError, run_profile
+    from yoco_eval.reports.profile import describe_row
+
+    try:
+        return run_profile(
+            args.lengths,
+            shape=args.shape,
+            pretrained=args.pretrained,
+            against=args.against,
+            patience=args.patience,
+            dtype=args.dtype,
+            device=args.device,
+            report=lambda row: print(f"yoco-eval: {describe_row(row)}", file=sys.stderr),
+        )
+    except (ProfileError, CheckpointError) as error:
+        raise UserError(error) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,7 +231,105 @@ def _parser() -> argparse.ArgumentParser:
         help="store the weights so (default: as they are)",
     )
     convert.set_defaults(run=_convert)
+
+    plan = _command(
+        commands,
+        "plan",
+        "say what a run would need, without running it: memory by parts, and bounds on its time",
+        """
+  yoco-eval plan --shape 3b --length 1m
+  yoco-eval plan --pretrained yoco-3b-1m/ --length 256k --device cuda:1""",
+    )
+    what = plan.add_mutually_exclusive_group(required=True)
+    what.add_argument("--shape", metavar="NAME", help="a model of this size: 3b")
+    what.add_argument(
+        "--pretrained",
+        metavar="DIR",
+        help="a checkpoint, of which the configuration is read; or the name of a bundled one",
+    )
+    plan.add_argument(
+        "--length",
+        type=_length,
+        required=True,
+        metavar="N",
+        help="tokens of the longest text with its answer, such as 64k or 1m",
+    )
+    plan.add_argument(
+        "--prefill-chunk",
+        type=_length,
+        metavar="N",
+        help="tokens fed at a time (default: as many as pay and fit)",
+    )
+    _add_where(plan)
+    plan.set_defaults(run=_plan)
+
+    profile = _command(
+        commands,
+        "profile",
+        "measure memory, prefill time and decode speed by context length",
+        """
+  yoco-eval profile --shape 3b --lengths 32k,64k,...,1m --against transformer
+  yoco-eval profile --pretrained yoco-3b-1m/ -o profile.json -o profile.png
+  yoco-eval profile --read profile.json -o profile.svg""",
+    )
+    what = profile.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--shape", metavar="NAME", help="a model of this size with random weights: 3b"
+    )
+    what.add_argument(
+        "--pretrained",
+        metavar="DIR",
+        help="a checkpoint, or the name of a bundled one, such as demo-64k",
+    )
+    what.add_argument(
+        "--read", metavar="FILE", help="measure nothing, show the .json file of an earlier profile"
+    )
+    profile.add_argument(
+        "--lengths",
+        type=_lengths,
+        default="32k,64k,...,1m",
+        metavar="N,N,...",
+        help="context lengths in tokens; '...' doubles up to the next (default: %(default)s)",
+    )
+    profile.add_argument(
+        "--against",
+        choices=("transformer",),
+        help="compare with a Transformer of the same size and random weights",
+    )
+    profile.add_argument(
+        "--patience",
+        type=_seconds,
+        default=120.0,
+        metavar="S",
+        help="leave out lengths whose prefill takes more seconds than this (default: 120)",
+    )
+    _add_where(profile)
+    profile.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write to this .json, .png or .svg file; may be given several times",
+    )
+    profile.set_defaults(run=_profile)
     return parser
+
+
+def _add_where(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="auto: bfloat16 on a GPU, float32 elsewhere",
+    )
+    command.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="such as cuda:1 (default: the first GPU if there is one, else the CPU)",
+    )
 
 
 def _command(commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:

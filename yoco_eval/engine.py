@@ -14,12 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yoco_eval.model import Cache, SelfState, Yoco
+from yoco_eval.model import Decoder, SelfState, Sequences, Span, Spans, Yoco
 
-from .prefixes import Item, Step, merge, plan
-
-_LOGITS = 1 << 25  # at most this many logits exist at a time
-_CHUNK = {"cpu": 1024, "cuda": 16384}
+from .memory import Budget, budget
+from .prefixes import Item, Limits, Node, Step, merge, plan
 
 TokenIds = Sequence[int] | np.ndarray
 Progress = Callable[[int], object]
@@ -83,16 +81,20 @@ class Engine:
 
     Args:
         model: the model, on its device.
-        batch_size: how many continuations of one prefix are scored side by side at most.
-        prefill_chunk: how many tokens are fed at a time. Changes cost and memory, not results.
+        batch_size: how many sequences are fed side by side at most, within `prefill_chunk` tokens;
+            None: as many as these and the memory for their states allow.
+        prefill_chunk: how many tokens are fed at a time; None: as many as pay and fit in memory.
+            Changes cost and memory, not results.
+
+    Its methods raise ValueError, before anything is computed, where the memory does not suffice.
     """
 
     def __init__(
-        self, model: Yoco, batch_size: int = 1, prefill_chunk: int | None = None
+        self, model: Yoco, batch_size: int | None = 1, prefill_chunk: int | None = None
     ) -> None:
-        self.model = model
-        self.chunk = prefill_chunk or _CHUNK.get(model.device.type, _CHUNK["cpu"])
-        self.batch_size = batch_size
+        self.model, self.batch_size, self.prefill_chunk = model, batch_size, prefill_chunk
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # Triton launches on the current device
 
     @torch.inference_mode()
     def score(
@@ -112,18 +114,31 @@ class Engine:
             np.concatenate((requests[i].context, requests[i].continuation[:-1])) for i in asked
         ]
         items = merge(sequences, [len(requests[i].context) - 1 for i in asked])
-        steps = plan(items, self.batch_size, self.chunk)
+        afford = self._afford(items)
+        limits = Limits(self.batch_size or afford.chunk, afford.chunk, afford.states)
+        steps = plan(items, limits)
         begin(sum(step.tokens for step in steps))
-        for step, walk in self._walk(steps, progress):
-            if len(step.items) == 1:
-                outputs = self._outputs_one(step, walk, progress)
-            else:
-                outputs = self._outputs_side_by_side(step, walk, progress)
+        # A step's scores are read when the next one has been launched, so that the device does not
+        # wait for the host to prepare it.
+        launched: _Scores | None = None
+        for step, walk in self._walk(steps, afford.chunk, progress):
             targets = [
-                [requests[asked[r]].continuation for r in item.requests] for item in step.items
+                (asked[r], requests[asked[r]].continuation)
+                for leaf in _leaves(step.nodes)
+                for r in leaf.item.requests
             ]
-            for item, scores in zip(step.items, self._scores(outputs, targets), strict=True):
-                yield from zip((asked[r] for r in item.requests), scores, strict=True)
+            (node, *others) = step.nodes
+            if others or node.total <= afford.chunk:
+                outputs = self._outputs_packed(step, walk, progress)
+            else:
+                outputs = self._outputs_long(node.item, walk, progress)
+            counts = [len(leaf.item.requests) for leaf in _leaves(step.nodes)]
+            scores = _Scores(self.model, targets, counts, outputs, afford.logits)
+            if launched is not None:
+                yield from launched.read()
+            launched = scores
+        if launched is not None:
+            yield from launched.read()
 
     @torch.inference_mode()
     def generate(
@@ -136,118 +151,231 @@ class Engine:
         contexts = [request.context for request in requests]
         items = merge(contexts, [len(context) - 1 for context in contexts])
         room = max((request.max_tokens for request in requests), default=0)
-        steps = plan(items)
+        chunk = self._afford(items, room).chunk
+        steps = plan(items, Limits())
         begin(sum(step.tokens for step in steps))
-        for step, walk in self._walk(steps, progress, room):
-            (item,) = step.items
-            prompt = walk.feed(item, len(item.tokens) - 1)
-            for index in item.requests:
-                walk.cache.restore(prompt)
-                yield index, self._decode(requests[index], walk.cache)
+        decoder = None
+        for step, walk in self._walk(steps, chunk, progress, room):
+            (leaf,) = step.nodes
+            walk.feed(leaf.item, len(leaf.item.tokens) - 1)
+            decoder = decoder or self.model.decoder(walk.cache)
+            for index in leaf.item.requests:
+                yield index, _decode(requests[index], decoder)
             progress(1)
 
-    def _walk(
-        self, steps: Sequence[Step], progress: Progress, room: int = 0
-    ) -> Iterator[tuple[Step, _Walk]]:
-        """Feeds each step's shared tokens, then hands it over."""
-        longest = max((len(item.tokens) for step in steps for item in step.items), default=0)
-        walk = _Walk(self.model, longest + max(room, self.chunk), self.chunk, progress)
-        for step in steps:
-            walk.go_back(step.resume)
-            walk.keep = list(step.snapshots)
-            walk.feed(step.items[0], step.shared)
-            yield step, walk
+    def _afford(self, items: Sequence[Item], room: int = 0) -> Budget:
+        longest = max((len(item.tokens) for item in items), default=0)
+        model = self.model
+        return budget(model.config, model.dtype, model.device, longest + room, self.prefill_chunk)
 
-    def _outputs_one(self, step: Step, walk: _Walk, progress: Progress) -> Iterator[Tensor]:
-        """The model's output for the asked positions of a step's only item: [T, dim] at a time."""
-        (item,) = step.items
+    def _walk(
+        self, steps: Sequence[Step], chunk: int, progress: Progress, room: int = 0
+    ) -> Iterator[tuple[Step, _Walk]]:
+        """Feeds what branches share, and hands over the steps that complete items."""
+        longest = max((step.resume + step.tokens for step in steps), default=0)
+        walk = _Walk(self.model, longest + room, chunk, progress)
+        for step in steps:
+            walk.go_back(step.resume, step.last)
+            if step.snapshot:
+                walk.feed(step.nodes[0].item, step.nodes[0].end)
+                walk.keep()
+            else:
+                yield step, walk
+
+    def _outputs_long(self, item: Item, walk: _Walk, progress: Progress) -> Iterator[Tensor]:
+        """The model's output for the asked positions of an item: [T, dim] at a time."""
         walk.feed(item, item.first)
-        for start in range(item.first, len(item.tokens), self.chunk):
-            ids = walk.ids(item.tokens[start : start + self.chunk])
+        for start in range(item.first, len(item.tokens), walk.chunk):
+            ids = walk.ids(item.tokens[start : start + walk.chunk])
             x = self.model.prefill(ids, walk.cache)
             count = len(ids)
             positions = torch.arange(start, start + count, device=x.device)
-            causal = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()
+            causal = Spans((Span(0, count, 0, start + count, causal=True),))
             yield self.model.predict(x, positions, walk.cache, causal)
             progress(count)
 
-    def _outputs_side_by_side(
-        self, step: Step, walk: _Walk, progress: Progress
-    ) -> Iterator[Tensor]:
-        """The model's output for the asked positions of all items: one [positions, dim].
+    def _outputs_packed(self, step: Step, walk: _Walk, progress: Progress) -> Iterator[Tensor]:
+        """The model's output for the asked positions of all items of a step: one [T, dim].
 
-        The self-decoder takes the items' own tokens as a padded batch, all from the same state.
-        Their keys and values are packed behind the shared cache, where each item sees its own.
+        The trees are fed level by level: the inner nodes of a level as one packed batch, whose
+        states the nodes below start from, and its leaves as another.
         """
-        model, cache, device = self.model, walk.cache, self.model.device
-        rests = [item.tokens[step.shared :] for item in step.items]
-        lengths = torch.tensor([len(rest) for rest in rests], device=device)
-        ids = torch.nn.utils.rnn.pad_sequence([walk.ids(rest) for rest in rests], batch_first=True)
-        offsets = torch.arange(ids.shape[1], device=device)
-        fed = offsets < lengths[:, None]
-        firsts = torch.tensor([item.first - step.shared for item in step.items], device=device)
-        asked = fed & (offsets >= firsts[:, None])
+        model, cache = self.model, walk.cache
+        places: dict[Node, int] = {}  # of a node's first token in the cache
+        rows: dict[Node, int] = {}  # of a leaf's first asked position in the outputs below
+        outputs, count, state = [], 0, cache.state
+        level = [(node, 0) for node in step.nodes]
+        while level:
+            inner = [pair for pair in level if pair[0].children]
+            leaves = [pair for pair in level if not pair[0].children]
+            if leaves:
+                first = cache.filled
+                x, _ = self._feed_packed(leaves, state, walk, keep=False)
+                asked = []
+                for node, _ in leaves:
+                    places[node] = first
+                    rows[node], n = count, node.end - node.item.first
+                    first += node.end - node.start
+                    asked.append(np.arange(first - n, first) - (cache.filled - len(x)))
+                    count += n
+                outputs.append(x[walk.ids(np.concatenate(asked))])
+            if inner:
+                first = cache.filled
+                _, state = self._feed_packed(inner, state, walk, keep=True)
+                for node, _ in inner:
+                    places[node] = first
+                    first += node.end - node.start
+            level = [(child, i) for i, (node, _) in enumerate(inner) for child in node.children]
 
-        x, _ = model.self_decode(ids, cache.state.expand(len(rests)))
-        keys, values = model.cross_decoder.keys_values(x, step.shared + offsets)
-        cache.append(*(part.transpose(1, 2)[fed].transpose(0, 1)[None] for part in (keys, values)))
-        rows, columns = fed.nonzero(as_tuple=True)
-        own = rows[asked[fed]][:, None] == rows
-        visible = own & (columns <= columns[asked[fed]][:, None])
-        yield model.predict(x[asked][None], step.shared + columns[asked[fed]], cache, visible)
-        progress(int(lengths.sum()))
+        order, positions, spans = [], [], []
 
-    def _scores(
-        self, outputs: Iterator[Tensor], targets: Sequence[Sequence[TokenIds]]
-    ) -> list[list[Score]]:
-        """Scores per item and request: the items' asked positions follow each other in `outputs`.
+        def read(nodes: Sequence[Node]) -> tuple[int, int]:
+            """Queries of the leaves below, in order; and who of them reads what."""
+            begin = len(order)
+            for node in nodes:
+                place, length = places[node], node.end - node.start
+                if node.children:
+                    spans.append(Span(*read(node.children), place, place + length, False))
+                else:
+                    n, query = node.end - node.item.first, len(order)
+                    order.extend(range(rows[node], rows[node] + n))
+                    positions.extend(range(node.item.first, node.end))
+                    spans.append(Span(query, query + n, place, place + length, True))
+            return begin, len(order)
 
-        Log-probabilities are gathered block by block, so that no [T, vocabulary] tensor of a long
-        text ever exists.
-        """
-        device, widest = self.model.device, max(map(len, targets))
-        columns = torch.zeros(
-            widest, sum(len(item[0]) for item in targets), dtype=torch.long, device=device
+        everyone = read(step.nodes)
+        if step.resume:
+            spans.append(Span(*everyone, 0, step.resume, False))
+        x = torch.cat(outputs)[walk.ids(np.array(order))]
+        yield model.predict(x, walk.ids(np.array(positions)), cache, Spans(tuple(spans)))
+        progress(step.tokens)
+
+    def _feed_packed(
+        self, level: Sequence[tuple[Node, int]], state: SelfState, walk: _Walk, keep: bool
+    ) -> tuple[Tensor, SelfState | None]:
+        """Feeds nodes, each from the state whose index stands beside it."""
+        nodes, sources = zip(*level, strict=True)
+        sequences = Sequences(
+            lengths=tuple(node.end - node.start for node in nodes),
+            starts=tuple(node.start for node in nodes),
+            device=self.model.device,
+            sources=sources,
         )
-        spans, start = [], 0
-        for item in targets:
-            for row, continuation in enumerate(item):
-                columns[row, start : start + len(continuation)] = torch.as_tensor(continuation)
-            spans.append((start, start := start + len(item[0])))
-        logprobs, greedy, start = [], [], 0
-        rows = max(1, _LOGITS // self.model.config.vocab_size)
-        for output in outputs:
-            for block in output.split(rows):
-                logits = self.model.output_projection(block)
-                logits = logits if logits.dtype == torch.float64 else logits.float()
-                wanted = columns[:, start : start + len(block)]
-                logprobs.append(logits.log_softmax(-1).gather(1, wanted.T).T.double())
-                greedy.append(logits.argmax(-1) == wanted)
-                start += len(block)
-        logprobs, greedy = torch.cat(logprobs, 1), torch.cat(greedy, 1)
-        return [
-            [
-                Score(logprobs[row, a:b].sum().item(), bool(greedy[row, a:b].all()))
-                for row in range(len(item))
-            ]
-            for item, (a, b) in zip(targets, spans, strict=True)
-        ]
+        ids = np.concatenate([node.item.tokens[node.start : node.end] for node in nodes])
+        return self.model.feed(walk.ids(ids), sequences, state, walk.cache, keep)
 
-    def _decode(self, request: GenerateRequest, cache: Cache) -> list[int]:
-        """Generates after the cached tokens and the last one of the context."""
-        model, new, token = self.model, [], int(request.context[-1])
-        sees_itself = torch.ones(1, 1, dtype=torch.bool, device=model.device)
-        while len(new) < request.max_tokens:
-            position = torch.tensor([cache.state.length], device=model.device)
-            x = model.prefill(torch.tensor([token], device=model.device), cache)
-            output = model.predict(x, position, cache, sees_itself)
-            token = _next_token(model.output_projection(output)[0], request.sampling)
-            if token in request.end_tokens:
-                break
-            new.append(token)
-            if request.finished(new):
-                break
-        return new
+
+class _Scores:
+    """Scores of requests on their way from the device.
+
+    Args:
+        targets: the requests' indices and continuations, those of one item behind each other.
+        counts: of each item, how many requests it serves.
+        outputs: the model's output [T, dim] at a time, for the items' asked positions in order.
+        most: how many logits may exist at a time.
+    """
+
+    def __init__(
+        self,
+        model: Yoco,
+        targets: Sequence[tuple[int, TokenIds]],
+        counts: Sequence[int],
+        outputs: Iterator[Tensor],
+        most: int,
+    ) -> None:
+        self._indices = [index for index, _ in targets]
+        # One row for each request of an item; the items' positions follow each other.
+        lengths, request = [], 0
+        for count in counts:
+            lengths.append(len(targets[request][1]))
+            request += count
+        wanted = np.zeros((max(counts), sum(lengths)), dtype=np.int64)
+        spans, start, request = [], 0, 0
+        for count, length in zip(counts, lengths, strict=True):
+            for row in range(count):
+                wanted[row, start : start + length] = targets[request + row][1]
+                spans.append((row, start, start + length))
+            start, request = start + length, request + count
+        wanted = torch.from_numpy(wanted).to(model.device)
+        logprobs, missed = _gather(model, wanted, outputs, most)
+        row, begin, end = torch.tensor(spans, device=model.device).T
+        sums = torch.stack(
+            [x[row, end] - x[row, begin] for x in map(_running, (logprobs, missed))]
+        )
+        self._ready = None
+        if sums.is_cuda:
+            self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            self._sums.copy_(sums, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._sums = sums
+
+    def read(self) -> Iterator[tuple[int, Score]]:
+        """(index of the request, its score) of each request, once they are there."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        for index, logprob, missed in zip(self._indices, *self._sums.tolist(), strict=True):
+            yield index, Score(logprob, missed == 0)
+
+
+def _gather(
+    model: Yoco, wanted: Tensor, outputs: Iterator[Tensor], most: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the `wanted` tokens, and 1 where another one is likelier.
+
+    Block by block, so that no [T, vocabulary] tensor of a long text ever exists.
+
+    Args:
+        wanted: [rows, T], of each position several.
+        outputs: the model's output, T positions in all.
+        most: how many logits may exist at a time.
+
+    Returns:
+        float64 [rows, T] each.
+    """
+    logprobs, missed, start = [], [], 0
+    rows = max(1, most // model.config.vocab_size)
+    for output in outputs:
+        for block in output.split(rows):
+            logits = model.output_projection(block)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            tokens = wanted[:, start : start + len(block)]
+            logprobs.append(logits.gather(1, tokens.T).T - logits.logsumexp(-1))
+            missed.append(logits.argmax(-1) != tokens)
+            start += len(block)
+    return torch.cat(logprobs, 1).double(), torch.cat(missed, 1).double()
+
+
+def _running(x: Tensor) -> Tensor:
+    """Sums of the first 0, 1, 2, ... numbers of each row."""
+    return torch.nn.functional.pad(x.cumsum(-1), (1, 0))
+
+
+def _leaves(nodes: Sequence[Node]) -> Iterator[Node]:
+    for node in nodes:
+        if node.children:
+            yield from _leaves(node.children)
+        else:
+            yield node
+
+
+def _decode(request: GenerateRequest, decoder: Decoder) -> list[int]:
+    """Generates after the cached tokens and the last one of the context."""
+    new: list[int] = []
+    if request.max_tokens:
+        decoder.start(int(request.context[-1]))
+    while len(new) < request.max_tokens:
+        decoder.step()
+        if request.sampling.temperature:
+            decoder.token.fill_(_draw(decoder.logits, request.sampling))
+        token = int(decoder.token)
+        if token in request.end_tokens:
+            break
+        new.append(token)
+        if request.finished(new):
+            break
+    return new
 
 
 class _Walk:
@@ -255,34 +383,35 @@ class _Walk:
 
     def __init__(self, model: Yoco, capacity: int, chunk: int, progress: Progress) -> None:
         self.cache = model.new_cache(capacity)
-        self.keep: list[int] = []  # lengths at which to take the next snapshots
-        self._model, self._chunk, self._progress = model, chunk, progress
+        self.chunk = chunk
+        self._model, self._progress = model, progress
         self._snapshots = [self.cache.state]
 
-    def ids(self, tokens) -> Tensor:
+    def ids(self, tokens: np.ndarray) -> Tensor:
         return torch.from_numpy(tokens).to(self._model.device)
 
-    def go_back(self, length: int) -> None:
-        """Back to the snapshot after `length` tokens; deeper ones are dropped."""
+    def go_back(self, length: int, last: bool) -> None:
+        """Back to the snapshot after `length` tokens, which is dropped if this is the last time."""
         while self._snapshots[-1].length > length:
             self._snapshots.pop()
         self.cache.restore(self._snapshots[-1])
+        if last:
+            self._snapshots.pop()
 
-    def feed(self, item: Item, end: int) -> SelfState:
-        """Prefills the item's tokens up to `end`, taking snapshots on the way."""
+    def keep(self) -> None:
+        """Takes a snapshot."""
+        self._snapshots.append(self.cache.state)
+
+    def feed(self, item: Item, end: int) -> None:
+        """Prefills the item's tokens up to `end`."""
         while (start := self.cache.state.length) < end:
-            stop = min(end, start + self._chunk, *(p for p in self.keep if p > start))
+            stop = min(end, start + self.chunk)
             self._model.prefill(self.ids(item.tokens[start:stop]), self.cache)
-            if stop in self.keep:
-                self._snapshots.append(self.cache.state)
             self._progress(stop - start)
-        return self.cache.state
 
 
-def _next_token(logits: Tensor, sampling: Sampling) -> int:
-    """Draws from logits [vocabulary]."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
+def _draw(logits: Tensor, sampling: Sampling) -> int:
+    """Draws from logits [vocabulary], at a temperature above 0."""
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))

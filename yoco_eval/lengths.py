@@ -30,3 +30,27 @@ def format_length(tokens: int) -> str:
     if tokens >= 2**20 and tokens % 2**19 == 0:
         return f"{tokens / 2**20:g}M"
     return f"{tokens // 2**10}K"
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Lengths separated by commas, ascending; "..." doubles the one before up to the one behind.
+
+    "32k,64k,...,1m" is 32K, 64K, 128K, 256K, 512K and 1M.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    lengths: list[int] = []
+    for i, part in enumerate(parts):
+        if part == "...":
+            if not 0 < i < len(parts) - 1 or parts[i + 1] == "...":
+                raise ValueError(f"{text!r}: '...' stands between two lengths, as in 32k,...,1m")
+            end = parse_length(parts[i + 1])
+            while 2 * lengths[-1] < end:
+                lengths.append(2 * lengths[-1])
+        else:
+            lengths.append(parse_length(part))
+    if any(a >= b for a, b in zip(lengths, lengths[1:], strict=False)):
+        raise ValueError(f"{text!r}: write the lengths in ascending order, each of them once")
+    return lengths

@@ -1,21 +1,23 @@
 """Plans in which order to feed token sequences so that what they share is fed once.
 
-The sequences' prefixes form a tree. In sorted order, each sequence resumes from the deepest
-snapshot on its own path, and takes new ones where later sequences branch off.
+The sequences' prefixes form a tree. It is walked from the front: what is small enough is fed whole,
+as a packed batch of subtrees; of what is not, the shared tokens are fed first, and a snapshot after
+them is where each branch resumes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-# Sharing fewer tokens than this past a snapshot does not pay for cutting a chunk in two.
+# Sharing fewer tokens than this does not pay for a branch of its own.
 _WORTHWHILE = 16
-# A snapshot holds the self-decoder's whole state: as many as this are kept of one item's way.
-_SNAPSHOTS = 64
-
+# Below so many branches on one path, branches close to each other, by this share of the longest
+# sequence, are taken for one.
+_DEPTH = 200
 
 @dataclass(frozen=True)
 class Item:
@@ -30,25 +32,70 @@ class Item:
     requests: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Step:
-    """Feed `items`, which share their first `shared` tokens.
+@dataclass(frozen=True, eq=False)
+class Node:
+    """Tokens `start` .. `end` - 1 of `item`, and of all items below.
 
-    Go back to the snapshot after `resume` tokens (0: the empty text), feed up to `shared`, then
-    each item's own rest. Of the way of the first item, snapshots are kept after `snapshots`
-    tokens (ascending, the last one at most `first`).
+    A leaf holds the rest of its item, with all positions of which predictions are asked; an inner
+    node has two children at least, and no such position.
     """
 
-    items: tuple[Item, ...]
+    item: Item
+    start: int
+    end: int
+    children: tuple[Node, ...] = ()
+
+    @cached_property
+    def leaves(self) -> int:
+        return sum(child.leaves for child in self.children) or 1
+
+    @cached_property
+    def inner(self) -> int:
+        """How many nodes have children: this one and those below."""
+        return sum(child.inner for child in self.children) + bool(self.children)
+
+    @cached_property
+    def total(self) -> int:
+        """Tokens of this node and of those below."""
+        return self.end - self.start + sum(child.total for child in self.children)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a packed batch: `items` and `tokens` at most, and `states` of inner nodes held at once."""
+
+    items: int = 1
+    tokens: int = 1
+    states: int = 1
+
+    def allow(self, nodes: Sequence[Node]) -> bool:
+        return (
+            sum(node.leaves for node in nodes) <= self.items
+            and sum(node.total for node in nodes) <= self.tokens
+            and sum(node.inner for node in nodes) <= self.states
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """Go back to the snapshot after `resume` tokens (0: the empty text) and feed `nodes`.
+
+    Either whole subtrees, side by side; or, where `snapshot`, one inner node's own tokens, after
+    which a snapshot is kept for its children. A leaf that exceeds the limits stands alone. After
+    the `last` step that goes back to a snapshot, nobody needs that one any more.
+    """
+
     resume: int
-    shared: int
-    snapshots: tuple[int, ...]
+    nodes: tuple[Node, ...]
+    snapshot: bool
+    last: bool
 
     @property
     def tokens(self) -> int:
         """How many tokens this step feeds."""
-        own = sum(len(item.tokens) - self.shared for item in self.items)
-        return self.shared - self.resume + own
+        if self.snapshot:
+            return self.nodes[0].end - self.nodes[0].start
+        return sum(node.total for node in self.nodes)
 
 
 def merge(sequences: Sequence[Sequence[int] | np.ndarray], firsts: Sequence[int]) -> list[Item]:
@@ -64,28 +111,48 @@ def merge(sequences: Sequence[Sequence[int] | np.ndarray], firsts: Sequence[int]
     return items
 
 
-def plan(items: Sequence[Item], max_items: int = 1, max_tokens: int = 0) -> list[Step]:
-    """Steps that feed all `items` (from `merge`), those that share a prefix one after the other.
-
-    Args:
-        max_items: how many items may be fed as one step, side by side after what they share.
-        max_tokens: how many tokens of their own they may then have, padded to the longest.
-    """
+def plan(items: Sequence[Item], limits: Limits) -> list[Step]:
+    """Steps that feed all `items` (from `merge`), those that share a prefix one after the other."""
     shared = [0] + [_common(a, b) for a, b in zip(items, items[1:], strict=False)]
-    steps, snapshots, i = [], [0], 0
-    while i < len(items):
-        while snapshots[-1] > shared[i]:
-            snapshots.pop()
-        resume = snapshots[-1]
-        j, branch = _side_by_side(items, shared, i, resume, max_items, max_tokens)
-        if j == i + 1:
-            points, branch = _branches(shared, i, resume), resume
+    return list(_steps(_grow(items, shared, 0, len(items), 0, 0), 0, limits))
+
+
+def _steps(nodes: Sequence[Node], resume: int, limits: Limits) -> Iterator[Step]:
+    # With the largest branch last, of a path's snapshots only those are needed at a time below
+    # which at least half of the tokens are still to come: few, however deep the tree.
+    batches: list[list[Node]] = []
+    for node in sorted(nodes, key=lambda node: node.total):
+        if batches and limits.allow([*batches[-1], node]):
+            batches[-1].append(node)
         else:
-            points = _branches(shared, i, resume, branch)
-        steps.append(Step(tuple(items[i:j]), resume, branch, tuple(points)))
-        snapshots += points
-        i = j
-    return steps
+            batches.append([node])
+    for batch in batches:
+        too_large = batch[0].children and not limits.allow(batch)
+        yield Step(resume, tuple(batch), bool(too_large), batch is batches[-1])
+        if too_large:
+            yield from _steps(batch[0].children, batch[0].end, limits)
+
+
+def _grow(
+    items: Sequence[Item], shared: Sequence[int], i: int, j: int, base: int, depth: int
+) -> tuple[Node, ...]:
+    """The nodes below `base` common tokens of the items i .. j - 1."""
+    gap = _WORTHWHILE
+    if depth >= _DEPTH:
+        gap = max(gap, max(len(item.tokens) for item in items[i:j]) // _DEPTH)
+    nodes = []
+    while i < j:
+        end, branch = i + 1, None
+        while end < j and shared[end] >= base + gap:
+            branch = shared[end] if branch is None else min(branch, shared[end])
+            end += 1
+        if branch is None:
+            nodes.append(Node(items[i], base, len(items[i].tokens)))
+        else:
+            children = _grow(items, shared, i, end, branch, depth + 1)
+            nodes.append(Node(items[i], base, branch, children))
+        i = end
+    return tuple(nodes)
 
 
 def _common(a: Item, b: Item) -> int:
@@ -93,40 +160,3 @@ def _common(a: Item, b: Item) -> int:
     length = min(a.first, b.first)
     differ = a.tokens[:length] != b.tokens[:length]
     return int(differ.argmax()) if differ.any() else length
-
-
-def _branches(shared: Sequence[int], i: int, resume: int, limit: int | None = None) -> list[int]:
-    """Lengths past `resume`, up to `limit`, at which items after `i` leave its path, ascending.
-
-    Of lengths that lie close together the longest is taken; the items of the others go back to the
-    one before.
-    """
-    points: list[int] = []
-    lowest, j = max(shared) if limit is None else limit, i + 1
-    while j < len(shared) and (lowest := min(lowest, shared[j])) >= resume + _WORTHWHILE:
-        if not points or lowest < points[-1]:
-            points.append(lowest)
-        j += 1
-    gap = max(_WORTHWHILE, (points[0] - resume) // _SNAPSHOTS) if points else 0
-    kept: list[int] = []
-    for point in points:
-        if not kept or kept[-1] - point >= gap:
-            kept.append(point)
-    return kept[::-1]
-
-
-def _side_by_side(
-    items: Sequence[Item], shared: Sequence[int], i: int, resume: int, max_items: int,
-    max_tokens: int,
-) -> tuple[int, int]:
-    """The end j of the items i..j-1 to feed side by side, and the length that they share."""
-    if i + 1 == len(items):
-        return i + 1, resume
-    branch = shared[i + 1] if shared[i + 1] >= resume + _WORTHWHILE else resume
-    longest, j = len(items[i].tokens) - branch, i + 1
-    while j < min(len(items), i + max_items) and branch <= shared[j] < branch + _WORTHWHILE:
-        longest = max(longest, len(items[j].tokens) - branch)
-        if longest * (j + 1 - i) > max_tokens:
-            break
-        j += 1
-    return j, branch

@@ -1,14 +1,24 @@
-"""Sliding-window and cache attention against attention written out position by position."""
+"""Attention against attention written out query by query, and Triton against the reference."""
 
 import pytest
 import torch
 
 from yoco_eval.kernels import attention
-from yoco_eval.kernels.attention import cache_attention, sliding_window_attention
+from yoco_eval.kernels.attention import (
+    cache_attention_reference,
+    decode_attention_reference,
+    ring_from_past,
+    sliding_window_attention_reference,
+    window_step,
+)
+from yoco_eval.kernels.rotary import rotary_angles, rotate
+from yoco_eval.kernels.sequences import Sequences, Span, Spans
+
+NAN = float("nan")
 
 
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
+def randn(*shape, dtype=torch.float64, device="cpu"):
+    return torch.randn(*shape, dtype=dtype, device=device)
 
 
 def attend(q, keys, values):
@@ -16,48 +26,399 @@ def attend(q, keys, values):
     return ((keys @ q) / q.shape[0] ** 0.5).softmax(0) @ values
 
 
-def window_by_definition(q, k, v, window):
+@pytest.fixture
+def triton_kernels():
+    pytest.importorskip("triton")
+    from yoco_eval.kernels import attention_triton
+
+    return attention_triton
+
+
+def angles_at(positions, dim, dtype, device):
+    return rotary_angles(torch.as_tensor(positions, device=device), dim, 1e4, dtype)
+
+
+def double(angles):
+    return tuple(x.double() for x in angles)
+
+
+# -- a cache ---------------------------------------------------------------------------------------
+
+
+def keys_read(spans, t):
+    """The cache slots that query t reads, by the definition of a span."""
+    slots = []
+    for span in spans.spans:
+        if span.first_query <= t < span.end_query:
+            unread = span.end_query - 1 - t if span.causal else 0
+            slots += range(span.first_key, span.end_key - unread)
+    return slots
+
+
+def cache_by_definition(q, keys, values, spans):
     out = torch.empty_like(q)
-    for b in range(q.shape[0]):
+    group = q.shape[1] // keys.shape[0]
+    for t in range(q.shape[0]):
+        read = keys_read(spans, t)
         for h in range(q.shape[1]):
-            for p in range(q.shape[2]):
-                seen = slice(max(0, p - window + 1), p + 1)
-                out[b, h, p] = attend(q[b, h, p], k[b, h, seen], v[b, h, seen])
+            out[t, h] = attend(q[t, h], keys[h // group, read], values[h // group, read])
     return out
 
 
-@pytest.mark.parametrize("window", [1, 2, 8, 100])
-@pytest.mark.parametrize("cuts", [[40], [1] * 40, [7, 7, 26], [39, 1], [8, 8, 8, 8, 8]])
-def test_sliding_window(window, cuts):
-    torch.manual_seed(0)
-    q, k, v = (randn(2, 3, 40, 6) for _ in range(3))
-    expected = window_by_definition(q, k, v, window)
-    past, outputs, start = None, [], 0
-    for length in cuts:
-        part = slice(start, start := start + length)
-        out, past = sliding_window_attention(
-            q[:, :, part], k[:, :, part], v[:, :, part], window, past
-        )
-        outputs.append(out)
-        assert past[0].shape[2] == min(start, window - 1)
-    torch.testing.assert_close(torch.cat(outputs, 2), expected, rtol=0, atol=1e-12)
+def poisoned_cache(spans, heads, slots, dim, dtype=torch.float64, device="cpu"):
+    """Keys and values that are NaN wherever no span reads."""
+    cache = torch.full((2, heads, slots + 9, dim), NAN, dtype=dtype, device=device)[:, :, :slots]
+    for span in spans.spans:
+        read = slice(span.first_key, span.end_key)
+        cache[:, :, read] = torch.randn_like(cache[:, :, read])
+    return cache
+
+
+SHARED_PREFIX = (
+    Span(0, 12, 3, 20, False),  # three sequences of 5, 1 and 6 queries behind one prefix
+    Span(0, 5, 20, 25, True),
+    Span(5, 6, 30, 31, True),
+    Span(6, 12, 31, 39, True),  # two of its keys come before the first of its queries
+)
+PACKED = tuple(Span(4 * i, 4 * i + 4, 6 * i + 1, 6 * i + 5, True) for i in range(6))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("mask_elements", [1, 300, 1 << 25])
-def test_cache_attention(heads, mask_elements, monkeypatch):
-    """Grouped queries, one cache for several sequences, and any size of query blocks."""
+@pytest.mark.parametrize("spans", [SHARED_PREFIX, PACKED, (Span(0, 9, 2, 20, True),)])
+def test_cache_attention(heads, mask_elements, spans, monkeypatch):
     monkeypatch.setattr(attention, "_MASK_ELEMENTS", mask_elements)
     torch.manual_seed(1)
-    query_heads, kv_heads = heads
-    q = randn(2, query_heads, 5, 8)
-    k, v = randn(1, kv_heads, 30, 8), randn(1, kv_heads, 30, 8)
-    tail = torch.rand(5, 7) < 0.5
-    out = cache_attention(q, k, v, tail)
-    for b in range(2):
-        for h in range(query_heads):
-            for t in range(5):
-                seen = torch.cat((torch.ones(23, dtype=torch.bool), tail[t]))
-                kv = h // (query_heads // kv_heads)
-                expected = attend(q[b, h, t], k[0, kv, seen], v[0, kv, seen])
-                torch.testing.assert_close(out[b, h, t], expected, rtol=0, atol=1e-12)
+    spans = Spans(spans)
+    q = randn(spans.spans[-1].end_query, heads[0], 8)
+    keys, values = poisoned_cache(spans, heads[1], 40, 8)
+    out = cache_attention_reference(q, keys, values, spans)
+    expected = cache_by_definition(q, keys, values, spans)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+def test_queries_are_rotated():
+    spans = Spans(SHARED_PREFIX)
+    q = randn(12, 2, 8)
+    keys, values = poisoned_cache(spans, 1, 40, 8)
+    angles = rotary_angles(torch.arange(12), 8, 1e4, torch.float64)
+    torch.testing.assert_close(
+        cache_attention_reference(q, keys, values, spans, angles),
+        cache_by_definition(rotate(q, angles), keys, values, spans),
+    )
+
+
+@pytest.mark.parametrize("length", [1, 7, 20])
+def test_decode_attention(length):
+    spans = Spans((Span(0, 1, 0, length, False),))
+    q = randn(1, 4, 8)
+    keys, values = poisoned_cache(spans, 2, 20, 8)
+    out = decode_attention_reference(q, keys, values, torch.tensor([length]))
+    torch.testing.assert_close(out, cache_by_definition(q, keys, values, spans))
+
+
+# -- a sliding window ------------------------------------------------------------------------------
+
+
+def window_by_definition(q, k, v, window):
+    """One text, [T, H, D]."""
+    out = torch.empty_like(q)
+    for p in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            seen = slice(max(0, p - window + 1), p + 1)
+            out[p, h] = attend(q[p, h], k[seen, h], v[seen, h])
+    return out
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("window", [1, 2, 8, 100])
+@pytest.mark.parametrize("cuts", [[40], [1] * 40, [7, 7, 26], [39, 1], [8, 8, 8, 8, 8]])
+def test_a_text_may_be_cut_anywhere(window, cuts):
+    torch.manual_seed(0)
+    q, k, v = (randn(40, 3, 6) for _ in range(3))
+    angles = rotary_angles(torch.arange(40), 6, 100.0, torch.float64)
+    expected = window_by_definition(rotate(q, angles), rotate(k, angles), v, window)
+    past, outputs, start = None, [], 0
+    for length in cuts:
+        part, sequences = slice(start, start + length), Sequences((length,), (start,), CPU)
+        cut_angles = tuple(x[part] for x in angles)
+        out, past = sliding_window_attention_reference(
+            q[part], k[part], v[part], window, sequences, past, cut_angles
+        )
+        past[:, :, : max(0, window - 1 - start - length)] = NAN  # slots of no token
+        outputs.append(out)
+        start += length
+    torch.testing.assert_close(torch.cat(outputs), expected, rtol=0, atol=1e-12)
+
+
+def test_packed_sequences_may_continue_one_past():
+    """Several texts that branch off two others, and one with nothing before it."""
+    torch.manual_seed(0)
+    window, texts = 6, [[(0, 9), (1, 4)], [(0, 5), (0, 2), (1, 9), (0, 5)]]
+    trunks = [tuple(randn(length, 2, 8) for _ in range(3)) for _, length in texts[0]]
+    q, k, v = (torch.cat(x) for x in zip(*trunks, strict=True))
+    out, past = sliding_window_attention_reference(
+        q, k, v, window, Sequences((9, 4), (0, 0), CPU)
+    )
+    whole = [window_by_definition(*trunk, window) for trunk in trunks]
+    torch.testing.assert_close(out, torch.cat(whole))
+
+    branches = [tuple(randn(length, 2, 8) for _ in range(3)) for _, length in texts[1]]
+    q, k, v = (torch.cat(x) for x in zip(*branches, strict=True))
+    sequences = Sequences((5, 2, 9, 5), (9, 9, 4, 9), CPU, sources=(0, 0, 1, 0))
+    out, following = sliding_window_attention_reference(q, k, v, window, sequences, past)
+    expected, ends = [], []
+    for (source, length), branch in zip(texts[1], branches, strict=True):
+        text = [torch.cat(parts) for parts in zip(trunks[source], branch, strict=True)]
+        expected.append(window_by_definition(*text, window)[-length:])
+        ends.append(torch.stack((text[1][-window + 1 :], text[2][-window + 1 :])))
+    torch.testing.assert_close(out, torch.cat(expected))
+    torch.testing.assert_close(following, torch.stack(ends))
+    again, nothing = sliding_window_attention_reference(
+        q, k, v, window, sequences, past, keep=False
+    )
+    assert torch.equal(again, out) and nothing is None
+
+
+@pytest.mark.parametrize("window", [1, 5])
+@pytest.mark.parametrize("prompt", [2, 13])
+def test_window_step_follows_a_prompt(window, prompt):
+    torch.manual_seed(0)
+    total = prompt + 7
+    q, k, v = (randn(total, 2, 8) for _ in range(3))
+    angles = rotary_angles(torch.arange(total), 8, 100.0, torch.float64)
+    sequences = Sequences((prompt,), (0,), CPU)
+    _, past = sliding_window_attention_reference(
+        q[:prompt], k[:prompt], v[:prompt], window, sequences, None, [x[:prompt] for x in angles]
+    )
+    ring = ring_from_past(past[0], prompt)
+    expected = window_by_definition(rotate(q, angles), rotate(k, angles), v, window)
+    for p in range(prompt, total):
+        at = slice(p, p + 1)
+        step_angles = tuple(x[at] for x in angles)
+        out = window_step(q[at], k[at], v[at], *ring, torch.tensor([p]), step_angles)
+        torch.testing.assert_close(out, expected[at], rtol=0, atol=1e-12)
+
+
+# -- the Triton kernels ----------------------------------------------------------------------------
+
+ON_GPU = torch.cuda.is_available()
+LENGTHS = [1, 63, 65, 1000, 32769] if ON_GPU else [1, 63, 1000]
+HEAD_SIZES = [32, 48, 64, 96, 128, 256] if ON_GPU else [32, 48]
+LONG = 5000 if ON_GPU else 700
+
+
+def shared_prefix(prefix, lengths):
+    """Sequences behind one prefix, each with its own keys somewhere after it."""
+    total, spans, key = sum(lengths), [], prefix + 3
+    spans.append(Span(0, total, 2, 2 + prefix, False))
+    first = 0
+    for length in lengths:
+        spans.append(Span(first, first + length, key, key + length, True))
+        first, key = first + length, key + length + 5
+    return tuple(spans)
+
+
+SPANS = {
+    "shared prefix": SHARED_PREFIX,
+    "packed": PACKED,
+    "one query": (Span(0, 1, 3, LONG, False),),
+    "a continuation": (Span(0, 21, 0, LONG, True),),
+    "long prefix, one query each": shared_prefix(LONG, [1] * 6),
+    "long prefix, uneven": shared_prefix(LONG, [9, 1, 17]),
+    "two ranges": (Span(0, 7, 1, LONG // 2, False), Span(0, 7, LONG // 2 + 9, LONG, True)),
+}
+
+
+def check_cache_attention(kernels, close, spans, heads, dim, dtype, device):
+    torch.manual_seed(0)
+    length = max(span.end_query for span in spans)
+    slots = max(span.end_key for span in spans) + 3
+    # A view into a wider matrix, as one product of several projections makes.
+    q = randn(length, heads[0] * dim + 16, dtype=dtype, device=device)
+    q = q[:, 8:-8].view(length, heads[0], dim)
+    keys, values = poisoned_cache(Spans(spans), heads[1], slots, dim, dtype, device)
+    angles = angles_at(range(1, 3 * length, 3), dim, dtype, device)
+    out = kernels.cache_attention(q, keys, values, Spans(spans), angles)
+    assert out.dtype == dtype
+    wide = (x.double() for x in (q, keys, values))
+    close(out, cache_attention_reference(*wide, Spans(spans), double(angles)))
+
+
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS.keys())
+def test_triton_cache_attention(spans, dtype, device, close, triton_kernels):
+    if device == "cpu" and dtype != torch.float32 and spans is not SHARED_PREFIX:
+        pytest.skip("one case in float16 is enough for the interpreter")
+    check_cache_attention(triton_kernels, close, spans, (6, 2), 64, dtype, device)
+
+
+@pytest.mark.parametrize("dim", HEAD_SIZES)
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (24, 1)])
+def test_triton_cache_attention_heads(heads, dim, dtype, device, close, triton_kernels):
+    if device == "cpu" and dtype != torch.float32:
+        pytest.skip("the interpreter is slow")
+    spans = shared_prefix(100, [40, 1])
+    check_cache_attention(triton_kernels, close, spans, heads, dim, dtype, device)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="too long for the interpreter")
+@pytest.mark.parametrize("queries", [200, 1500])
+@pytest.mark.parametrize("length", [1500, 32769])
+def test_triton_cache_attention_of_long_texts(
+    queries, length, dtype, device, close, triton_kernels
+):
+    spans = (Span(0, queries, 5, 5 + length, True),)
+    check_cache_attention(triton_kernels, close, spans, (6, 2), 128, dtype, device)
+
+
+def test_triton_cache_attention_needs_no_angles(device, triton_kernels):
+    spans = Spans(SHARED_PREFIX)
+    q = randn(12, 2, 32, dtype=torch.float32, device=device)
+    keys, values = poisoned_cache(spans, 1, 40, 32, torch.float32, device)
+    torch.testing.assert_close(
+        triton_kernels.cache_attention(q, keys, values, spans),
+        cache_attention_reference(q, keys, values, spans),
+    )
+
+
+def test_a_shared_prefix_is_read_once(triton_kernels):
+    spans = Spans(shared_prefix(1000, [1] * 5))
+    plan = triton_kernels._plan(spans, 6, 2, 64, torch.float32, CPU)
+    ranges = plan.ranges.tolist()
+    read = sorted(slot for first, end, _ in ranges for slot in range(first, end) if slot < 1002)
+    assert read == list(range(2, 1002))
+    assert plan.tasks.shape[0] > 6  # and by several programs of each head
+
+
+def test_short_texts_are_neither_split_nor_merged(triton_kernels):
+    spans = tuple(Span(20 * i, 20 * i + 20, 20 * i, 20 * i + 20, True) for i in range(50))
+    plan = triton_kernels._plan(Spans(spans), 6, 2, 64, torch.bfloat16, CPU)
+    assert plan.block_m == 64 and plan.tasks.shape[0] == 50 and plan.slots == 0
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("heads", [(6, 2), (2, 2)])
+def test_triton_decode_attention(length, heads, dtype, device, close, triton_kernels):
+    """One launch geometry for every length, from one key to all of the buffer."""
+    if device == "cpu" and dtype != torch.float32 and heads[0] == heads[1]:
+        pytest.skip("one case in float16 is enough for the interpreter")
+    torch.manual_seed(0)
+    dim = 64
+    q = randn(1, heads[0], dim, dtype=dtype, device=device)
+    keys, values = (
+        torch.full((heads[1], max(LENGTHS), dim), NAN, dtype=dtype, device=device)
+        for _ in range(2)
+    )
+    for x in (keys, values):
+        x[:, :length] = torch.randn_like(x[:, :length])
+    angles = angles_at([length], dim, dtype, device)
+    on_device = torch.tensor([length], device=device, dtype=torch.int32)
+    out = triton_kernels.decode_attention(q, keys, values, on_device, angles)
+    wide = (x.double() for x in (q, keys, values))
+    close(out, decode_attention_reference(*wide, on_device, double(angles)))
+
+
+@pytest.mark.parametrize("dim", HEAD_SIZES)
+def test_triton_decode_attention_head_sizes(dim, dtype, device, close, triton_kernels):
+    if device == "cpu" and dtype != torch.float32:
+        pytest.skip("the interpreter is slow")
+    q = randn(1, 6, dim, dtype=dtype, device=device)
+    keys, values = (randn(2, 300, dim, dtype=dtype, device=device) for _ in range(2))
+    length = torch.tensor([290], device=device)
+    out = triton_kernels.decode_attention(q, keys, values, length)
+    close(out, decode_attention_reference(q.double(), keys.double(), values.double(), length))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+def test_decoding_in_a_cuda_graph(device):
+    """The replays of one graph read ever longer caches."""
+    torch.manual_seed(0)
+    q, angles = randn(1, 6, 64, dtype=torch.float32, device=device), None
+    keys, values = (randn(2, 5000, 64, dtype=torch.float32, device=device) for _ in range(2))
+    length = torch.tensor([1], device=device)
+    attention.decode_attention(q, keys, values, length, angles)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention.decode_attention(q, keys, values, length, angles)
+    for n in (1, 700, 5000):
+        length.fill_(n)
+        graph.replay()
+        torch.testing.assert_close(
+            out, decode_attention_reference(q, keys, values, length), rtol=1e-4, atol=1e-5
+        )
+
+
+def check_window(kernels, close, window, dim, sequences, past, dtype, device):
+    heads = 3
+    q, k, v = randn(3, sequences.total, heads * dim + 16, dtype=dtype, device=device)[
+        :, :, 8:-8
+    ].unflatten(-1, (heads, dim))
+    angles = angles_at(sequences.positions, dim, dtype, device)
+    fast = kernels.sliding_window_attention(q, k, v, window, sequences, past, angles)
+    wide = [x.double() for x in (q, k, v)]
+    wide_past = None if past is None else past.double()
+    out, following = sliding_window_attention_reference(
+        *wide, window, sequences, wide_past, double(angles)
+    )
+    close(fast[0], out)
+    if window > 1:
+        for i, (start, length) in enumerate(
+            zip(sequences.starts, sequences.lengths, strict=True)
+        ):
+            n = min(start + length, window - 1)
+            close(fast[1][i, :, window - 1 - n :], following[i, :, window - 1 - n :])
+    assert fast[1].shape == following.shape and fast[1].is_contiguous()
+
+
+@pytest.mark.parametrize("window", [1, 2, 50] + [300] * ON_GPU)
+@pytest.mark.parametrize("lengths", [(1,), (63, 1, 5), (LONG // 8,)])
+def test_triton_sliding_window(window, lengths, dtype, device, close, triton_kernels):
+    if device == "cpu" and dtype != torch.float32 and (window, lengths) != (50, (63, 1, 5)):
+        pytest.skip("one case in float16 is enough for the interpreter")
+    torch.manual_seed(0)
+    device = torch.device(device)
+    n = len(lengths)
+    sequences = Sequences(lengths, (0,) * n, device)
+    check_window(triton_kernels, close, window, 64, sequences, None, dtype, device)
+    starts = (7, 400, 0)[:n]
+    past = torch.full((2, 2, window - 1, 3, 64), NAN, dtype=dtype, device=device)
+    past[0, :, max(0, window - 8) :] = torch.randn_like(past[0, :, max(0, window - 8) :])
+    past[1] = torch.randn_like(past[1])
+    sequences = Sequences(lengths, starts, device, sources=(0, 1, 0)[:n])
+    check_window(triton_kernels, close, window, 64, sequences, past, dtype, device)
+
+
+@pytest.mark.parametrize("dim", HEAD_SIZES)
+def test_triton_sliding_window_head_sizes(dim, dtype, device, close, triton_kernels):
+    if device == "cpu" and dtype != torch.float32:
+        pytest.skip("the interpreter is slow")
+    sequences = Sequences((100,), (0,), torch.device(device))
+    check_window(triton_kernels, close, 30, dim, sequences, None, dtype, device)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="too long for the interpreter")
+@pytest.mark.parametrize("length", [1000, 32769])
+def test_triton_sliding_window_of_long_texts(length, dtype, device, close, triton_kernels):
+    sequences = Sequences((length,), (5000,), torch.device(device))
+    past = randn(1, 2, 1023, 3, 128, dtype=dtype, device=device)
+    check_window(triton_kernels, close, 1024, 128, sequences, past, dtype, sequences.device)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="dispatch to Triton needs a GPU")
+def test_dispatch_runs_triton(device):
+    """What the public functions give on a GPU is what the references give."""
+    torch.manual_seed(0)
+    spans = Spans(SHARED_PREFIX)
+    q, k, v = randn(3, 12, 2, 64, dtype=torch.float32, device=device)
+    keys, values = poisoned_cache(spans, 1, 40, 64, torch.float32, device)
+    torch.testing.assert_close(
+        attention.cache_attention(q, keys, values, spans),
+        cache_attention_reference(q, keys, values, spans),
+    )
+    sequences = Sequences((5, 7), (0, 0), q.device)
+    torch.testing.assert_close(
+        attention.sliding_window_attention(q, k, v, 4, sequences)[0],
+        sliding_window_attention_reference(q, k, v, 4, sequences)[0],
+    )

@@ -1,14 +1,26 @@
-"""The three forms of gated retention agree with each other and with the recurrence, in float64."""
+"""Gated retention: its three forms against the definition, packed sequences against the recurrence,
+and the Triton kernels against the reference in float64."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from yoco_eval.kernels import retention
+from yoco_eval.kernels.norm import rms_norm_reference
 from yoco_eval.kernels.retention import (
+    gated_retention,
+    gated_retention_reference,
+    gated_retention_step,
+    gated_retention_step_reference,
     retention_chunkwise,
     retention_log_gate,
     retention_parallel,
     retention_recurrent,
 )
+from yoco_eval.kernels.rotary import rotary_angles, rotate
+from yoco_eval.kernels.sequences import Sequences
+
+ON_GPU = torch.cuda.is_available()
 
 
 def inputs(length, batch=2, heads=3, dk=8, dv=6, dtype=torch.float64):
@@ -98,3 +110,220 @@ def test_log_gate():
     expected = torch.log(torch.sigmoid(gate)) / 16
     torch.testing.assert_close(retention_log_gate(gate), expected)
     assert retention_log_gate(gate.bfloat16()).dtype == torch.float32
+
+
+def packed(
+    lengths, heads=2, dim=8, dtype=torch.float64, device="cpu", sources=None, states=0, pad=0
+):
+    """All arguments of `gated_retention`: parts of one projection [T, 4 * H * D + H + pad], with as
+    many starting states as told."""
+    torch.manual_seed(sum(lengths) + dim)
+    width, total = heads * dim, sum(lengths)
+    y = torch.randn(total, 4 * width + heads + pad).to(device, dtype)
+    *parts, gate, _ = y.split((width, width, width, width, heads, pad), dim=1)
+    q, k, v, swish = (x.unflatten(1, (heads, dim)) for x in parts)
+    starts = tuple(7 * i for i in range(len(lengths)))
+    sequences = Sequences(tuple(lengths), starts, torch.device(device), sources)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "gate": gate,
+        "sequences": sequences,
+        "states": torch.randn(states, heads, dim, dim).to(device, wide) if states else None,
+        "angles": rotary_angles(sequences.positions, dim, 1e4, dtype),
+        "swish": swish,
+        "eps": 1e-3,
+        "keep": True,
+    }
+
+
+def in_float64(args):
+    """The same arguments in float64."""
+
+    def wide(x):
+        if isinstance(x, tuple):
+            return tuple(wide(part) for part in x)
+        return x.double() if isinstance(x, torch.Tensor) else x
+
+    return {name: wide(x) for name, x in args.items()}
+
+
+def one_by_one(q, k, v, gate, sequences, states, angles, swish, eps, keep):
+    """Each sequence by itself, through the recurrence."""
+    outputs, lasts = [], []
+    k = k if angles is None else rotate(k, angles)
+    q = q if angles is None else rotate(q, angles)
+    for i, (start, end) in enumerate(zip(sequences.offsets, sequences.offsets[1:], strict=False)):
+        source = i if sequences.sources is None else sequences.sources[i]
+        parts = (x[None, start:end].transpose(1, 2) for x in (q, k / k.shape[-1] ** 0.5, v))
+        out, last = retention_recurrent(
+            *parts,
+            retention_log_gate(gate[None, start:end].transpose(1, 2)),
+            None if states is None else states[source, None],
+        )
+        outputs.append(out[0].transpose(0, 1))
+        lasts.append(last)
+    out = torch.cat(outputs)
+    if swish is not None:
+        out = F.silu(swish) * rms_norm_reference(out, eps=eps)
+    return out, torch.cat(lasts) if keep else None
+
+
+@pytest.mark.parametrize("lengths", [[1], [70], [9, 9, 9], [1, 1], [66, 1, 5, 66, 1]])
+@pytest.mark.parametrize("given", [True, False], ids=["with_states", "from_zero"])
+def test_packed_sequences_do_not_see_each_other(lengths, given):
+    sources = tuple((2 * i + 1) % 3 for i in range(len(lengths)))
+    args = packed(lengths, sources=sources if given else None, states=3 if given else 0)
+    for a, e in zip(gated_retention(**args), one_by_one(**args), strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-11)
+
+
+def test_each_sequence_continues_its_own_state_by_default():
+    args = packed([3, 40, 3], states=3)
+    for a, e in zip(gated_retention(**args), one_by_one(**args), strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-11)
+
+
+def test_what_is_not_asked_for_is_left_out():
+    args = packed([20, 4]) | {"angles": None, "swish": None, "keep": False}
+    out, last = gated_retention(**args)
+    assert last is None and out.is_contiguous()
+    torch.testing.assert_close(out, one_by_one(**args)[0], rtol=0, atol=1e-11)
+
+
+def test_gradients_flow_through_a_batch_of_packed_sequences():
+    args = packed([33, 33])
+    leaves = [args[name].detach().clone().requires_grad_() for name in ("q", "k", "v", "gate")]
+    args |= dict(zip(("q", "k", "v", "gate"), leaves, strict=True))
+    actual = torch.autograd.grad(gated_retention(**args)[0].square().sum(), leaves)
+    expected = torch.autograd.grad(one_by_one(**args)[0].square().sum(), leaves)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-10)
+
+
+def step_arguments(args):
+    """Those of `gated_retention_step`, of sequences of one token."""
+    return {name: args[name] for name in ("q", "k", "v", "gate", "angles", "swish", "eps")}
+
+
+def test_step_changes_its_states_in_place():
+    args = packed([1, 1, 1], states=3)
+    expected, last = one_by_one(**args)
+    state = args["states"].clone()
+    out = gated_retention_step(**step_arguments(args), state=state)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state, last, rtol=0, atol=1e-12)
+
+
+# From here on: the Triton kernels, on the GPU or in the interpreter.
+
+
+@pytest.fixture
+def triton_version(monkeypatch):
+    """The kernels' module, cutting sequences into segments wherever they can be cut."""
+    pytest.importorskip("triton")
+    from yoco_eval.kernels import retention_triton
+
+    if not ON_GPU:
+        monkeypatch.setattr(retention_triton, "MIN_SEGMENT", 64)
+    return retention_triton
+
+
+def compare(triton_version, close, args):
+    """Runs the kernels and checks all that they return, and that the states are not changed."""
+    states = None if args["states"] is None else args["states"].clone()
+    out, last = triton_version.gated_retention(**args)
+    expected, expected_last = gated_retention_reference(**in_float64(args))
+    assert out.dtype == args["q"].dtype and out.is_contiguous()
+    close(out, expected)
+    if args["keep"]:
+        assert last.dtype == torch.float32
+        close(last, expected_last)
+    else:
+        assert last is None
+    if states is not None:
+        assert torch.equal(states, args["states"])
+
+
+LENGTHS = [[1], [65], [300, 1, 63, 200]]
+DIMS = [32, 48]
+if ON_GPU:
+    LENGTHS += [[63], [1000], [32769], [8192, 8192], [5000, 1, 700, 64, 65], [170] * 100]
+    DIMS += [64, 96, 128, 256]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: f"{len(lengths)}x{max(lengths)}")
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("given", [True, False], ids=["with_states", "from_zero"])
+def test_triton(triton_version, close, dtype, device, dim, lengths, given):
+    sources = tuple((2 * i + 1) % 3 for i in range(len(lengths))) if given else None
+    args = packed(lengths, 2, dim, dtype, device, sources, 3 if given else 0, pad=6)
+    if not given:
+        args |= {"angles": None, "swish": None}
+    compare(triton_version, close, args)
+
+
+@pytest.mark.parametrize("changes", [{"angles": None}, {"swish": None}, {"keep": False}], ids=str)
+def test_triton_options(triton_version, close, dtype, device, changes):
+    compare(triton_version, close, packed([200, 7], 1, 64, dtype, device) | changes)
+
+
+@pytest.mark.parametrize("dim", [16, 128, 256])
+def test_triton_small_and_large_heads(triton_version, close, dtype, device, dim):
+    compare(triton_version, close, packed([129], 1, dim, dtype, device, states=1))
+
+
+def test_triton_takes_rows_at_odd_distances(triton_version, close, dtype, device):
+    compare(triton_version, close, packed([150], 2, 32, dtype, device, pad=1))
+
+
+@pytest.mark.parametrize("gate", [-100.0, 12.0], ids=["closed", "open"])
+def test_triton_extreme_gates(triton_version, close, dtype, device, gate):
+    """Products that underflow within a chunk, and decays so slow that each counts to the end."""
+    args = packed([32769 if ON_GPU else 200], 1, 32, dtype, device, states=1)
+    compare(triton_version, close, args | {"gate": torch.full_like(args["gate"], gate)})
+
+
+@pytest.mark.parametrize("dim", [32, 48, 64, 96, 128, 256])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_triton_step(triton_version, close, dtype, device, dim, batch):
+    args = packed([1] * batch, 3, dim, dtype, device, states=batch)
+    wide = in_float64(args)
+    out = triton_version.gated_retention_step(**step_arguments(args), state=args["states"])
+    expected = gated_retention_step_reference(**step_arguments(wide), state=wide["states"])
+    assert out.dtype == dtype and out.is_contiguous()
+    close(out, expected)
+    close(args["states"], wide["states"])
+
+
+@pytest.mark.parametrize("lengths", [[1], [64], [65], [5000], [3000, 10, 640, 1], [64] * 50])
+def test_segments_cover_the_sequences(triton_version, lengths):
+    sequences = Sequences(tuple(lengths), (0,) * len(lengths), torch.device("cpu"))
+    inner, scanned, table = triton_version._segments(sequences, rows=2, chunk=64)
+    segments = table[: inner + len(lengths)].tolist()
+    scans = table[inner + len(lengths) :].tolist()
+    assert len(scans) == scanned
+    ends = {}  # of each sequence so far
+    for i, (first, end, before, source) in enumerate(segments):
+        assert first == ends.get(source, (sequences.offsets[source], -1))[0] < end
+        assert before == ends.get(source, (0, -1))[1]
+        assert i >= inner or (end - first) % 64 == 0
+        ends[source] = (end, i)
+    assert [ends[i][0] for i in range(len(lengths))] == list(sequences.offsets[1:])
+    assert [ends[i][1] for i in range(len(lengths))] == list(range(inner, len(segments)))
+    assert [s for begin, end, source, _ in scans for s in range(begin, end)] == list(range(inner))
+    assert all(segments[s][3] == scan[2] for scan in scans for s in range(scan[0], scan[1]))
+    assert inner > 0 or max(lengths) < 128
+
+
+def test_dispatch(monkeypatch):
+    """Tensors that the kernels take go to them, by the same arguments; these do not."""
+    pytest.importorskip("triton")
+    from yoco_eval.kernels import retention_triton
+
+    args = packed([4])
+    monkeypatch.setattr(retention, "use_triton", lambda *tensors: True)
+    monkeypatch.setattr(retention_triton, "gated_retention", lambda *given: given)
+    assert all(a is b for a, b in zip(gated_retention(**args), args.values(), strict=True))

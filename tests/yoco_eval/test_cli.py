@@ -10,6 +10,7 @@ import pytest
 from yoco_eval import __version__
 from yoco_eval.cli import main
 from yoco_eval.model.checkpoint import CheckpointError
+from yoco_eval.reports.profile import Profile, ProfileRow
 from yoco_eval.tokenizers import TokenizerError
 
 
@@ -55,6 +56,29 @@ def convert(monkeypatch):
     module = types.ModuleType("yoco_eval.convert")
     module.convert = record
     monkeypatch.setitem(sys.modules, "yoco_eval.convert", module)
+    return calls
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Stands in for the measurement, and records its calls."""
+    calls = []
+
+    def record(lengths, report, **settings):
+        calls.append((lengths, settings))
+        if settings["shape"] == "7b":
+            raise module.ProfileError("shape '7b' is unknown")
+        if settings["pretrained"] == "bad":
+            raise CheckpointError("bad: damaged")
+        row = ProfileRow("YOCO", lengths[0], "measured", 2**30, 2**20, 2**31, 1.5, 20.0)
+        report(row)
+        return Profile(
+            "tiny", {"YOCO": {}}, "float32", "CPU", None, {"torch": "2"}, 64, 16, 120.0, 0, (row,)
+        )
+
+    module = types.ModuleType("yoco_eval.profile")
+    module.run_profile, module.ProfileError = record, type("ProfileError", (ValueError,), {})
+    monkeypatch.setitem(sys.modules, "yoco_eval.profile", module)
     return calls
 
 
@@ -126,6 +150,48 @@ def test_convert_refusals(convert, capsys):
     assert "No space left on device: 'out/config.json'" in refused(capsys, "convert", "full", "b")
 
 
+def test_profile(measured, tmp_path, capsys):
+    argv = "profile --shape 3b --lengths 1k,...,4k --against transformer --patience 7".split()
+    files = [tmp_path / f"p.{suffix}" for suffix in ("json", "png", "svg")]
+    assert main([*argv, *(f"-o{file}" for file in files)]) == 0
+    out, err = capsys.readouterr()
+    assert err == "yoco-eval: YOCO, 1K tokens: prefill 1.50 s, decode 20.0 tokens/s\n"
+    assert out.startswith("tiny\nCPU, float32, torch 2")
+    assert out.endswith("".join(f"wrote {file}\n" for file in files))
+    assert measured == [
+        (
+            [1024, 2048, 4096],
+            {"shape": "3b", "pretrained": None, "against": "transformer", "patience": 7.0,
+             "dtype": "auto", "device": "auto"},
+        )
+    ]
+    # The same again from the file, without measuring.
+    files[1].unlink()
+    assert main(["profile", "--read", str(files[0]), "-o", str(files[1])]) == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == out.splitlines()[:-3]
+    assert files[1].exists() and len(measured) == 1
+
+
+def test_profile_by_default(measured):
+    assert main("profile --pretrained a --dtype bfloat16 --device cuda:1".split()) == 0
+    ((lengths, settings),) = measured
+    assert lengths == [2**n for n in range(15, 21)]
+    assert settings == {
+        "shape": None, "pretrained": "a", "against": None, "patience": 120.0,
+        "dtype": "bfloat16", "device": "cuda:1",
+    }
+
+
+def test_profile_refusals(measured, tmp_path, capsys):
+    assert refused(capsys, "profile", "--shape", "7b") == "shape '7b' is unknown"
+    assert refused(capsys, "profile", "--pretrained", "bad") == "bad: damaged"
+    assert "cannot be read" in refused(capsys, "profile", "--read", tmp_path / "none.json")
+    # The output is looked at first: measuring may take long.
+    del measured[:]
+    message = refused(capsys, "profile", "--shape", "3b", "-o", "a.json", "-o", "a.gif")
+    assert "unknown suffix '.gif'" in message and not measured
+
+
 def test_interrupted(convert):
     assert main(["convert", "stop", "b"]) == 130
 
@@ -136,6 +202,11 @@ def test_interrupted(convert):
         (["convert", "a", "b", "--max-length", "many"], "'many' is not a length"),
         (["convert", "a", "b", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["convert", "a"], "DST"),
+        (["profile"], "one of the arguments --shape --pretrained --read is required"),
+        (["profile", "--shape", "3b", "--read", "a.json"], "not allowed with"),
+        (["profile", "--shape", "3b", "--lengths", "2k,1k"], "ascending"),
+        (["profile", "--shape", "3b", "--patience", "0"], "'0' is no number of seconds"),
+        (["profile", "--shape", "3b", "--against", "mamba"], "invalid choice: 'mamba'"),
         ([], "COMMAND"),
     ],
 )
@@ -152,6 +223,7 @@ def test_help_and_version(capsys):
         (["--help"], "lm_eval --model yoco --tasks yoco_needle"),
         (["heatmap", "--help"], "yoco-eval heatmap results/ -o needle.png"),
         (["convert", "--help"], "yoco-eval convert YOCO-3B-1M/ yoco-3b-1m/"),
+        (["profile", "--help"], "yoco-eval profile --read profile.json -o profile.svg"),
     ]:
         with pytest.raises(SystemExit) as stop:
             main(argv)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from yoco_eval import engine as module
+from yoco_eval import memory
 from yoco_eval.engine import Engine, GenerateRequest, Sampling, ScoreRequest
 
 
@@ -59,7 +60,7 @@ def requests(exact):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "chunk"), [(1, None), (1, 17), (4, 64), (1000, None), (3, 1)]
+    ("batch_size", "chunk"), [(1, None), (1, 17), (4, 64), (None, None), (None, 300), (3, 1)]
 )
 def test_scores_equal_one_full_pass_each(exact, requests, batch_size, chunk):
     scores, fed = collect(Engine(exact, batch_size, chunk).score, requests)
@@ -74,7 +75,8 @@ def test_scores_equal_one_full_pass_each(exact, requests, batch_size, chunk):
 
 
 def test_logits_are_never_held_for_a_whole_text(exact, monkeypatch):
-    monkeypatch.setattr(module, "_LOGITS", 10 * exact.config.vocab_size)
+    few = memory.Budget(chunk=1024, logits=10 * exact.config.vocab_size, states=1)
+    monkeypatch.setattr(module, "budget", lambda *args: few)
     largest = []
     exact.output_projection.register_forward_hook(lambda *args: largest.append(len(args[2])))
     request = ScoreRequest([1], list(range(90)) * 2)
@@ -85,7 +87,7 @@ def test_logits_are_never_held_for_a_whole_text(exact, monkeypatch):
 
 def test_only_asked_positions_enter_the_cross_decoder(exact):
     entered = []
-    exact.cross_decoder.register_forward_hook(lambda *args: entered.append(args[1][0].shape[1]))
+    exact.cross_decoder.register_forward_hook(lambda *args: entered.append(args[1][0].shape[0]))
     context = list(range(80))
     collect(Engine(exact).score, [ScoreRequest(context, [1, 2, 3])])
     assert sum(entered) == 3
@@ -121,7 +123,7 @@ def test_generation_ends(exact):
 def frequencies(sampling, draws=4000):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     torch.manual_seed(0)
-    drawn = [module._next_token(logits, sampling) for _ in range(draws)]
+    drawn = [module._draw(logits, sampling) for _ in range(draws)]
     return torch.bincount(torch.tensor(drawn), minlength=4) / draws
 
 

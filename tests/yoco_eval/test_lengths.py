@@ -2,7 +2,7 @@
 
 import pytest
 
-from yoco_eval.lengths import format_length, parse_length
+from yoco_eval.lengths import format_length, parse_length, parse_lengths
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,35 @@ def test_refused_lengths(text):
 )
 def test_format_length(tokens, text):
     assert format_length(tokens) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        ("64k", [2**16]),
+        ("1k, 3k,10000", [1024, 3072, 10000]),
+        ("32k,64k,...,1m", [2**n for n in range(15, 21)]),
+        ("1k,...,4k,...,10k", [1024, 2048, 4096, 8192, 10240]),
+        ("1k,...,2k", [1024, 2048]),
+    ],
+)
+def test_parse_lengths(text, lengths):
+    assert parse_lengths(text) == lengths
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is not a length"),
+        ("1k,many", "'many' is not a length"),
+        ("...,1m", "stands between two lengths"),
+        ("1k,...", "stands between two lengths"),
+        ("1k,...,...,1m", "stands between two lengths"),
+        ("2k,1k", "ascending"),
+        ("1k,1k", "ascending"),
+        ("4k,...,1k", "ascending"),
+    ],
+)
+def test_refused_lists_of_lengths(text, said):
+    with pytest.raises(ValueError, match=said):
+        parse_lengths(text)

@@ -4,32 +4,46 @@ import random
 
 import pytest
 
-from yoco_eval.prefixes import merge, plan
+from yoco_eval.prefixes import Limits, merge, plan
 
 
-def run(steps, max_items, max_tokens):
-    """Follows a plan the way the engine does; returns the items in order, checking each step."""
-    path, done = [], []
+def run(steps, limits):
+    """Follows a plan the way the engine does, checking each step.
+
+    Returns the items fed and the largest number of snapshots held at a time.
+    """
+    snapshots, done, held = [(0, [])], [], 0
     for step in steps:
-        first = step.items[0]
-        assert step.resume in [0, *path]
-        path = [length for length in path if length <= step.resume]
-        assert list(step.snapshots) == sorted(set(step.snapshots))
-        assert all(step.resume < length <= first.first for length in step.snapshots)
-        for item in step.items:
-            assert list(item.tokens[: step.shared]) == list(first.tokens[: step.shared])
-            assert step.shared <= item.first
-        if done:
-            before = done[-1].tokens  # what the snapshot was taken of
-            assert list(before[: step.resume]) == list(first.tokens[: step.resume])
-        if len(step.items) > 1:
-            assert len(step.items) <= max_items
-            longest = max(len(item.tokens) - step.shared for item in step.items)
-            assert longest * len(step.items) <= max_tokens
-            assert step.shared in (step.resume, *step.snapshots)
-        path += step.snapshots
-        done += step.items
-    return done
+        while snapshots[-1][0] > step.resume:
+            snapshots.pop()
+        length, fed = snapshots[-1]
+        assert length == step.resume
+        if step.last:
+            snapshots.pop()
+        if step.snapshot:
+            (node,) = step.nodes
+            assert node.children and not limits.allow(step.nodes)
+            snapshots.append((node.end, follow(node, fed)))
+            held = max(held, len(snapshots))
+        else:
+            assert limits.allow(step.nodes) or not step.nodes[0].children
+            for node in step.nodes:
+                done += complete(node, fed)
+    return done, held
+
+
+def follow(node, fed):
+    assert node.start == len(fed) < node.end
+    return fed + list(node.item.tokens[node.start : node.end])
+
+
+def complete(node, fed):
+    fed = follow(node, fed)
+    if not node.children:
+        assert fed == list(node.item.tokens) and node.start <= node.item.first
+        return [node.item]
+    assert len(node.children) > 1
+    return [item for child in node.children for item in complete(child, fed)]
 
 
 def sequences(seed):
@@ -47,28 +61,40 @@ def sequences(seed):
     return result
 
 
-@pytest.mark.parametrize("limits", [(1, 0), (4, 64), (1000, 1000)])
+@pytest.mark.parametrize(
+    "limits", [Limits(), Limits(4, 64, 1), Limits(1000, 1000, 1000), Limits(1000, 10**6, 3)]
+)
 @pytest.mark.parametrize("seed", range(5))
 def test_plans_are_sound_and_complete(seed, limits):
     wanted = sequences(seed)
     items = merge(*zip(*wanted, strict=True))
-    done = run(plan(items, *limits), *limits)
+    steps = plan(items, limits)
+    done, _ = run(steps, limits)
     assert len(done) == len(items)
     fed = {index: item for item in done for index in item.requests}
     for index, (tokens, first) in enumerate(wanted):
         assert list(fed[index].tokens) == tokens and fed[index].first == first
 
 
-def cost(pairs, *limits):
-    return sum(step.tokens for step in plan(merge(*zip(*pairs, strict=True)), *limits))
+def cost(pairs, limits=Limits()):  # noqa: B008, it is immutable
+    return sum(step.tokens for step in plan(merge(*zip(*pairs, strict=True)), limits))
 
 
 def test_four_answers_cost_one_context():
     context = list(range(100))
     answers = [(context + [200 + a, 7], 99) for a in range(4)]
     assert cost(answers) == 99 + 4 * 3
-    assert cost(answers, 4, 100) == 99 + 4 * 3
-    assert len(plan(merge(*zip(*answers, strict=True)), 4, 100)) == 1
+    assert cost(answers, Limits(4, 200, 1)) == 99 + 4 * 3
+
+
+def test_unlike_questions_are_fed_together():
+    questions = [([q] * 50 + [a, 1], 49) for q in range(10) for a in range(4)]
+    items = merge(*zip(*questions, strict=True))
+    (step,) = plan(items, Limits(40, 1000, 10))
+    assert len(step.nodes) == 10 and step.tokens == 10 * (49 + 4 * 3)
+    assert len(plan(items, Limits(39, 1000, 10))) == 2
+    assert len(plan(items, Limits(40, 609, 10))) == 2
+    assert len(plan(items, Limits(40, 1000, 9))) == 2
 
 
 def test_equal_inputs_are_fed_once():
@@ -80,6 +106,8 @@ def test_few_shot_prefix_is_fed_once():
     shots = list(range(1000))
     questions = [(shots + [5000 + q] * 30 + [a], 1029) for q in range(10) for a in range(4)]
     assert cost(questions) == 1000 + 10 * (29 + 4 * 2)
+    assert cost(questions, Limits(40, 400, 40)) == 1000 + 10 * (29 + 4 * 2)
+    assert len(plan(merge(*zip(*questions, strict=True)), Limits(40, 400, 40))) == 2
 
 
 def test_needles_at_all_depths_share_what_is_before_them():
@@ -91,19 +119,22 @@ def test_needles_at_all_depths_share_what_is_before_them():
     assert cost(prompts) == 1001 + sum(1001 - depth for depth in range(0, 1000, 100))
 
 
-def test_deep_trees():
-    """Ten thousand sequences, each a prefix of the next."""
+def test_deep_trees_need_few_snapshots():
+    """Sequences each of which continues the one before: a snapshot is megabytes of a real model."""
     pairs = [(list(range(n)), n - 1) for n in range(1, 100_000, 500)]
-    assert cost(pairs) < 100_000 + 200 * 20
+    steps = plan(merge(*zip(*pairs, strict=True)), Limits())
+    assert sum(step.tokens for step in steps) < 100_000 + 200 * 20
+    done, held = run(steps, Limits())
+    assert len(done) == 200 and held <= 2
 
 
-def test_snapshots_are_few_and_far_between():
-    """Branches at every token of a long stem: a snapshot is megabytes of a real model."""
+def test_branches_are_far_between():
+    """Sequences that leave a long stem at every token."""
     stem = list(range(3000))
     pairs = [(stem[:n] + [9999, n], n + 1) for n in range(1, 3000)]
-    steps = plan(merge(*zip(*pairs, strict=True)))
-    run(steps, 1, 0)
-    longest = max(steps, key=lambda step: len(step.snapshots)).snapshots
-    gaps = [b - a for a, b in zip(longest, longest[1:], strict=False)]
-    assert min(gaps) >= 16 and len(longest) <= 65
+    steps = plan(merge(*zip(*pairs, strict=True)), Limits())
+    done, held = run(steps, Limits())
+    assert len(done) == 2999 and held <= 12
+    lengths = [step.tokens for step in steps if step.snapshot]
+    assert min(lengths) >= 16
     assert sum(step.tokens for step in steps) < 3000 * 50

@@ -1,0 +1,106 @@
+"""What the benchmarks share: timing on the GPU, the speed of a copy, and the report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from yoco_eval.reports.files import ResultsError, write_atomically
+
+_FLUSH_BYTES = 1 << 28  # several times any L2 cache
+
+
+def require_gpu() -> torch.device:
+    """The GPU that the benchmarks run on; ends the program where there is none."""
+    if not torch.cuda.is_available():
+        sys.exit("error: this benchmark needs a GPU, and PyTorch finds none")
+    return torch.device("cuda")
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """GPU time of one run, from an idle GPU to an idle GPU, launches included."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def measure(run: Callable[[], object], repeats: int = 20) -> float:
+    """Median GPU time in seconds of a short `run`, its inputs not in the L2 cache.
+
+    Overwriting the cache takes the GPU longer than launching `run` takes the CPU, so that launches
+    do not count.
+    """
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    for _ in range(3):  # compiles and warms up
+        run()
+    events = []
+    for _ in range(repeats):
+        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        flush.zero_()
+        flush.zero_()
+        pair[0].record()
+        run()
+        pair[1].record()
+        events.append(pair)
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in events) / 1000
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 1 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / measure(lambda: target.copy_(source))
+
+
+def environment(*packages: str) -> dict[str, str]:
+    """The card, and the versions of Python, CUDA, torch, triton and the named packages."""
+    versions = {"card": torch.cuda.get_device_name(), "python": platform.python_version()}
+    versions["cuda"] = torch.version.cuda or "none"
+    for package in ("torch", "triton", *packages):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def report(
+    title: str,
+    rows: list[dict[str, str | float | None]],
+    environment: dict[str, str],
+    path: Path | None,
+) -> None:
+    """Prints one table, None as a dash, and writes the same as JSON to `path` unless it is None."""
+    table = Table(title=title, caption=", ".join(f"{k} {v}" for k, v in environment.items()))
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
+    Console().print(table)
+    if path is not None:
+        content = {"title": title, "environment": environment, "rows": rows}
+        text = json.dumps(content, indent=2) + "\n"
+        try:
+            write_atomically(path, lambda file: file.write(text.encode()))
+        except ResultsError as error:
+            sys.exit(f"error: {error}")
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

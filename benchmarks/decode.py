@@ -1,0 +1,71 @@
+"""Decoding one token at a time at the YOCO-3B shape against the bytes that a step must read.
+
+    python benchmarks/decode.py [--lengths 64k,512k,1m] [--output decode.json]
+
+The limit is those bytes (every weight once, the shared cache once for each layer of the
+cross-decoder, the states) over the speed of a large copy, measured in the same run. The cache holds
+random numbers, since cost does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from common import copy_bandwidth, environment, report, require_gpu, seconds
+
+from yoco_eval.lengths import format_length, parse_lengths
+from yoco_eval.model import SelfState, Yoco
+from yoco_eval.model.footprint import decode_bytes
+from yoco_eval.model.shapes import SHAPES, set_random_weights
+
+STEPS = 32
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=parse_lengths, default="64k,512k,1m")
+    parser.add_argument("--output", type=Path, help="also write to this .json file")
+    args = parser.parse_args()
+    device = require_gpu()
+    config = SHAPES["3b"]
+    model = Yoco.empty(config, device, torch.bfloat16)
+    set_random_weights(model, 0)
+
+    rows = []
+    for length in args.lengths:
+        cache = model.new_cache(length + 2 * STEPS)
+        cache.keys.normal_()
+        cache.values.normal_()
+        states = tuple(
+            torch.randn(
+                1, config.n_self_heads, config.self_head_dim, config.self_head_dim, device=device
+            )
+            for _ in range(config.n_layers // 2)
+        )
+        cache.restore(SelfState((length,), states))
+        decoder = model.decoder(cache)
+        decoder.start(0)
+        decoder.step()
+        step = seconds(lambda d=decoder: [d.step() for _ in range(STEPS)]) / STEPS
+        bandwidth = copy_bandwidth()
+        moved = decode_bytes(config, torch.bfloat16, length)
+        rows.append(
+            {
+                "tokens": format_length(length),
+                "tokens/s": 1 / step,
+                "limit tokens/s": bandwidth / moved,
+                "share of limit": moved / bandwidth / step,
+                "copy TB/s": bandwidth / 1e12,
+            }
+        )
+        del cache, decoder
+        torch.cuda.empty_cache()
+    report("Decoding, YOCO-3B shape, bfloat16, batch 1", rows, environment(), args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Prefill of the YOCO-3B shape against its matrix products run alone, and its peak of memory.
+
+    python benchmarks/prefill.py [--lengths 64k,1m] [--output prefill.json]
+
+Both feed the same number of tokens in the same chunks through the same weights, in turns. The
+products alone are the floor of an approach that leaves them to the library: everything else, norms,
+retention, activation, cache, is what the ratio is above 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import median
+
+import torch
+from common import environment, report, require_gpu, seconds
+
+from yoco_eval.lengths import format_length, parse_lengths
+from yoco_eval.model import Yoco
+from yoco_eval.model.shapes import SHAPES, set_random_weights
+
+CHUNK = 8192
+GIB = 2**30
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=parse_lengths, default="64k,1m")
+    parser.add_argument("--turns", type=int, default=3, help="of each; their median counts")
+    parser.add_argument("--output", type=Path, help="also write to this .json file")
+    args = parser.parse_args()
+    device = require_gpu()
+    config = SHAPES["3b"]
+    model = Yoco.empty(config, device, torch.bfloat16)
+    set_random_weights(model, 0)
+    weights = torch.cuda.memory_allocated()
+    products = matrix_products(model)
+
+    rows = []
+    for length in args.lengths:
+        ids = torch.randint(config.vocab_size, (length,), device=device)
+        feed(model, ids[: 4 * CHUNK], length)  # kernels are compiled and chosen
+        alone(products, 4 * CHUNK)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        feed(model, ids, length)
+        peak = torch.cuda.max_memory_allocated()
+        prefill, floor = [], []
+        for _ in range(args.turns):
+            floor.append(seconds(lambda: alone(products, len(ids))))  # noqa: B023, run at once
+            prefill.append(seconds(lambda: feed(model, ids, len(ids))))  # noqa: B023
+        cache = 2 * config.n_attn_kv_heads * config.attn_head_dim * length * 2
+        rows.append(
+            {
+                "tokens": format_length(length),
+                "prefill s": median(prefill),
+                "products s": median(floor),
+                "ratio": median(prefill) / median(floor),
+                "peak GiB": peak / GIB,
+                "beyond weights and cache GiB": (peak - weights - cache) / GIB,
+            }
+        )
+    report("Prefill, YOCO-3B shape, bfloat16", rows, environment(), args.output)
+
+
+def feed(model: Yoco, ids: torch.Tensor, capacity: int) -> None:
+    cache = model.new_cache(capacity)
+    for part in ids.split(CHUNK):
+        model.prefill(part, cache)
+
+
+def matrix_products(model: Yoco) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(input, weight, output) of every product that a chunk takes."""
+    weights = []
+    for layer in model.self_decoder.layers:
+        weights += [layer.mixer.stack.weight, layer.mixer.out_proj.weight]
+        weights += [layer.ffn.stack.weight, layer.ffn.fc2.weight]
+    weights.append(model.cross_decoder.stack.weight)
+    inputs, outputs = {}, {}
+    for weight in weights:
+        rows, columns = weight.shape
+        if columns not in inputs:
+            inputs[columns] = torch.randn(CHUNK, columns, dtype=weight.dtype, device=weight.device)
+        if rows not in outputs:
+            outputs[rows] = torch.empty(CHUNK, rows, dtype=weight.dtype, device=weight.device)
+    return [(inputs[w.shape[1]], w.t(), outputs[w.shape[0]]) for w in weights]
+
+
+def alone(products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], length: int) -> None:
+    for start in range(0, length, CHUNK):
+        tokens = min(CHUNK, length - start)
+        for x, weight, out in products:
+            torch.mm(x[:tokens], weight, out=out[:tokens])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

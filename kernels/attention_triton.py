@@ -1,0 +1,779 @@
+"""Triton kernels of `attention`: flash attention over lists of key ranges, cut to fill the GPU.
+
+Bytes and operations, with R = T * Hq rows of queries, and element size e:
+- Cache: reads 2 * Hkv * D * e bytes per key (4 KiB for 8 heads of 128 in bfloat16) for each block
+  of rows that walks it, and 2 * R * D * e for queries and output; 4 * D operations per row and key.
+  With few rows the keys' bytes are the limit: 4.3 GB, 1.4 ms at 3 TB/s, for 1M keys. With more than
+  some 100 rows per key-value head the operations are. A walk cut into n pieces writes and reads
+  again n * 4 * D bytes per row.
+- Window: 4 * D operations per row and key in reach, R * (window + 1) of them at most, the limit;
+  the pass that rotates and packs keys and values reads and writes each once, 4 * T * H * D * e.
+
+Within one head, byte and element offsets are 32-bit: N * D < 2^31.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import cache
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from .attention import Angles, cells, query_runs
+from .rotary import rotate
+from .sequences import Sequences, Span, Spans
+
+_UNLIMITED = 1 << 30  # shift of a key range that every query reads whole
+_LONG_TEXT = 1024  # queries of a single causal span from which library kernels take over
+
+
+def _block_sizes(dtype: torch.dtype) -> tuple[int, ...]:
+    """Rows of queries that a program may take; float32 without TF32 compiles only if small."""
+    return (16, 32) if dtype == torch.float32 else (16, 32, 64, 128)
+
+
+def _config(block_m: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Keys per step, warps and pipeline stages, within 228 KiB of shared memory."""
+    if dtype == torch.float32:
+        return {"BLOCK_N": 16 if dim > 128 else 32, "num_warps": 8, "num_stages": 2}
+    warps = 8 if block_m >= 128 else 4
+    if dim > 128:
+        return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 2}
+    return {"BLOCK_N": 64, "num_warps": warps, "num_stages": 3}
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    """Programs that a memory-bound launch should have: two per multiprocessor, all at once."""
+    if device.type != "cuda":
+        return 16
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# -- what the kernels share ------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rotated(
+    x, cos, sin, token, column, valid, STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    ROTATE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """x[token, column : column + D] as [ROWS, D_PAD], zero beyond D, rotated by token's angles."""
+    dims = tl.arange(0, D_PAD)
+    at = token.to(tl.int64)[:, None] * STRIDE + column[:, None] + dims[None, :]
+    out = tl.load(x + at, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
+    if ROTATE:
+        pairs = tl.arange(0, D_PAD // 2)
+        at = token.to(tl.int64)[:, None] * (D // 2) + pairs[None, :]
+        seen = valid[:, None] & (pairs < D // 2)[None, :]
+        c = tl.load(cos + at, mask=seen, other=0.0).to(tl.float32)
+        s = tl.load(sin + at, mask=seen, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(out.to(tl.float32), (ROWS, D_PAD // 2, 2)))
+        turned = tl.join(even * c - odd * s, even * s + odd * c)
+        out = tl.reshape(turned, (ROWS, D_PAD)).to(out.dtype)
+    return out
+
+
+@triton.jit
+def _step(
+    acc, top, total, q, keys, values, start, end, limit, SCALE: tl.constexpr, ROW: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys, from `start`, of an online softmax in powers of two."""
+    slot = start + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, D_PAD)
+    at = slot[:, None] * ROW + dims[None, :]
+    if MASKED:  # what lies beyond `end` may be NaN and is not loaded
+        loaded = (slot < end)[:, None] & (dims < D)[None, :]
+        k = tl.load(keys + at, mask=loaded, other=0.0)
+        v = tl.load(values + at, mask=loaded, other=0.0)
+    elif D == D_PAD:
+        k = tl.load(keys + at)
+        v = tl.load(values + at)
+    else:
+        k = tl.load(keys + at, mask=(dims < D)[None, :], other=0.0)
+        v = tl.load(values + at, mask=(dims < D)[None, :], other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+    if MASKED:
+        visible = slot[None, :] < tl.minimum(limit, end)[:, None]
+        if WINDOW > 0:
+            visible = visible & (slot[None, :] >= (limit - WINDOW)[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    shift = new_top
+    if MASKED:  # a row may have seen no key yet
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - shift[:, None])
+    fade = tl.exp2(top - shift)
+    total = total * fade + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, new_top, total
+
+
+@triton.jit
+def _walk(
+    acc, top, total, q, keys, values, first, seen_from, seen_to, end, limit, SCALE: tl.constexpr,
+    ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys first .. end - 1: each row sees those from limit - WINDOW (from
+    `first`, if WINDOW is 0) to limit - 1. Masks only the blocks outside seen_from .. seen_to - 1,
+    the keys that all rows see.
+    """
+    begin = first
+    if WINDOW > 0:
+        begin += tl.cdiv(tl.maximum(seen_from - first, 0), BLOCK_N) * BLOCK_N
+        for start in range(first, begin, BLOCK_N):
+            acc, top, total = _step(
+                acc, top, total, q, keys, values, start, end, limit, SCALE, ROW, D, D_PAD, BLOCK_N,
+                WINDOW, True,
+            )  # fmt: skip
+    rest = begin + tl.maximum(tl.minimum(seen_to, end) - begin, 0) // BLOCK_N * BLOCK_N
+    for start in range(begin, rest, BLOCK_N):
+        acc, top, total = _step(
+            acc, top, total, q, keys, values, start, end, limit, SCALE, ROW, D, D_PAD, BLOCK_N,
+            WINDOW, False,
+        )  # fmt: skip
+    for start in range(rest, end, BLOCK_N):
+        acc, top, total = _step(
+            acc, top, total, q, keys, values, start, end, limit, SCALE, ROW, D, D_PAD, BLOCK_N,
+            WINDOW, True,
+        )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
+def _store_output(
+    out, token, column, acc, total, valid, STRIDE: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):  # fmt: skip
+    """The weighted mean acc / total to out[token, column : column + D]."""
+    dims = tl.arange(0, D_PAD)
+    total = tl.where(total == 0.0, 1.0, total)  # a row that is not valid, or saw no key
+    at = token.to(tl.int64)[:, None] * STRIDE + column[:, None] + dims[None, :]
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + at, result, mask=valid[:, None] & (dims < D)[None, :])
+
+
+@triton.jit
+def _store_piece(
+    partial, norms, place, acc, top, total, valid, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """A piece's output and log2-sum-exp2, -inf if it saw no key, at rows `place`."""
+    _store_output(partial, place, place * 0, acc, total, valid, D, D, D_PAD)
+    tl.store(norms + place, top + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=valid)
+
+
+@triton.jit
+def _merge_kernel(
+    partial, norms, out, rows, entries, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One row of queries: the mean of its pieces' outputs, weighted by exp2 of their norms."""
+    index = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.load(rows + 3 * index)
+    begin = tl.load(rows + 3 * index + 1)
+    end = tl.load(rows + 3 * index + 2)
+    dims = tl.arange(0, D_PAD)
+    acc = tl.zeros((D_PAD,), tl.float32)
+    top = float("-inf")
+    total = 0.0
+    for start in range(begin, end, CHUNK):
+        entry = start + tl.arange(0, CHUNK)
+        valid = entry < end
+        place = tl.load(entries + entry, mask=valid, other=0) + head * BLOCK_M + row
+        norm = tl.load(norms + place, mask=valid, other=float("-inf"))
+        at = place.to(tl.int64)[:, None] * D + dims[None, :]
+        x = tl.load(partial + at, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(norm, 0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(norm - shift)
+        fade = tl.exp2(top - shift)
+        acc = acc * fade + tl.sum(x * weight[:, None], 0)
+        total = total * fade + tl.sum(weight, 0)
+        top = new_top
+    at = ((row // GROUP).to(tl.int64) * HEADS + head) * (GROUP * D) + row % GROUP * D
+    tl.store(out + at + dims, acc / total, mask=dims < D)
+
+
+def _merge(partial: Tensor, norms: Tensor, out: Tensor, rows: Tensor, entries: Tensor, most: int):
+    """Into out [T, Hq, D]: rows of `partial` [slots, Hkv, BLOCK_M, D]; `most` entries per row."""
+    _, heads, block_m, dim = partial.shape
+    _merge_kernel[rows.shape[0], heads](
+        partial, norms, out, rows, entries,
+        HEADS=heads, GROUP=out.shape[1] // heads, D=dim, D_PAD=triton.next_power_of_2(dim),
+        BLOCK_M=block_m, CHUNK=8 if most <= 8 else 64, num_warps=2 if most <= 8 else 8,
+    )  # fmt: skip
+
+
+def _query_constants(q: Tensor, keys: Tensor, angles: Angles | None) -> dict:
+    """What the kernels over a cache must know at compile time of q [T, Hq, D]."""
+    dim = q.shape[2]
+    return {
+        "SCALE": math.log2(math.e) * dim**-0.5,
+        "STRIDE": q.stride(0),
+        "HEADS": keys.shape[0],
+        "GROUP": q.shape[1] // keys.shape[0],
+        "D": dim,
+        "D_PAD": triton.next_power_of_2(dim),
+        "ROTATE": angles is not None,
+    }
+
+
+def _head_slots(keys: Tensor) -> int:
+    """Slots from one head's first to the next one's, also where keys are a part of a buffer."""
+    return keys.stride(0) // keys.shape[2]
+
+
+def _float32(q: Tensor, *shape: int) -> Tensor:
+    """Uninitialised, on q's device."""
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def _to_device(tables: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Integer tables as int32 on the device, in one copy that waits for nothing."""
+    sizes = [-(-table.numel() // 4) * 4 for table in tables]  # each starts at 16 bytes
+    padded = [F.pad(t.flatten(), (0, s - t.numel())) for t, s in zip(tables, sizes, strict=True)]
+    host = torch.cat(padded).int()
+    if device.type == "cuda":
+        host = host.pin_memory()
+    parts = host.to(device, non_blocking=True).split(sizes)
+    return [p[: t.numel()].view(t.shape) for p, t in zip(parts, tables, strict=True)]
+
+
+# -- queries over a cache --------------------------------------------------------------------------
+
+
+def cache_attention(
+    q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: Angles | None = None
+) -> Tensor:
+    """As `attention.cache_attention`."""
+    span = spans.spans[0]
+    if len(spans.spans) == 1 and span.causal and len(q) >= _LONG_TEXT and _flash_takes(q):
+        return _long_text_attention(q, keys, values, span, angles)
+    heads, _, dim = keys.shape
+    shape = (q.shape[1], heads, dim, q.dtype, q.device)
+    plan = spans.table(("cache_attention", shape), lambda: _plan(spans, *shape))
+    block_m = plan.block_m
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    partial = _float32(q, plan.slots, heads, block_m, dim)
+    norms = _float32(q, plan.slots, heads, block_m)
+    cos, sin = angles or (q, q)
+    _cache_kernel[plan.tasks.shape[0], heads](
+        q, cos, sin, keys, values, out, partial, norms, plan.tasks, plan.ranges, _head_slots(keys),
+        BLOCK_M=block_m, **_query_constants(q, keys, angles), **_config(block_m, dim, q.dtype),
+    )  # fmt: skip
+    if plan.slots:
+        _merge(partial, norms, out, plan.rows, plan.entries, plan.most)
+    return out
+
+
+@triton.jit(do_not_specialize=("capacity",))
+def _cache_kernel(
+    q, cos, sin, keys, values, out, partial, norms, tasks, ranges, capacity, SCALE: tl.constexpr,
+    STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, ROTATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One task and key-value head: a block of rows over a list of key ranges.
+
+    Row r is query r // GROUP and the head's query head r % GROUP.
+    """
+    head = tl.program_id(1)
+    task = tasks + 5 * tl.program_id(0)
+    first_row = tl.load(task)
+    end_row = tl.load(task + 1)
+    first_range = tl.load(task + 2)
+    end_range = tl.load(task + 3)
+    piece = tl.load(task + 4)
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    valid = row < end_row
+    query = row // GROUP
+    column = head * (GROUP * D) + row % GROUP * D
+    x = load_rotated(q, cos, sin, query, column, valid, STRIDE, D, D_PAD, ROTATE, BLOCK_M)
+    keys += head.to(tl.int64) * capacity * D
+    values += head.to(tl.int64) * capacity * D
+    acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for i in range(first_range, end_range):
+        first = tl.load(ranges + 3 * i)
+        end = tl.load(ranges + 3 * i + 1)
+        shift = tl.load(ranges + 3 * i + 2)
+        acc, top, total = _walk(
+            acc, top, total, x, keys, values, first, first, first_row // GROUP + shift, end,
+            query + shift, SCALE, D, D, D_PAD, BLOCK_N, 0,
+        )  # fmt: skip
+    if piece < 0:
+        _store_output(out, query, column, acc, total, valid, HEADS * GROUP * D, D, D_PAD)
+    else:
+        place = (piece * HEADS + head) * BLOCK_M + tl.arange(0, BLOCK_M)
+        _store_piece(partial, norms, place, acc, top, total, valid, D, D_PAD)
+
+
+class _Plan(NamedTuple):
+    """How a launch of `_cache_kernel` is cut into tasks; the tables are int32, on the device.
+
+    Attributes:
+        block_m: rows of queries per task at most.
+        tasks: [n, 5]: first row, end row, first range, end range, slot (-1: the task is all that
+            its rows read, and writes their output).
+        ranges: [., 3]: first key, end key, shift; query t reads keys before t + shift.
+        slots: places for the outputs of tasks that are but pieces.
+        rows: [., 3], rows to merge: row, first entry, end entry.
+        entries: [.], offset into slots, less the first row of the slot's task.
+        most: entries of one row at most.
+    """
+
+    block_m: int
+    tasks: Tensor
+    ranges: Tensor
+    slots: int
+    rows: Tensor
+    entries: Tensor
+    most: int
+
+
+class _Task(NamedTuple):
+    """Rows first .. end - 1 over key ranges (first key, end key, shift)."""
+
+    first: int
+    end: int
+    ranges: list[tuple[int, int, int]]
+
+    @property
+    def keys(self) -> int:
+        return sum(end - first for first, end, _ in self.ranges)
+
+
+def _plan(
+    spans: Spans,
+    query_heads: int,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Plan:
+    group = query_heads // heads
+    units, block_m = min(
+        ((_units(spans, group, size), size) for size in _block_sizes(dtype)),
+        key=lambda choice: _cost(*choice),
+    )
+    walks = [walk for unit in units for walk in _row_blocks(*unit, group, block_m)]
+    block_n = _config(block_m, dim, dtype)["BLOCK_N"]
+    programs = _programs(device) // (2 if block_m >= 128 else 1)
+    # All pieces should take about as long as each other, and be as many as fit on the GPU at once;
+    # rounding down, since one more would wait for all the others. Where that rounds too coarsely,
+    # they are as many as fit four times, if merging a piece costs little beside walking it.
+    share = sum(walk.keys for walk in walks) * heads / programs
+    coarse = 4 * len(walks) * heads > programs
+    tasks = []
+    for walk in walks:
+        pieces = int(min(walk.keys / share + 0.01, walk.keys / (4 * block_n)))
+        if coarse:
+            pieces = max(pieces, round(min(4 * walk.keys / share, walk.keys / (32 * block_m))))
+        pieces = max(1, pieces)
+        size = -(-walk.keys // (pieces * block_n)) * block_n
+        tasks += [_Task(walk.first, walk.end, ranges) for ranges in _cut(walk.ranges, size)]
+    # The longest first, and neighbours read the same keys.
+    tasks.sort(key=lambda task: (-task.keys, task.ranges[0]))
+
+    pieces = cells((task.first, task.end, i) for i, task in enumerate(tasks))
+    slots = {}
+    for _, _, shared in pieces:
+        if len(shared) > 1:
+            for *_, i in shared:
+                slots.setdefault(i, len(slots))
+    merged, entries = [], []
+    for first, end, shared in pieces:
+        places = [
+            slots[i] * heads * block_m - task_first for task_first, _, i in shared if i in slots
+        ]
+        if places:
+            merged.append((first, end, len(entries), len(entries) + len(places)))
+            entries += places
+    ends = list(accumulate((len(task.ranges) for task in tasks), initial=0))
+    table = [
+        (task.first, task.end, ends[i], ends[i + 1], slots.get(i, -1))
+        for i, task in enumerate(tasks)
+    ]
+    ranges = [part for task in tasks for part in task.ranges]
+    on_device = _to_device(
+        [torch.tensor(table), torch.tensor(ranges), _rows(merged), torch.tensor(entries).long()],
+        device,
+    )
+    most = max((end - first for *_, first, end in merged), default=0)
+    return _Plan(block_m, *on_device[:2], len(slots), *on_device[2:], most)
+
+
+def _rows(merged: list[tuple[int, int, int, int]]) -> Tensor:
+    """[., 3], row, first entry and end entry, of (first row, end row, first entry, end entry)."""
+    table = torch.tensor(merged, dtype=torch.long).view(-1, 4)
+    lengths = table[:, 1] - table[:, 0]
+    shift = table[:, 0] - (lengths.cumsum(0) - lengths)
+    rows = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
+    return torch.cat((rows[:, None], table[:, 2:].repeat_interleave(lengths, 0)), 1)
+
+
+_Unit = tuple[int, int, list[Span]]  # rows first .. end - 1, which walk the same spans
+
+
+def _units(spans: Spans, group: int, block_m: int) -> list[_Unit]:
+    """Which rows walk which spans together.
+
+    Runs of queries that read the same, each over its list of spans; but a span that several runs
+    share is walked once by the queries of all of them, where that saves more steps over its keys
+    than it costs to write and merge the outputs of pieces.
+    """
+    runs = query_runs(spans)
+    walked = Counter()  # blocks of rows that would read a span, run by run
+    for first, end, members in runs:
+        for span in members:
+            walked[span] += -(-(end - first) * group // block_m)
+    units, shared = [], set()
+    for span, blocks in walked.items():
+        rows = (span.end_query - span.first_query) * group
+        if (blocks - -(-rows // block_m)) * (span.end_key - span.first_key) > 4 * rows:
+            shared.add(span)
+            units.append((span.first_query * group, span.end_query * group, [span]))
+    for first, end, members in runs:
+        own = [span for span in members if span not in shared]
+        if own:
+            units.append((first * group, end * group, own))
+    return units
+
+
+def _cost(units: list[_Unit], block_m: int) -> int:
+    """Of walking the units in blocks of rows; one is the time of a row's operations on a key.
+
+    A block must load the key, too, which takes about as long as the operations of 48 rows. A row
+    that lies in several units has outputs to write and merge, which takes about 900 for each.
+    """
+    walking = sum(
+        -(-(end - first) // block_m) * (48 + block_m) * (span.end_key - span.first_key)
+        for first, end, spans in units
+        for span in spans
+    )
+    rows = sum(end - first for first, end, _ in units)
+    return walking + 900 * (rows - max(end for _, end, _ in units))
+
+
+def _row_blocks(first: int, end: int, spans: list[Span], group: int, block_m: int) -> list[_Task]:
+    """A unit's rows in blocks, with the keys that any of a block's queries reads."""
+    blocks = []
+    for row in range(first, end, block_m):
+        end_row = min(row + block_m, end)
+        ranges = []
+        for span in spans:
+            shift = span.end_key - span.end_query + 1 if span.causal else _UNLIMITED
+            end_key = min(span.end_key, (end_row - 1) // group + shift)
+            ranges.append((span.first_key, end_key, shift))
+        blocks.append(_Task(row, end_row, ranges))
+    return blocks
+
+
+def _cut(ranges: list[tuple[int, int, int]], size: int) -> list[list[tuple[int, int, int]]]:
+    """A list of key ranges cut into lists of `size` keys each, and the rest."""
+    pieces, piece, room = [], [], size
+    for first, end, shift in ranges:
+        while first < end:
+            stop = min(end, first + room)
+            piece.append((first, stop, shift))
+            room -= stop - first
+            first = stop
+            if not room:
+                pieces.append(piece)
+                piece, room = [], size
+    return [*pieces, piece] if piece else pieces
+
+
+def _flash_takes(q: Tensor) -> bool:
+    """Whether flash-attn's kernels, its own or the copies in PyTorch, take such queries."""
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and q.is_cuda
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+@cache
+def _has_flash_attn() -> bool:
+    return find_spec("flash_attn") is not None
+
+
+def _long_text_attention(
+    q: Tensor, keys: Tensor, values: Tensor, span: Span, angles: Angles | None
+) -> Tensor:
+    """Many queries of one causal span, by the flash-attn package or by PyTorch's copy of it."""
+    if angles is not None:
+        q = rotate(q, angles)
+    keys, values = (x[:, span.first_key : span.end_key] for x in (keys, values))
+    if _has_flash_attn():
+        from flash_attn import flash_attn_func
+
+        k, v = (x.transpose(0, 1)[None] for x in (keys, values))
+        return flash_attn_func(q[None], k, v, causal=True)[0]
+    bias = causal_lower_right(q.shape[0], keys.shape[1])
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys[None], values[None], attn_mask=bias, enable_gqa=True
+        )
+    return out[0].transpose(0, 1).contiguous()
+
+
+# -- one decoded token -----------------------------------------------------------------------------
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, angles: Angles | None = None
+) -> Tensor:
+    """As `attention.decode_attention`; the launch depends on N, not on `length`."""
+    heads, capacity, dim = keys.shape
+    block_m = max(16, triton.next_power_of_2(q.shape[1] // heads))
+    config = _config(block_m, dim, q.dtype)
+    pieces = min(_programs(q.device) // heads, -(-capacity // (4 * config["BLOCK_N"])))
+    pieces = max(1, pieces)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    partial = _float32(q, pieces, heads, block_m, dim)
+    norms = _float32(q, pieces, heads, block_m)
+    cos, sin = angles or (q, q)
+    constants = _query_constants(q, keys, angles)
+    _decode_kernel[pieces, heads](
+        q, cos, sin, keys, values, partial, norms, length, _head_slots(keys),
+        BLOCK_M=block_m, **constants, **config,
+    )  # fmt: skip
+    tables = _decode_tables(pieces, heads, constants["GROUP"], block_m, q.device)
+    _merge(partial, norms, out, *tables, pieces)
+    return out
+
+
+@cache
+def _decode_tables(
+    pieces: int, heads: int, group: int, block_m: int, device: torch.device
+) -> list[Tensor]:
+    """`rows` and `entries` of `_Plan`, where every row has every piece."""
+    entries = torch.arange(pieces) * (heads * block_m)
+    return _to_device([_rows([(0, group, 0, pieces)]), entries], device)
+
+
+@triton.jit(do_not_specialize=("capacity",))
+def _decode_kernel(
+    q, cos, sin, keys, values, partial, norms, length, capacity, SCALE: tl.constexpr,
+    STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, ROTATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One key-value head's GROUP rows over one of as many even pieces as there are programs."""
+    piece = tl.program_id(0)
+    head = tl.program_id(1)
+    read = tl.load(length).to(tl.int32)
+    size = tl.cdiv(tl.cdiv(read, BLOCK_N), tl.num_programs(0)) * BLOCK_N
+    first = tl.minimum(piece * size, read)
+    end = tl.minimum(first + size, read)
+
+    row = tl.arange(0, BLOCK_M)
+    valid = row < GROUP
+    column = head * (GROUP * D) + row * D
+    x = load_rotated(q, cos, sin, row * 0, column, valid, STRIDE, D, D_PAD, ROTATE, BLOCK_M)
+    keys += head.to(tl.int64) * capacity * D
+    values += head.to(tl.int64) * capacity * D
+    acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc, top, total = _walk(
+        acc, top, total, x, keys, values, first, first, end, end, row * 0 + read, SCALE, D, D,
+        D_PAD, BLOCK_N, 0,
+    )  # fmt: skip
+    place = (piece * HEADS + head) * BLOCK_M + row
+    _store_piece(partial, norms, place, acc, top, total, valid, D, D_PAD)
+
+
+# -- a sliding window ------------------------------------------------------------------------------
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sequences: Sequences,
+    past: Tensor | None = None,
+    angles: Angles | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """As `attention.sliding_window_attention`."""
+    _, heads, dim = q.shape
+    flash = _flash_takes(q) and _has_flash_attn()
+    block_m = max(_block_sizes(q.dtype)) if max(sequences.lengths) > 64 else 32
+    plan = sequences.table(
+        ("sliding_window", window, past is not None, block_m),
+        lambda: _window_plan(sequences, window, past is not None, block_m),
+    )
+    # Keys and values [2, P, H, D] of each sequence, those before it and its own, rotated.
+    packed = torch.empty(2, plan.sources.shape[0], heads, dim, dtype=q.dtype, device=q.device)
+    cos, sin = angles or (k, k)
+    _pack_kernel[packed.shape[1],](
+        k, v, cos, sin, k if past is None else past.contiguous(), plan.sources, packed[0],
+        packed[1], WINDOW=window, K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), HEADS=heads,
+        HEADS_PAD=triton.next_power_of_2(heads), D=dim, D_PAD=triton.next_power_of_2(dim),
+        ROTATE=angles is not None, num_warps=4,
+    )  # fmt: skip
+    following = None
+    if keep:
+        last = sequences.table(
+            ("sliding_window_following", window, past is not None),
+            lambda: _last_rows(sequences, plan.ends, window, q.device),
+        )
+        following = packed.view(-1, heads * dim).index_select(0, last)
+        following = following.view(len(sequences.lengths), 2, window - 1, heads, dim)
+
+    if flash:
+        from flash_attn import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(
+            q if angles is None else rotate(q, angles), packed[0], packed[1], plan.query_offsets,
+            plan.key_offsets, plan.most_queries, plan.most_keys, causal=True,
+            window_size=(window - 1, 0),
+        )  # fmt: skip
+    else:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        _window_kernel[plan.tasks.shape[0], heads](
+            q, cos, sin, packed[0], packed[1], out, plan.tasks,
+            SCALE=math.log2(math.e) * dim**-0.5, WINDOW=window, STRIDE=q.stride(0), HEADS=heads,
+            D=dim, D_PAD=triton.next_power_of_2(dim), ROTATE=angles is not None, BLOCK_M=block_m,
+            **_config(block_m, dim, q.dtype),
+        )  # fmt: skip
+    return out, following
+
+
+class _WindowPlan(NamedTuple):
+    """Packed rows are each sequence's visible past and then its own tokens, one after the other.
+
+    Attributes:
+        sources: int32 [P], of each packed row: its token; or -1 - r, for row r of `past` seen as
+            [m * 2 * (window - 1), H, D].
+        tasks: int32 [n, 4]: first token, tokens, first packed row in reach of them, and how many
+            keys in reach the first token sees up to its own.
+        query_offsets, key_offsets: int32 [n + 1], as flash-attn takes them.
+        most_queries, most_keys: of one sequence.
+        ends: on the host, of each sequence, the first of its packed rows and their end.
+    """
+
+    sources: Tensor
+    tasks: Tensor
+    query_offsets: Tensor
+    key_offsets: Tensor
+    most_queries: int
+    most_keys: int
+    ends: list[tuple[int, int]]
+
+
+def _window_plan(
+    sequences: Sequences, window: int, has_past: bool, block_m: int
+) -> _WindowPlan:
+    continued = sequences.sources or range(len(sequences.lengths))
+    sources, tasks, ends, key_offsets = [], [], [], [0]
+    for i, (length, start) in enumerate(zip(sequences.lengths, sequences.starts, strict=True)):
+        before = min(start, window - 1) if has_past else 0
+        token, packed = sequences.offsets[i], key_offsets[-1]
+        end = (2 * continued[i] + 1) * (window - 1)  # of its keys in `past`
+        sources += [-1 - torch.arange(end - before, end), torch.arange(token, token + length)]
+        for first in range(0, length, block_m):
+            reach = max(0, before + first - window + 1)
+            tasks.append(
+                (
+                    token + first,
+                    min(block_m, length - first),
+                    packed + reach,
+                    before + first + 1 - reach,
+                )
+            )
+        key_offsets.append(packed + before + length)
+        ends.append((packed, key_offsets[-1]))
+    tables = [torch.tensor(x) for x in (tasks, sequences.offsets, key_offsets)]
+    on_device = _to_device([torch.cat(sources), *tables], sequences.device)
+    most_keys = max(end - first for first, end in ends)
+    return _WindowPlan(*on_device, max(sequences.lengths), most_keys, ends)
+
+
+def _last_rows(
+    sequences: Sequences, ends: list[tuple[int, int]], window: int, device: torch.device
+) -> Tensor:
+    """int32 [n * 2 * (window - 1)], rows of packed [2 * P, ...] that make the next `past`."""
+    first, end = torch.tensor(ends).split(1, 1)
+    rows = torch.maximum(end + torch.arange(1 - window, 0), first)
+    both = torch.stack((rows, rows + ends[-1][1]), 1)
+    return _to_device([both.flatten()], device)[0]
+
+
+@triton.jit
+def _pack_kernel(
+    k, v, cos, sin, past, sources, packed_keys, packed_values, WINDOW: tl.constexpr,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """One packed row: a token's key, rotated, and value; or those that `past` holds."""
+    to = tl.program_id(0)
+    source = tl.load(sources + to)
+    head = tl.arange(0, HEADS_PAD)
+    dims = tl.arange(0, D_PAD)
+    inside = (head < HEADS)[:, None] & (dims < D)[None, :]
+    at = head[:, None] * D + dims[None, :]
+    if source >= 0:
+        token = head * 0 + source
+        key = load_rotated(
+            k, cos, sin, token, head * D, head < HEADS, K_STRIDE, D, D_PAD, ROTATE, HEADS_PAD
+        )
+        value = tl.load(v + source.to(tl.int64) * V_STRIDE + at, mask=inside)
+    else:
+        row = (-1 - source).to(tl.int64)
+        key = tl.load(past + row * (HEADS * D) + at, mask=inside)
+        value = tl.load(past + (row + WINDOW - 1) * (HEADS * D) + at, mask=inside)
+    to = to.to(tl.int64) * (HEADS * D)
+    tl.store(packed_keys + to + at, key, mask=inside)
+    tl.store(packed_values + to + at, value, mask=inside)
+
+
+@triton.jit
+def _window_kernel(
+    q, cos, sin, keys, values, out, tasks, SCALE: tl.constexpr, WINDOW: tl.constexpr,
+    STRIDE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    ROTATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One task and head: a block of a sequence's tokens over the packed keys in their reach."""
+    head = tl.program_id(1)
+    task = tasks + 4 * tl.program_id(0)
+    first_token = tl.load(task)
+    tokens = tl.load(task + 1)
+    first_key = tl.load(task + 2).to(tl.int64)
+    seen = tl.load(task + 3)
+
+    row = tl.arange(0, BLOCK_M)
+    valid = row < tokens
+    token = first_token + row
+    column = row * 0 + head * D
+    x = load_rotated(q, cos, sin, token, column, valid, STRIDE, D, D_PAD, ROTATE, BLOCK_M)
+    keys += first_key * (HEADS * D) + head * D
+    values += first_key * (HEADS * D) + head * D
+    acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    end = seen + tokens - 1
+    acc, top, total = _walk(
+        acc, top, total, x, keys, values, 0, end - WINDOW, seen, end, row + seen, SCALE,
+        HEADS * D, D, D_PAD, BLOCK_N, WINDOW,
+    )  # fmt: skip
+    _store_output(out, token, column, acc, total, valid, HEADS * D, D, D_PAD)

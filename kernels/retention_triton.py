@@ -1,0 +1,549 @@
+"""Gated retention in Triton: prefill of packed sequences, and the one-token step of decoding.
+
+Prefill cuts each sequence into segments, so that a single one fills the card, and runs
+ 1. `_sum_segments`: the state that each segment but a sequence's last adds, from zero;
+ 2. `_scan_segments`: from these sums and their decays, the state after each of these segments;
+ 3. `_retain`: each segment from its starting state, chunk by chunk, with the state in registers.
+With s segments to a sequence it reads q and swish once, k and v 2 - 1 / s times, writes the output
+once, and moves D^2 float32 numbers of state four times per segment and head. For 32768 tokens, 24
+heads of 128 and s = 11 that is 5.8 x 192 MiB in bfloat16 (6.8 with swish), or 0.39 ms at 3 TB/s,
+and 4 x 16.5 MiB of states, which mostly stay in the L2 cache. Operations: per token and head
+2 D (3 D + 2 C) for chunks of C = 64, 1.0e11 in that example, 0.10 ms at 1 PFLOP/s.
+
+The step reads and writes a float32 state once, 8 D^2 bytes per sequence and head, 3 MiB for 24
+heads of 128, with 5 operations for each number of it.
+
+The state is kept TRANSPOSED, [Dv, D], so that it can enter the product with q from the registers in
+which it is accumulated; scores and outputs of a chunk are transposed accordingly. Log-gates are in
+units of log(2), so that exp2 takes them as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .sequences import Sequences
+
+PROGRAMS_PER_PROCESSOR = 2  # of each kernel, where the segments' lengths allow it
+MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
+_SUM_REGISTERS = 128  # so that two programs of 8 warps run at a time
+_SCAN_BLOCK = 1024
+_STEP_NUMBERS = 16384  # of the state that a program of `_step` holds at a time
+
+
+def gated_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    sequences: Sequences,
+    states: Tensor | None,
+    angles: tuple[Tensor, Tensor] | None,
+    swish: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`retention.gated_retention` on the GPU."""
+    length, heads, dim = q.shape
+    q, k, v = _packed_heads(q), _packed_heads(k), _packed_heads(v)
+    swish = None if swish is None else _packed_heads(swish)
+    gate = gate if gate.stride(1) == 1 else gate.contiguous()
+    config = _config(dim, q.dtype)
+    tiles = triton.cdiv(dim, config.block)
+    inner, scanned, table = sequences.table(
+        ("retention", heads * tiles, config.chunk),
+        lambda: _segments(sequences, heads * tiles, config.chunk),
+    )
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    starts = torch.empty(inner, heads, dim, dim, dtype=torch.float32, device=q.device)
+    last = None
+    if keep:
+        last = starts.new_empty(len(sequences.lengths), heads, dim, dim)
+    if states is not None:
+        states = states.contiguous()
+
+    cos, sin = (None, None) if angles is None else angles
+    unit, (q_row, k_row, v_row, swish_row) = _row_strides(q, k, v, swish)
+    shared = {
+        "HEADS": heads,
+        "DIM": dim,
+        "PADDED": max(16, triton.next_power_of_2(dim)),
+        "UNIT": unit,
+        "CHUNK": config.chunk,
+        "BLOCK": config.block,
+        "num_warps": config.warps,
+    }
+    if inner:
+        decays = starts.new_empty(inner, heads)
+        _sum_segments[(tiles * heads * inner,)](
+            k, v, gate, cos, sin, table, starts, decays,
+            k_row, v_row, gate.stride(0),
+            **shared, num_stages=3 if cos is None else 2,
+            maxnreg=_SUM_REGISTERS if config.warps == 8 else None,
+        )  # fmt: skip
+        _scan_segments[(triton.cdiv(dim * dim, _SCAN_BLOCK) * heads, scanned)](
+            table, states, starts, decays, inner + len(sequences.lengths),
+            HEADS=heads, SIZE=dim * dim, BLOCK=_SCAN_BLOCK,
+        )  # fmt: skip
+    fused = swish is not None and tiles == 1
+    _retain[(tiles * heads * (inner + len(sequences.lengths)),)](
+        q, k, v, gate, cos, sin, swish if fused else None, table, states, starts, out, last,
+        q_row, k_row, v_row, swish_row, gate.stride(0), inner, eps,
+        **shared, num_stages=config.stages,
+    )  # fmt: skip
+    if swish is not None and not fused:
+        _norm_swish[(triton.cdiv(length * heads, 16),)](
+            out, swish, length * heads, swish.stride(0), eps,
+            HEADS=heads, DIM=dim, PADDED=triton.next_power_of_2(dim), ROWS=16,
+        )  # fmt: skip
+    return out, last
+
+
+def gated_retention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    state: Tensor,
+    angles: tuple[Tensor, Tensor],
+    swish: Tensor,
+    eps: float,
+) -> Tensor:
+    """`retention.gated_retention_step` on the GPU."""
+    batch, heads, dim = q.shape
+    q, k, v, swish = (_packed_heads(x) for x in (q, k, v, swish))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    padded = triton.next_power_of_2(dim)
+    _step[(heads, batch)](
+        q, k, v, gate, *angles, swish, state, out,
+        q.stride(0), k.stride(0), v.stride(0), swish.stride(0), gate.stride(0), eps,
+        HEADS=heads, DIM=dim, PADDED=padded,
+        PAIRS=max(1, min(padded // 2, _STEP_NUMBERS // 2 // padded)),
+        num_warps=8 if padded >= 128 else 4,
+    )  # fmt: skip
+    return out
+
+
+class _Config(NamedTuple):
+    """How `_sum_segments` and `_retain` are cut and compiled."""
+
+    chunk: int  # tokens
+    block: int  # columns of v in a program's tile
+    warps: int
+    stages: int  # of `_retain`'s loads
+
+
+def _config(dim: int, dtype: torch.dtype) -> _Config:
+    """A tile is a whole head up to 128 columns, so that norm and swish are applied to it at once.
+
+    In float32, which has no tensor cores here, small tiles keep the unrolled products compilable.
+    """
+    if dtype == torch.float32:
+        return _Config(chunk=16, block=16 if dim > 128 else 32, warps=4, stages=2)
+    if dim > 128:
+        return _Config(chunk=64, block=64, warps=8, stages=2)
+    block = max(16, triton.next_power_of_2(dim))
+    return _Config(chunk=64, block=block, warps=8 if dim > 64 else 4, stages=3)
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    """How many programs to cut the work for."""
+    if device.type != "cuda":
+        return 16
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return PROGRAMS_PER_PROCESSOR * processors
+
+
+def _segments(sequences: Sequences, rows: int, chunk: int) -> tuple[int, int, Tensor]:
+    """Cuts the sequences into segments; `rows` programs work on each.
+
+    Returns:
+        How many segments are not the last of their sequence; how many sequences have such; and,
+        on the device, int32 [.., 4]:
+        - first those segments in order, then the last segment of each sequence: first token, end
+          token, the segment before it (-1: none), the state that its sequence continues;
+        - then for each sequence of several segments: its first segment, the end of those that are
+          not its last, the state that it continues, 0.
+    """
+    programs = _programs(sequences.device)
+    target = max(MIN_SEGMENT, sequences.total * rows / programs)
+    inner, last, scans = [], [], []
+    for i, length in enumerate(sequences.lengths):
+        source = i if sequences.sources is None else sequences.sources[i]
+        first, end = sequences.offsets[i], sequences.offsets[i + 1]
+        chunks = -(-length // chunk)
+        count = max(1, min(chunks, round(length / target)))
+        begin = len(inner)
+        for j in range(1, count):
+            cut = sequences.offsets[i] + chunks * j // count * chunk
+            inner.append((first, cut, len(inner) - 1 if j > 1 else -1, source))
+            first = cut
+        last.append((first, end, len(inner) - 1 if count > 1 else -1, source))
+        if count > 1:
+            scans.append((begin, len(inner), source, 0))
+    table = torch.tensor(inner + last + scans, dtype=torch.int32)
+    return len(inner), len(scans), table.to(sequences.device, non_blocking=True)
+
+
+def _packed_heads(x: Tensor) -> Tensor:
+    """x [T, H, D], copied unless its heads lie side by side in each row."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _row_strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
+    """A power of two that divides all row strides, and the strides in units of it.
+
+    Triton learns of an integer argument only whether 16 divides it; a projection's rows are often
+    a multiple of 8 numbers apart, and need to be read 8 at a time.
+    """
+    strides = [0 if x is None else x.stride(0) for x in tensors]
+    unit = math.gcd(16, *strides)
+    return unit, [stride // unit for stride in strides]
+
+
+@triton.jit
+def _log_gate(gate):
+    """log2(sigmoid(gate)) / 16, to full relative precision.
+
+    log(1 + y) = 2 artanh(z), z = y / (2 + y) <= 1/3: the logarithm itself would lose the gates
+    nearest to 1, which decide how far a state reaches.
+    """
+    y = tl.exp2(-tl.abs(gate) * 1.4426950408889634)
+    z = y / (2.0 + y)
+    s = z * z
+    series = 1.0 / 13.0 + s * (1.0 / 15.0 + s * (1.0 / 17.0))
+    series = 1.0 / 7.0 + s * (1.0 / 9.0 + s * (1.0 / 11.0 + s * series))
+    series = 1.0 + s * (1.0 / 3.0 + s * (1.0 / 5.0 + s * series))
+    return (tl.minimum(gate, 0.0) - 2.0 * z * series) * (1.4426950408889634 / 16.0)
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
+def _head(x_ptr, start, row_stride, head, rows, mask, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """One head's channels of a chunk, [CHUNK, PADDED]."""
+    x_ptr += start * tl.cast(row_stride, tl.int64) + head * DIM
+    at = rows[:, None] * row_stride + tl.arange(0, PADDED)[None, :]
+    return tl.load(x_ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _rotate(x, cos, sin):
+    """Rotates the pairs (2j, 2j + 1) of x [CHUNK, PADDED]; cos, sin: [CHUNK, PADDED / 2]."""
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), cos.shape[0], cos.shape[1], 2))
+    return tl.interleave(even * cos - odd * sin, even * sin + odd * cos).to(x.dtype)
+
+
+@triton.jit
+def _angles(x_ptr, start, rows, present, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Cosines or sines of a chunk, [CHUNK, PADDED / 2], in float32."""
+    pair = tl.arange(0, PADDED // 2)[None, :]
+    x_ptr += start * tl.cast(DIM // 2, tl.int64)
+    mask = present[:, None] & (pair < DIM // 2)
+    return tl.load(x_ptr + rows[:, None] * (DIM // 2) + pair, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["k_row", "v_row", "gate_row"])
+def _sum_segments(
+    k_ptr,  # [T, HEADS, DIM]
+    v_ptr,  # [T, HEADS, DIM]
+    gate_ptr,  # [T, HEADS]
+    cos_ptr,  # [T, DIM / 2] or None
+    sin_ptr,
+    table_ptr,
+    sums_ptr,  # float32 [segments, HEADS, DIM, DIM]
+    decays_ptr,  # float32 [segments, HEADS]
+    k_row,
+    v_row,
+    gate_row,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What a segment of whole chunks adds to the state.
+
+    It walks from the last chunk to the first, so that the sum needs no decay, and leaves in the L2
+    cache what `_retain` reads first.
+    """
+    TILES: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
+    PRECISION: tl.constexpr = "ieee" if k_ptr.dtype.element_ty == tl.float32 else "tf32"
+    tile = tl.program_id(0) % TILES
+    head = tl.program_id(0) // TILES % HEADS
+    segment = tl.program_id(0) // (TILES * HEADS)
+    first = tl.load(table_ptr + segment * 4)
+    end = tl.load(table_ptr + segment * 4 + 1)
+
+    rows = tl.arange(0, CHUNK)
+    present = rows < CHUNK  # all of them
+    channel = tl.arange(0, PADDED)[None, :]
+    value = tile * BLOCK + tl.arange(0, BLOCK)
+    k_mask = present[:, None] & (channel < DIM)
+    v_mask = present[:, None] & (value < DIM)[None, :]
+    scale = DIM**-0.5
+    sums = tl.zeros((BLOCK, PADDED), tl.float32)
+    after = 0.0  # log-decay from the end of the chunk to the end of the segment
+    gates = gate_ptr + head + rows * gate_row
+    gate = tl.load(gates + (end - CHUNK) * tl.cast(gate_row, tl.int64))
+    for i in range(0, (end - first) // CHUNK):
+        start = end - (i + 1) * CHUNK
+        k = _head(k_ptr, start, k_row * UNIT, head, rows, k_mask, DIM, PADDED)
+        v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
+        if cos_ptr is not None:
+            cos = _angles(cos_ptr, start, rows, present, DIM, PADDED)
+            sin = _angles(sin_ptr, start, rows, present, DIM, PADDED)
+            k = _rotate(k, cos, sin)
+        log_gate = _log_gate(gate.to(tl.float32))
+        # Loaded one chunk ahead; at the last one, that chunk's own again.
+        gate = tl.load(gates + tl.maximum(start - CHUNK, first) * tl.cast(gate_row, tl.int64))
+        weight = tl.exp2(after + tl.cumsum(log_gate, axis=0, reverse=True) - log_gate) * scale
+        after += tl.sum(log_gate, axis=0)
+        k = (k * weight[:, None]).to(v.dtype)
+        sums = tl.dot(tl.trans(v), k, sums, input_precision=PRECISION)
+
+    state = segment.to(tl.int64) * HEADS + head
+    at = value[:, None] + channel * DIM
+    mask = (value < DIM)[:, None] & (channel < DIM)
+    tl.store(sums_ptr + state * (DIM * DIM) + at, sums, mask=mask)
+    if tile == 0:
+        tl.store(decays_ptr + state, after)
+
+
+@triton.jit(do_not_specialize=["scans"])
+def _scan_segments(
+    table_ptr,
+    states_ptr,  # float32 [.., HEADS, DIM, DIM] or None
+    sums_ptr,  # float32 [segments, HEADS, DIM, DIM]
+    decays_ptr,  # float32 [segments, HEADS]
+    scans,  # row of the table where the sequences of several segments begin
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,  # DIM * DIM
+    BLOCK: tl.constexpr,
+):
+    """Replaces each segment's sum by the state after that segment."""
+    head = tl.program_id(0) % HEADS
+    at = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
+    mask = at < SIZE
+    row = table_ptr + (scans + tl.program_id(1)) * 4
+    if states_ptr is not None:
+        source = tl.load(row + 2).to(tl.int64)
+        state = tl.load(states_ptr + (source * HEADS + head) * SIZE + at, mask=mask, other=0.0)
+    else:
+        state = tl.zeros((BLOCK,), tl.float32)
+    for segment in tl.range(tl.load(row), tl.load(row + 1), num_stages=4):
+        index = segment * tl.cast(HEADS, tl.int64) + head
+        decay = tl.exp2(tl.load(decays_ptr + index))
+        state = state * decay + tl.load(sums_ptr + index * SIZE + at, mask=mask, other=0.0)
+        tl.store(sums_ptr + index * SIZE + at, state, mask=mask)
+
+
+@triton.jit(do_not_specialize=["q_row", "k_row", "v_row", "swish_row", "gate_row", "inner", "eps"])
+def _retain(
+    q_ptr,  # [T, HEADS, DIM]
+    k_ptr,
+    v_ptr,
+    gate_ptr,  # [T, HEADS]
+    cos_ptr,  # [T, DIM / 2] or None
+    sin_ptr,
+    swish_ptr,  # [T, HEADS, DIM] or None: no norm, either
+    table_ptr,
+    states_ptr,  # float32 [.., HEADS, DIM, DIM] or None: zeros
+    starts_ptr,  # float32 [segments, HEADS, DIM, DIM], state after each
+    out_ptr,  # [T, HEADS, DIM], contiguous
+    last_ptr,  # float32 [sequences, HEADS, DIM, DIM] or None: not asked for
+    q_row,
+    k_row,
+    v_row,
+    swish_row,
+    gate_row,
+    inner,  # segments that are not the last of their sequence
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The output of a segment, and the state after it where it ends a sequence."""
+    TILES: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
+    PRECISION: tl.constexpr = "ieee" if q_ptr.dtype.element_ty == tl.float32 else "tf32"
+    tile = tl.program_id(0) % TILES
+    head = tl.program_id(0) // TILES % HEADS
+    segment = tl.program_id(0) // (TILES * HEADS)
+    first = tl.load(table_ptr + segment * 4)
+    end = tl.load(table_ptr + segment * 4 + 1)
+    before = tl.load(table_ptr + segment * 4 + 2)
+
+    rows = tl.arange(0, CHUNK)
+    channel = tl.arange(0, PADDED)[None, :]
+    value = tile * BLOCK + tl.arange(0, BLOCK)
+    state_at = value[:, None] + channel * DIM
+    state_mask = (value < DIM)[:, None] & (channel < DIM)
+    state = tl.zeros((BLOCK, PADDED), tl.float32)
+    if before >= 0:
+        index = before.to(tl.int64) * HEADS + head
+        state = tl.load(starts_ptr + index * (DIM * DIM) + state_at, mask=state_mask, other=0.0)
+    elif states_ptr is not None:
+        index = tl.load(table_ptr + segment * 4 + 3).to(tl.int64) * HEADS + head
+        state = tl.load(states_ptr + index * (DIM * DIM) + state_at, mask=state_mask, other=0.0)
+
+    scale = DIM**-0.5
+    gates = gate_ptr + head + rows * gate_row
+    gate = tl.load(gates + first * tl.cast(gate_row, tl.int64), mask=first + rows < end, other=0.0)
+    for start in range(first, end, CHUNK):
+        present = start + rows < end
+        mask = present[:, None] & (channel < DIM)
+        v_mask = present[:, None] & (value < DIM)[None, :]
+        q = _head(q_ptr, start, q_row * UNIT, head, rows, mask, DIM, PADDED)
+        k = _head(k_ptr, start, k_row * UNIT, head, rows, mask, DIM, PADDED)
+        v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
+        if swish_ptr is not None:
+            swish = _head(swish_ptr, start, swish_row * UNIT, head, rows, v_mask, DIM, BLOCK)
+        if cos_ptr is not None:
+            cos = _angles(cos_ptr, start, rows, present, DIM, PADDED)
+            sin = _angles(sin_ptr, start, rows, present, DIM, PADDED)
+            q = _rotate(q, cos, sin)
+            # The mask has no effect but that the compiler does not rotate k once for each layout.
+            k = tl.where(present[:, None], _rotate(k, cos, sin), 0.0)
+        log_gate = tl.where(present, _log_gate(gate.to(tl.float32)), 0.0)
+        gate = tl.load(  # of the next chunk, ahead of its use
+            gates + (start + CHUNK) * tl.cast(gate_row, tl.int64),
+            mask=start + CHUNK + rows < end,
+            other=0.0,
+        )
+        inside = tl.cumsum(log_gate, axis=0)  # from the chunk's start, inclusive
+        whole = tl.sum(log_gate, axis=0)
+
+        # Transposed: scores [key, query], out [Dv, query].
+        q = tl.trans(q)
+        distance = inside[None, :] - inside[:, None]
+        distance = tl.where(rows[:, None] <= rows[None, :], distance, float("-inf"))
+        scores = tl.dot(k, q, input_precision=PRECISION) * (tl.exp2(distance) * scale)
+        scores = scores.to(v.dtype)
+        out = tl.dot(state.to(v.dtype), q, input_precision=PRECISION) * tl.exp2(inside)[None, :]
+        out = tl.dot(tl.trans(v), scores, out, input_precision=PRECISION)
+        if swish_ptr is not None:
+            out *= tl.rsqrt(tl.sum(out * out, axis=0) / DIM + eps)[None, :]
+        out = tl.trans(out)
+        if swish_ptr is not None:
+            out *= _silu(swish.to(tl.float32))
+        rows_ptr = out_ptr + start * tl.cast(HEADS * DIM, tl.int64) + head * DIM
+        out_at = rows[:, None] * (HEADS * DIM) + value[None, :]
+        tl.store(rows_ptr + out_at, out.to(v.dtype), mask=v_mask)
+
+        weight = tl.exp2(whole - inside) * scale
+        k = (k * weight[:, None]).to(v.dtype)
+        state = tl.dot(tl.trans(v), k, state * tl.exp2(whole), input_precision=PRECISION)
+
+    if last_ptr is not None:
+        if segment >= inner:
+            index = (segment - inner).to(tl.int64) * HEADS + head
+            tl.store(last_ptr + index * (DIM * DIM) + state_at, state, mask=state_mask)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _norm_swish(
+    out_ptr,  # [T, HEADS, DIM], contiguous, changed in place
+    swish_ptr,  # [T, HEADS, DIM]
+    count,  # T * HEADS
+    swish_row,
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """silu(swish) * RMSNorm(out) of each head, where a head takes several tiles."""
+    index = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, PADDED)[None, :]
+    mask = (index < count) & (column < DIM)
+    out = tl.load(out_ptr + index * DIM + column, mask=mask, other=0.0).to(tl.float32)
+    swish_ptr += index // HEADS * swish_row + index % HEADS * DIM
+    swish = tl.load(swish_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    out *= tl.rsqrt(tl.sum(out * out, axis=1) / DIM + eps)[:, None]
+    out *= _silu(swish)
+    tl.store(out_ptr + index * DIM + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _step(
+    q_ptr,  # [B, HEADS, DIM]
+    k_ptr,
+    v_ptr,
+    gate_ptr,  # [B, HEADS]
+    cos_ptr,  # [B, DIM / 2]
+    sin_ptr,
+    swish_ptr,  # [B, HEADS, DIM]
+    state_ptr,  # float32 [B, HEADS, DIM, DIM], changed in place
+    out_ptr,  # [B, HEADS, DIM], contiguous
+    q_row,
+    k_row,
+    v_row,
+    swish_row,
+    gate_row,
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """One head of one sequence; PAIRS pairs of channels, two rows of the state each, at a time."""
+    head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    dtype = out_ptr.dtype.element_ty
+    value = tl.arange(0, PADDED)
+    here = value < DIM
+    state_ptr += (sequence * HEADS + head) * (DIM * DIM)
+    q_ptr += sequence * q_row + head * DIM
+    k_ptr += sequence * k_row + head * DIM
+    v = tl.load(v_ptr + sequence * v_row + head * DIM + value, mask=here, other=0.0)
+    v = v.to(tl.float32)[None, :]
+    swish = tl.load(swish_ptr + sequence * swish_row + head * DIM + value, mask=here, other=0.0)
+    swish = swish.to(tl.float32)
+    gate = tl.load(gate_ptr + sequence * gate_row + head).to(tl.float32)
+    decay = tl.exp2(_log_gate(gate))
+    scale = DIM**-0.5
+
+    out = tl.zeros((PADDED,), tl.float32)
+    for block in tl.static_range((DIM // 2 + PAIRS - 1) // PAIRS):
+        pair = block * PAIRS + tl.arange(0, PAIRS)
+        inside = pair < DIM // 2
+        rows = state_ptr + pair[:, None] * (2 * DIM) + value[None, :]
+        mask = inside[:, None] & here[None, :]
+        even = tl.load(rows, mask=mask, other=0.0)
+        odd = tl.load(rows + DIM, mask=mask, other=0.0)
+
+        cos = tl.load(cos_ptr + sequence * (DIM // 2) + pair, mask=inside, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + sequence * (DIM // 2) + pair, mask=inside, other=0.0).to(tl.float32)
+        q_1 = tl.load(q_ptr + 2 * pair, mask=inside, other=0.0).to(tl.float32)
+        q_2 = tl.load(q_ptr + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
+        k_1 = tl.load(k_ptr + 2 * pair, mask=inside, other=0.0).to(tl.float32)
+        k_2 = tl.load(k_ptr + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
+        q_even = (q_1 * cos - q_2 * sin).to(dtype).to(tl.float32)
+        q_odd = (q_1 * sin + q_2 * cos).to(dtype).to(tl.float32)
+        k_even = (k_1 * cos - k_2 * sin).to(dtype).to(tl.float32) * scale
+        k_odd = (k_1 * sin + k_2 * cos).to(dtype).to(tl.float32) * scale
+
+        even = even * decay + k_even[:, None] * v
+        odd = odd * decay + k_odd[:, None] * v
+        tl.store(rows, even, mask=mask)
+        tl.store(rows + DIM, odd, mask=mask)
+        out += tl.sum(even * q_even[:, None] + odd * q_odd[:, None], axis=0)
+
+    out *= tl.rsqrt(tl.sum(out * out, axis=0) / DIM + eps)
+    out *= _silu(swish)
+    tl.store(out_ptr + (sequence * HEADS + head) * DIM + value, out.to(dtype), mask=here)

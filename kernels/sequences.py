@@ -1,0 +1,93 @@
+"""How texts, or parts of texts, are packed one behind the other on one token axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """What all layers of a pass need to know of the sequences that it feeds, and tables made of it.
+
+    One object serves all layers of a pass, so that tables on the device are made once.
+    """
+
+    _tables: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def table(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The table `key`, made by `make` when it is first asked for."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        return self._tables[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences(Packing):
+    """Parts of texts packed one behind the other on the token axis of [T, ...] tensors.
+
+    Attributes:
+        lengths: tokens of each, at least 1; T is their sum.
+        starts: position, in its text, of each one's first token.
+        device: of the tensors.
+        sources: of each, the index of the state that it continues among the states that are passed
+            with it; several may continue the same. None: sequence i continues state i.
+    """
+
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...]
+    device: torch.device
+    sources: tuple[int, ...] | None = None
+
+    @cached_property
+    def total(self) -> int:
+        """T, the tokens of all sequences."""
+        return sum(self.lengths)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T], position of each token in its text."""
+        if len(self.lengths) == 1:
+            first = self.starts[0]
+            return torch.arange(first, first + self.total, device=self.device)
+        lengths = torch.tensor(self.lengths)
+        before = lengths.cumsum(0) - lengths
+        shift = (torch.tensor(self.starts) - before).repeat_interleave(lengths)
+        return (torch.arange(self.total) + shift).to(self.device)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Of each sequence, the index of its first token in [T]; and T."""
+        ends = [0]
+        for length in self.lengths:
+            ends.append(ends[-1] + length)
+        return tuple(ends)
+
+
+class Span(NamedTuple):
+    """Queries `first_query` .. `end_query` - 1 read keys `first_key` .. `end_key` - 1.
+
+    All of them, or where `causal`: the last query reads up to the last key, the one before it up to
+    the last but one, and so on; there are at least as many keys as queries, then.
+    """
+
+    first_query: int
+    end_query: int
+    first_key: int
+    end_key: int
+    causal: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Spans(Packing):
+    """Which keys of a cache each of T queries reads: those of all the spans that it lies in.
+
+    The spans of a query do not overlap, and every query lies in one at least.
+    """
+
+    spans: tuple[Span, ...]

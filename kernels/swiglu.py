@@ -1,0 +1,30 @@
+"""The gated activation of the feed-forward layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import use_triton
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """silu(a) * b, where a is the first half of each row of h and b the second.
+
+    Args:
+        h: [T, 2 * F], both halves from one matrix product.
+
+    Returns:
+        [T, F], of h's dtype.
+    """
+    if use_triton(h):
+        from .swiglu_triton import swiglu as fast
+
+        return fast(h)
+    return swiglu_reference(h)
+
+
+def swiglu_reference(h: Tensor) -> Tensor:
+    """`swiglu` in PyTorch."""
+    a, b = h.chunk(2, dim=-1)
+    return F.silu(a) * b

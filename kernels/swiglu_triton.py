@@ -1,0 +1,45 @@
+"""SwiGLU as one Triton kernel: reads both halves once, writes the product once.
+
+3 * F numbers of traffic per token, 48 KiB at F = 8192 in bfloat16, and about 6 operations for each
+number written: memory alone limits it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """`swiglu.swiglu` for h [T, 2 * F] on the GPU: in float32, rounded once."""
+    if h.stride(1) != 1:
+        h = h.contiguous()
+    tokens, width = h.shape[0], h.shape[1] // 2
+    out = torch.empty(tokens, width, dtype=h.dtype, device=h.device)
+    block, warps = _config(width)
+    _swiglu[(tokens * triton.cdiv(width, block),)](
+        h, out, h.stride(0), WIDTH=width, BLOCK=block, num_warps=warps
+    )
+    return out
+
+
+def _config(width: int) -> tuple[int, int]:
+    """Columns of a program's tile, and its warps: 16 bfloat16 of each half for a thread."""
+    return min(2048, triton.next_power_of_2(width)), 4
+
+
+@triton.jit
+def _swiglu(h_ptr, out_ptr, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)  # neighbours take neighbouring parts of a row
+    row = (program // blocks).to(tl.int64)
+    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = column < WIDTH
+
+    h_ptr += row * row_stride + column
+    a = tl.load(h_ptr, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(h_ptr + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    out = a * tl.sigmoid(a) * b
+    tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=mask)

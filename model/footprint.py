@@ -1,0 +1,112 @@
+"""How much memory and work a YOCO model of a given shape needs, without building one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .config import YocoConfig
+from .yoco import Yoco
+
+# What PyTorch's matrix library keeps for itself on a GPU, and small tensors.
+_OVERHEAD = 64 << 20
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory in bytes at the peak of a run.
+
+    Attributes:
+        weights: all parameters.
+        cache: shared keys and values.
+        states: of the self-decoder: those of a chunk's start and end, and those that decode.
+        activations: intermediate results of one chunk, or of scoring.
+    """
+
+    weights: int
+    cache: int
+    states: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.states + self.activations
+
+
+def footprint(
+    config: YocoConfig, dtype: torch.dtype, length: int, chunk: int, logits: int = 0
+) -> Footprint:
+    """The peak of feeding a text of `length` tokens, `chunk` at a time, and decoding after it.
+
+    Args:
+        config: the model's shape.
+        dtype: of weights, cache and activations.
+        length: tokens that the cache has room for.
+        chunk: tokens fed at a time.
+        logits: how many logits exist at a time where many positions are scored.
+    """
+    return Footprint(
+        weights=weight_bytes(config, dtype),
+        cache=cache_bytes(config, dtype, length),
+        states=3 * state_bytes(config, dtype),
+        activations=_activation_bytes(config, dtype, min(chunk, length), logits),
+    )
+
+
+def weight_bytes(config: YocoConfig, dtype: torch.dtype) -> int:
+    with torch.device("meta"):
+        parameters = Yoco(config).parameters()
+    return sum(parameter.numel() for parameter in parameters) * dtype.itemsize
+
+
+def cache_bytes(config: YocoConfig, dtype: torch.dtype, length: int) -> int:
+    """Of keys and values for `length` tokens; one layer's worth, whatever the number of layers."""
+    return 2 * config.n_attn_kv_heads * config.attn_head_dim * length * dtype.itemsize
+
+
+def state_bytes(config: YocoConfig, dtype: torch.dtype) -> int:
+    """Of the self-decoder's state after one text; what a snapshot takes."""
+    if config.sliding_window:
+        layer = 2 * (config.sliding_window - 1) * config.dim * dtype.itemsize
+    else:
+        layer = config.dim * config.self_head_dim * max(dtype.itemsize, 4)
+    return config.n_layers // 2 * layer
+
+
+def _activation_bytes(config: YocoConfig, dtype: torch.dtype, chunk: int, logits: int) -> int:
+    """The widest point of a layer, beside its input; numbers per token, unless said otherwise."""
+    dim, hidden = config.dim, config.hidden_dim
+    projected = 3 * dim if config.sliding_window else 4 * dim + config.n_self_heads
+    mixer = projected + dim  # the norm's output before, the mixer's after it
+    feed_forward = 2 * hidden + max(dim, hidden)
+    angles = config.self_head_dim + config.attn_head_dim
+    layer = chunk * (dim + angles + max(mixer, feed_forward)) * dtype.itemsize
+    scoring = logits * (dtype.itemsize + 3 * max(dtype.itemsize, 4))
+    return max(layer, scoring) + _OVERHEAD
+
+
+def prefill_operations(config: YocoConfig, length: int) -> int:
+    """Floating-point operations of the matrix products that feed `length` tokens.
+
+    Every weight of the self-decoder and of the shared keys' and values' projection multiplies
+    every token; nothing of the cross-decoder does.
+    """
+    mixer = (4 if config.sliding_window else 5) * config.dim**2
+    if not config.sliding_window:
+        mixer += config.dim * config.n_self_heads
+    layer = mixer + 3 * config.dim * config.hidden_dim
+    keys_values = 2 * config.dim * config.n_attn_kv_heads * config.attn_head_dim
+    return 2 * length * (config.n_layers // 2 * layer + keys_values)
+
+
+def decode_bytes(config: YocoConfig, dtype: torch.dtype, length: int) -> int:
+    """Bytes that decoding one token after `length` tokens moves at least.
+
+    Every weight is read once but the embedding, of which one row is; the shared cache is read once
+    for each layer of the cross-decoder; the states are read and written.
+    """
+    embedding = (config.vocab_size - 1) * config.dim * dtype.itemsize
+    cache = cache_bytes(config, dtype, length) * (config.n_layers // 2)
+    states = state_bytes(config, dtype) * (1 if config.sliding_window else 2)
+    return weight_bytes(config, dtype) - embedding + cache + states

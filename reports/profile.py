@@ -1,0 +1,399 @@
+"""Memory, prefill time and decode speed by context length: JSON, tables, a PNG or SVG figure.
+
+A profile is of one model, or of one and another that it is compared with. What could not be
+measured, for want of memory or patience, is said where its figure would stand.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator
+from rich.console import Console
+from rich.text import Text
+
+from yoco_eval.lengths import format_length
+
+from .files import check_path, write_atomically, write_figure
+from .heatmap import FONT, PAGE_WIDTH, RC, TITLE_FONT
+from .results import ResultsError
+
+MEASURED, OUT_OF_MEMORY, OUT_OF_PATIENCE = "measured", "out of memory", "out of patience"
+
+KIND = "yoco-eval profile"  # stands in the JSON
+HEIGHT = 3.0  # of the figure, in inches
+MODEL_COLORS = ("#0072b2", "#d55e00")  # that the colour-blind can tell apart
+PARTS = (("weights", 1.0), ("cache", 0.6), ("states, activations", 0.3))  # with their strength
+SMALL_FONT = 5.5
+GIB, MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """One model at one context length. What is not known is None.
+
+    length: tokens.
+    outcome: "measured", "out of memory" or "out of patience".
+    weights_bytes, cache_bytes: what they take; known even where memory ran out, as a rule.
+    peak_bytes: the most that was allocated; None on a CPU.
+    prefill_seconds: until the first prediction.
+    decode_tokens_per_second: after `length` tokens, one text at a time.
+    """
+
+    model: str
+    length: int
+    outcome: str
+    weights_bytes: int | None = None
+    cache_bytes: int | None = None
+    peak_bytes: int | None = None
+    prefill_seconds: float | None = None
+    decode_tokens_per_second: float | None = None
+
+    @property
+    def parts(self) -> list[int | None]:
+        """Bytes of weights, of the cache, and of all else at the peak."""
+        weights, cache = self.weights_bytes, self.cache_bytes
+        return [weights, cache, self.peak_bytes and self.peak_bytes - weights - cache]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Rows, and how they came about.
+
+    name: of what was measured, for titles.
+    shapes: of each model, its configuration.
+    device: name of the card or processor; device_bytes: its memory, None on a CPU.
+    versions: of the packages that matter.
+    prefill_chunk, decode_steps: tokens fed at a time; tokens decoded under the clock.
+    patience: seconds of prefill that were the limit.
+    seed: of random weights and tokens.
+    rows: by model, then length.
+    """
+
+    name: str
+    shapes: dict[str, dict[str, Any]]
+    dtype: str
+    device: str
+    device_bytes: int | None
+    versions: dict[str, str]
+    prefill_chunk: int
+    decode_steps: int
+    patience: float
+    seed: int
+    rows: tuple[ProfileRow, ...]
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(row.model for row in self.rows))
+
+    @property
+    def lengths(self) -> list[int]:
+        return sorted({row.length for row in self.rows})
+
+    def row(self, model: str, length: int) -> ProfileRow | None:
+        rows = [row for row in self.rows if (row.model, row.length) == (model, length)]
+        return rows[0] if rows else None
+
+    def gain(self, quantity: str, length: int) -> float | None:
+        """How many times better the first model is than the second, where both were measured.
+
+        quantity: "peak_bytes", "prefill_seconds" or "decode_tokens_per_second".
+        """
+        values = []
+        for model in self.models[:2]:
+            row = self.row(model, length)
+            values.append(row and getattr(row, quantity))
+        if len(values) < 2 or not all(values):
+            return None
+        first, second = values
+        return first / second if quantity == "decode_tokens_per_second" else second / first
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Reads what `save_profile` wrote. Raises ResultsError if that is not there."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data.pop("kind") != KIND:
+            raise ValueError
+        rows = tuple(ProfileRow(**row) for row in data.pop("rows"))
+        if not rows:
+            raise ValueError
+        return Profile(**data, rows=rows)
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ResultsError(
+            f"{path}: not a profile; yoco-eval profile -o FILE.json writes one"
+        ) from error
+
+
+def check_output(path: Path) -> None:
+    """Raises ResultsError if `save_profile` cannot write to such a path."""
+    check_path(path, (".json", ".png", ".svg"))
+
+
+def save_profile(profile: Profile, path: str | Path) -> None:
+    """Writes the profile to `path`, whose suffix says how: .json, .png or .svg.
+
+    Raises ResultsError for another suffix or a folder that is not there.
+    """
+    path = Path(path)
+    check_output(path)
+    if path.suffix.lower() == ".json":
+        text = json.dumps({"kind": KIND, **asdict(profile)}, indent=2) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
+        return
+    with matplotlib.rc_context(RC):
+        write_figure(path, profile_figure(profile))
+
+
+def describe_row(row: ProfileRow) -> str:
+    """One line, for those who wait for the rest."""
+    start = f"{row.model}, {format_length(row.length)} tokens"
+    if row.outcome != MEASURED:
+        return f"{start}: {row.outcome}"
+    return (
+        f"{start}: prefill {_number(row.prefill_seconds)} s, "
+        f"decode {_number(row.decode_tokens_per_second)} tokens/s"
+    )
+
+
+def describe(profile: Profile) -> str:
+    """The line below the title: the device, the data type, versions, how it was measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
+    return (
+        f"{profile.device}, {profile.dtype}, {versions}; "
+        f"prefill {format_length(profile.prefill_chunk)} tokens at a time, decode at batch 1"
+    )
+
+
+def explain_gain(profile: Profile) -> str:
+    """What a gain divides by what, of a profile of two models."""
+    first, second = profile.models
+    return f"gain: {second} / {first} of memory and time, {first} / {second} of tokens/s"
+
+
+def print_profile(profile: Profile, console: Console) -> None:
+    """Prints two tables of at most 80 columns: memory and its parts, and speed."""
+    console.print(Text(profile.name, style="bold"))
+    console.print(Text(describe(profile)))
+    unit, unit_name = _memory_unit(profile)
+
+    def memory(row: ProfileRow) -> list[str]:
+        numbers = [
+            "-" if part is None else f"{part / unit:.2f}" for part in (*row.parts, row.peak_bytes)
+        ]
+        return numbers if row.outcome == MEASURED else [*numbers[:2], row.outcome]
+
+    def speed(row: ProfileRow) -> list[str]:
+        if row.outcome != MEASURED:
+            return [row.outcome]
+        return [_number(row.prefill_seconds), _number(row.decode_tokens_per_second)]
+
+    console.print()
+    console.print(Text(f"Memory in {unit_name}: weights + cache + rest = peak", style="bold"))
+    columns = [("weights", 8), ("cache", 7), ("rest", 8), ("peak", 8)]
+    _print_table(profile, console, columns, memory, [("peak", "peak_bytes")])
+    console.print()
+    console.print(Text("Prefill in seconds, decode in tokens per second", style="bold"))
+    columns = [("prefill", 9), ("decode", 9)]
+    gains = [("prefill", "prefill_seconds"), ("decode", "decode_tokens_per_second")]
+    _print_table(profile, console, columns, speed, gains)
+    if len(profile.models) > 1:
+        console.print()
+        console.print(Text(explain_gain(profile)))
+
+
+def _print_table(profile: Profile, console: Console, columns, cells, gains) -> None:
+    """A line per length. `cells` gives a row's texts, of which the last one may be wider."""
+    gains = gains if len(profile.models) > 1 else []
+    width = sum(width for _, width in columns)
+    groups = [f"{'':7}"] + [f" {f' {model} ':─^{width - 1}}" for model in profile.models]
+    names = [f"{'context':>7}"]
+    names += ["".join(f"{name:>{width}}" for name, width in columns)] * len(profile.models)
+    if gains:
+        groups.append(f"  {' gain ':─^{9 * len(gains) - 2}}")
+        names.append("".join(f"{name:>9}" for name, _ in gains))
+    console.print(Text("".join(groups)))
+    console.print(Text("".join(names)))
+    for length in profile.lengths:
+        line = Text(f"{format_length(length):>7}")
+        for model in profile.models:
+            row = profile.row(model, length)
+            texts = cells(row) if row else ["-"]
+            padded = [f"{t:>{w}}" for t, (_, w) in zip(texts[:-1], columns, strict=False)]
+            line.append("".join(padded))
+            missing = row is None or row.outcome != MEASURED
+            room = width - sum(map(len, padded))
+            line.append(f"{texts[-1]:>{room}}", style="dim" if missing else "")
+        for _, quantity in gains:
+            gain = profile.gain(quantity, length)
+            line.append(f"{_gain(gain):>9}", style="bold" if gain else "dim")
+        console.print(line)
+
+
+def profile_figure(profile: Profile) -> Figure:
+    """Three panels, a page wide: memory and its parts, prefill time, decode speed.
+
+    Below each context length stands the gain of the first model over the second.
+    """
+    figure = Figure(figsize=(PAGE_WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots(1, 3)
+    _draw_memory(profile, axes[0])
+    _draw_line(profile, axes[1], "Prefill (s)", "prefill_seconds", "log")
+    _draw_line(profile, axes[2], "Decode (tokens/s)", "decode_tokens_per_second", "linear")
+    for ax, quantity in zip(
+        axes, ("peak_bytes", "prefill_seconds", "decode_tokens_per_second"), strict=True
+    ):
+        _label_lengths(profile, ax, quantity)
+    handles = [
+        Line2D([], [], color=color, marker="o", markersize=3, label=model)
+        for model, color in zip(profile.models, MODEL_COLORS, strict=False)
+    ]
+    handles += [Patch(color=_tint("#000000", strength), label=part) for part, strength in PARTS]
+    legend = figure.legend(
+        handles=handles, loc="outside upper center", ncols=len(handles), frameon=False,
+        fontsize=FONT, title=profile.name,
+        title_fontproperties={"size": TITLE_FONT, "weight": "bold"},
+    )
+    legend.get_title().set_parse_math(False)
+    notes = [describe(profile)]
+    if len(profile.models) > 1:
+        notes.append(explain_gain(profile))
+    figure.supxlabel("\n".join(notes), size=SMALL_FONT, color="0.3").set_parse_math(False)
+    return figure
+
+
+def _draw_memory(profile: Profile, ax: Axes) -> None:
+    """Stacked bars; a dashed outline is what weights and cache would have taken."""
+    unit, unit_name = _memory_unit(profile)
+    ax.set_title(f"Memory ({unit_name})", size=FONT)
+    models = profile.models
+    width = 0.84 * _spacing(profile.lengths) / len(models)
+    tallest = 0.0
+    for index, (model, color) in enumerate(zip(models, MODEL_COLORS, strict=False)):
+        for row in (row for row in profile.rows if row.model == model):
+            x = math.log2(row.length) + (index - (len(models) - 1) / 2) * width
+            bottom = 0.0
+            if row.outcome == MEASURED:
+                for part, (_, strength) in zip(row.parts, PARTS, strict=True):
+                    height = (part or 0) / unit
+                    ax.bar(x, height, 0.94 * width, bottom, color=_tint(color, strength))
+                    bottom += height
+            elif row.weights_bytes is not None and row.cache_bytes is not None:
+                bottom = (row.weights_bytes + row.cache_bytes) / unit
+                style = {"fill": False, "edgecolor": color, "linestyle": ":", "linewidth": 0.8}
+                ax.bar(x, bottom, 0.94 * width, **style)
+            if row.outcome != MEASURED:
+                ax.annotate(
+                    row.outcome, (x, 0), (0, 3), textcoords="offset points", size=SMALL_FONT,
+                    color=color, rotation=90, ha="center", va="bottom",
+                )
+            tallest = max(tallest, bottom)
+    limit = (profile.device_bytes or 0) / unit
+    if 0 < limit < 2 * tallest:
+        ax.axhline(limit, color="0.4", linewidth=0.6, linestyle="--")
+        ax.annotate(
+            "the card's memory", (0, limit), (2, 2), size=SMALL_FONT, color="0.4",
+            xycoords=("axes fraction", "data"), textcoords="offset points",
+        )
+        tallest = max(tallest, limit)
+    ax.set_ylim(0, 1.08 * tallest or 1)
+    ax.tick_params(axis="y", labelsize=FONT, length=2)
+
+
+def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str) -> None:
+    """A line per model; where one was not measured, the top of the panel says why."""
+    ax.set_title(title, size=FONT)
+    ax.set_yscale(scale)
+    if scale == "log":
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
+    missing = {row.length for row in profile.rows if row.outcome != MEASURED}
+    below = 0.0  # the highest value that such a word hangs over
+    for index, (model, color) in enumerate(zip(profile.models, MODEL_COLORS, strict=False)):
+        rows = sorted((row for row in profile.rows if row.model == model), key=lambda r: r.length)
+        measured = [row for row in rows if getattr(row, quantity) is not None]
+        ax.plot(
+            [math.log2(row.length) for row in measured],
+            [getattr(row, quantity) for row in measured],
+            color=color, marker="os"[index], markersize=3, linewidth=1,
+        )
+        below = max([below, *(getattr(row, quantity) for row in measured if row.length in missing)])
+        for row in rows:
+            if row.outcome != MEASURED:
+                ax.text(
+                    math.log2(row.length), 0.98, f"{row.outcome} ×", size=SMALL_FONT, color=color,
+                    rotation=90, ha="center", va="top", transform=ax.get_xaxis_transform(),
+                )
+    if scale == "linear":
+        ax.set_ylim(bottom=0)
+    if below:  # leave the words room
+        low, top = ax.transScale.transform([(1, ax.get_ylim()[0]), (1, below)])[:, 1]
+        room = ax.transScale.inverted().transform((1, low + (top - low) / 0.45))[1]
+        ax.set_ylim(top=max(room, ax.get_ylim()[1]))
+    ax.grid(axis="y", color="0.9", linewidth=0.5)
+    ax.set_axisbelow(True)
+    ax.tick_params(axis="y", labelsize=FONT, length=2)
+
+
+def _label_lengths(profile: Profile, ax: Axes, quantity: str) -> None:
+    lengths = profile.lengths
+    compared = len(profile.models) > 1
+    labels = [format_length(n) for n in lengths]
+    if compared:
+        labels = [
+            f"{label}\n{_gain(profile.gain(quantity, n))}"
+            for label, n in zip(labels, lengths, strict=True)
+        ]
+    positions = [math.log2(n) for n in lengths]
+    size = FONT - 1 if len(lengths) <= 6 else max(3.5, (FONT - 1) * 6 / len(lengths))
+    ax.set_xticks(positions, labels, size=size)
+    spacing = _spacing(lengths)
+    ax.set_xlim(positions[0] - 0.6 * spacing, positions[-1] + 0.6 * spacing)
+    ax.set_xlabel("Context length (tokens)" + " and gain" * compared, size=FONT)
+    ax.tick_params(axis="x", length=2)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _spacing(lengths: Sequence[int]) -> float:
+    """The smallest distance between neighbours on the axis."""
+    positions = [math.log2(n) for n in lengths]
+    return min((b - a for a, b in zip(positions, positions[1:], strict=False)), default=1.0)
+
+
+def _memory_unit(profile: Profile) -> tuple[int, str]:
+    """GiB, or MiB where all is less than one GiB."""
+    known = [
+        row.peak_bytes or (row.weights_bytes or 0) + (row.cache_bytes or 0) for row in profile.rows
+    ]
+    return (GIB, "GiB") if max(known) >= GIB else (MIB, "MiB")
+
+
+def _number(value: float | None) -> str:
+    """Three digits or so, without an exponent; a dash for None."""
+    if value is None:
+        return "-"
+    decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{decimals}f}"
+
+
+def _gain(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{2 if value < 1 else 1}f}x"
+
+
+def _tint(color: str, strength: float) -> tuple[float, ...]:
+    """The colour mixed with white: all of it at strength 1."""
+    return tuple(1 - strength * (1 - channel) for channel in to_rgb(color))

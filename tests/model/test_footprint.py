@@ -1,0 +1,75 @@
+"""Estimates of memory and work against a model that is really built and run."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from yoco_eval.model import Yoco
+from yoco_eval.model.footprint import (
+    cache_bytes,
+    decode_bytes,
+    footprint,
+    prefill_operations,
+    state_bytes,
+    weight_bytes,
+)
+
+
+@pytest.fixture
+def model(published):
+    return Yoco.from_pretrained(published, device="cpu", dtype=torch.float32)
+
+
+def test_parts_are_those_of_a_real_model(model):
+    config = model.config
+    assert weight_bytes(config, torch.float32) == sum(p.nbytes for p in model.parameters())
+    cache = model.new_cache(50)
+    assert cache_bytes(config, torch.float32, 50) == cache.keys.nbytes + cache.values.nbytes
+    model.prefill(torch.arange(20), cache)
+    assert state_bytes(config, torch.float32) == sum(s.nbytes for s in cache.state.layers)
+
+
+def test_operations_are_those_of_the_matrix_products(model):
+    cache = model.new_cache(50)
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        model.prefill(torch.arange(20), cache)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm_"))
+    # The stacked projections are padded to a multiple of 8 rows.
+    padding = 2 * 20 * 8 * model.config.dim * model.config.n_layers // 2
+    assert 0 <= products - prefill_operations(model.config, 20) <= padding
+
+
+def test_decoding_reads_the_cache_once_for_each_cross_decoder_layer(published):
+    config = Yoco.from_pretrained(published, device="cpu").config
+    more = decode_bytes(config, torch.bfloat16, 101) - decode_bytes(config, torch.bfloat16, 100)
+    assert more == config.n_layers // 2 * cache_bytes(config, torch.bfloat16, 1)
+
+
+def test_memory_grows_with_length_by_the_cache_alone(published):
+    config = Yoco.from_pretrained(published, device="cpu").config
+    short, long = (footprint(config, torch.bfloat16, n, 64) for n in (100, 1000))
+    assert long.total - short.total == cache_bytes(config, torch.bfloat16, 900)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("length", [8192, 131072])
+def test_the_peak_on_a_gpu(length):
+    from yoco_eval.model.shapes import SHAPES, set_random_weights
+
+    config, chunk, device = SHAPES["3b"], 4096, torch.device("cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = Yoco.empty(config, device, torch.bfloat16)
+    set_random_weights(model, 0)
+    with torch.inference_mode():
+        cache = model.new_cache(length)
+        for ids in torch.randint(config.vocab_size, (length - 1,), device=device).split(chunk):
+            model.prefill(ids, cache)
+        decoder = model.decoder(cache)
+        decoder.start(0)
+        decoder.step()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak == pytest.approx(footprint(config, torch.bfloat16, length, chunk).total, rel=0.1)

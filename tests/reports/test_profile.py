@@ -1,0 +1,225 @@
+"""Profiles as JSON, tables and figures: what a reader sees, and where something is missing."""
+
+import io
+import json
+import math
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pytest
+from matplotlib.colors import to_hex
+from rich.console import Console
+
+from yoco_eval.reports.profile import (
+    GIB,
+    MODEL_COLORS,
+    Profile,
+    ProfileRow,
+    check_output,
+    describe_row,
+    load_profile,
+    print_profile,
+    profile_figure,
+    save_profile,
+)
+from yoco_eval.reports.results import ResultsError
+
+LENGTHS = [2**n for n in range(15, 21)]
+
+
+def rows(model, layers, prefill, decode, outcomes):
+    made = []
+    for length, outcome, seconds, speed in zip(LENGTHS, outcomes, prefill, decode, strict=True):
+        weights, cache = 6 * GIB, layers * length * 4096
+        row = ProfileRow(model, length, outcome, weights, cache)
+        if outcome == "measured":
+            row = replace(
+                row, peak_bytes=weights + cache + GIB // 2, prefill_seconds=seconds,
+                decode_tokens_per_second=speed,
+            )
+        made.append(row)
+    return made
+
+
+YOCO = rows(
+    "YOCO", 1, [0.15, 0.3, 0.6, 1.25, 2.5, 5.0], [260, 250, 200, 140, 80, 40], ["measured"] * 6
+)
+TRANSFORMER = rows(
+    "Transformer", 26, [0.75, 1.8, 6.0, 22.5, 0, 0], [180, 120, 75, 42, 0, 0],
+    ["measured"] * 4 + ["out of patience", "out of memory"],
+)
+PROFILE = Profile(
+    name="YOCO-3B, random weights",
+    shapes={"YOCO": {"dim": 3072}, "Transformer": {"dim": 3072}},
+    dtype="bfloat16",
+    device="NVIDIA H100 80GB HBM3",
+    device_bytes=79 * GIB,
+    versions={"torch": "2.11.0", "triton": "3.6.0"},
+    prefill_chunk=8192,
+    decode_steps=16,
+    patience=120.0,
+    seed=0,
+    rows=(*YOCO, *TRANSFORMER),
+)
+ALONE = replace(PROFILE, rows=tuple(YOCO))
+ON_A_CPU = replace(
+    PROFILE, device_bytes=None, rows=tuple(replace(row, peak_bytes=None) for row in PROFILE.rows)
+)
+
+
+def terminal(profile):
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    print_profile(profile, console)
+    return console.file.getvalue().splitlines()
+
+
+def cells(profile):
+    """The tables' lines of figures, by length and table."""
+    lines = [line.split() for line in terminal(profile)]
+    names = ["32K", "64K", "128K", "256K", "512K", "1M"]
+    found = [line[1:] for line in lines if line and line[0] in names]
+    return dict(zip(names, found[:6], strict=True)), dict(zip(names, found[6:], strict=True))
+
+
+def test_tables():
+    memory, speed = cells(PROFILE)
+    assert memory["32K"] == "6.00 0.12 0.50 6.62 6.00 3.25 0.50 9.75 1.5x".split()
+    assert memory["512K"] == "6.00 2.00 0.50 8.50 6.00 52.00 out of patience -".split()
+    assert memory["1M"] == "6.00 4.00 0.50 10.50 6.00 104.00 out of memory -".split()
+    assert speed["256K"] == "1.25 140 22.5 42.0 18.0x 3.3x".split()
+    assert speed["1M"] == "5.00 40.0 out of memory - -".split()
+
+
+def test_tables_fit_80_columns():
+    lines = terminal(PROFILE)
+    assert max(map(len, lines)) <= 80
+    tables = [line for line in lines if line.startswith(" ")]
+    assert len(tables) == 2 * (1 + 6)  # none was wrapped
+    assert len({len(line) for line in tables[:7]}) == len({len(line) for line in tables[7:]}) == 1
+
+
+def test_table_of_one_model():
+    memory, speed = cells(ALONE)
+    assert memory["32K"] == "6.00 0.12 0.50 6.62".split() and speed["32K"] == ["0.150", "260"]
+    assert not any("gain" in line for line in terminal(ALONE))
+
+
+def test_table_without_peaks():
+    memory, _ = cells(ON_A_CPU)
+    assert memory["32K"] == "6.00 0.12 - - 6.00 3.25 - - -".split()
+
+
+def test_small_models_are_in_mib():
+    row = ProfileRow("YOCO", 2048, "measured", 2**20, 2**19, None, 1.0, 10.0)
+    lines = terminal(replace(PROFILE, rows=(row,)))
+    assert any("Memory in MiB" in line for line in lines)
+    assert any(line.split() == ["2K", "1.00", "0.50", "-", "-"] for line in lines)
+
+
+def test_gains_only_where_both_are_measured():
+    assert PROFILE.gain("prefill_seconds", 2**15) == pytest.approx(5)
+    assert PROFILE.gain("decode_tokens_per_second", 2**15) == pytest.approx(260 / 180)
+    assert PROFILE.gain("peak_bytes", 2**15) == pytest.approx(9.75 / 6.625)
+    assert PROFILE.gain("prefill_seconds", 2**20) is None
+    assert ALONE.gain("prefill_seconds", 2**15) is None
+    assert ON_A_CPU.gain("peak_bytes", 2**15) is None
+
+
+def test_describe_row():
+    assert describe_row(YOCO[0]) == "YOCO, 32K tokens: prefill 0.150 s, decode 260 tokens/s"
+    assert describe_row(TRANSFORMER[-1]) == "Transformer, 1M tokens: out of memory"
+
+
+def test_bars():
+    memory = profile_figure(PROFILE).axes[0]
+    stacks = {}
+    for bar in memory.patches:
+        if bar.get_fill():
+            x = bar.get_x() + bar.get_width() / 2
+            stacks.setdefault(round(x, 3), []).append((bar.get_height(), bar.get_facecolor()))
+    assert len(stacks) == 10
+    for x, row in zip(sorted(stacks), (r for pair in zip(YOCO, TRANSFORMER, strict=True)
+                                       for r in pair if r.outcome == "measured"), strict=True):
+        heights, colors = zip(*stacks[x], strict=True)
+        assert abs(x - math.log2(row.length)) < 0.5
+        assert sum(heights) == pytest.approx(row.peak_bytes / GIB)
+        assert heights[1] == pytest.approx(row.cache_bytes / GIB)
+        assert to_hex(colors[0]) == MODEL_COLORS[row.model == "Transformer"]
+        assert len(set(colors)) == 3
+    outlines = [bar.get_height() for bar in memory.patches if not bar.get_fill()]
+    assert outlines == pytest.approx([58, 110])  # what it would have taken
+    assert memory.get_ylim()[1] > 110
+    assert "the card's memory" in [text.get_text() for text in memory.texts]
+
+
+def test_lines():
+    figure = profile_figure(PROFILE)
+    for ax, quantity in zip(
+        figure.axes[1:], ("prefill_seconds", "decode_tokens_per_second"), strict=True
+    ):
+        for line, expected in zip(ax.lines, (YOCO, TRANSFORMER[:4]), strict=True):
+            assert list(line.get_xdata()) == [math.log2(row.length) for row in expected]
+            assert list(line.get_ydata()) == [getattr(row, quantity) for row in expected]
+        said = {text.get_position()[0]: text.get_text() for text in ax.texts}
+        assert said == {19: "out of patience ×", 20: "out of memory ×"}
+    assert figure.axes[1].get_yscale() == "log"
+    assert figure.axes[2].get_ylim()[0] == 0
+
+
+def test_words_hang_above_the_lines():
+    figure = profile_figure(PROFILE)
+    figure.draw_without_rendering()
+    for ax in figure.axes[1:]:
+        for text in ax.texts:
+            x, bottom = text.get_position()[0], text.get_window_extent().y0
+            row = YOCO[LENGTHS.index(2**x)]
+            y = row.prefill_seconds if ax is figure.axes[1] else row.decode_tokens_per_second
+            assert ax.transData.transform((x, y))[1] < bottom
+
+
+def test_length_labels_carry_the_gains():
+    memory, prefill, decode = profile_figure(PROFILE).axes
+    labels = [[t.get_text() for t in ax.get_xticklabels()] for ax in (memory, prefill, decode)]
+    assert labels[0][0] == "32K\n1.5x" and labels[1][3] == "256K\n18.0x"
+    assert labels[2][5] == "1M\n-"
+    labels = [t.get_text() for t in profile_figure(ALONE).axes[0].get_xticklabels()]
+    assert labels == ["32K", "64K", "128K", "256K", "512K", "1M"]
+
+
+@pytest.mark.parametrize("profile", [
+    PROFILE, ALONE, ON_A_CPU, replace(PROFILE, rows=tuple(TRANSFORMER[-1:]), name="a$b$"),
+    replace(PROFILE, rows=(ProfileRow("YOCO", 5, "out of memory"),)),
+])
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_figures_are_written(profile, suffix, tmp_path):
+    for name in ("a", "b"):
+        save_profile(profile, tmp_path / f"{name}.{suffix}")
+    first = (tmp_path / f"a.{suffix}").read_bytes()
+    assert first == (tmp_path / f"b.{suffix}").read_bytes()
+    if suffix == "svg":
+        text = "".join(ET.fromstring(first).itertext())
+        assert profile.name in text and "NVIDIA H100" in text
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_json(tmp_path):
+    path = tmp_path / "profile.json"
+    save_profile(PROFILE, path)
+    assert load_profile(path) == PROFILE
+    data = json.loads(path.read_text())
+    assert data["device"] == "NVIDIA H100 80GB HBM3" and data["rows"][0]["length"] == 32768
+
+
+def test_refusals(tmp_path):
+    path = tmp_path / "profile.json"
+    with pytest.raises(ResultsError, match="cannot be read"):
+        load_profile(path)
+    for text in ("{", "[]", "{}", '{"kind": "x"}', '{"kind": "yoco-eval profile", "rows": []}',
+                 '{"kind": "yoco-eval profile", "rows": [{"name": 1}]}'):
+        path.write_text(text)
+        with pytest.raises(ResultsError, match="not a profile; yoco-eval profile -o FILE.json"):
+            load_profile(path)
+    with pytest.raises(ResultsError, match="unknown suffix '.csv'; use .json, .png or .svg"):
+        check_output(tmp_path / "a.csv")
+    with pytest.raises(ResultsError, match="no such folder"):
+        check_output(tmp_path / "none" / "a.png")

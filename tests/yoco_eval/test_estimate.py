@@ -1,0 +1,68 @@
+"""`yoco-eval plan`: what would be needed, whether it fits, and no run."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from yoco_eval import estimate as module
+from yoco_eval import memory
+from yoco_eval.cli import main
+from yoco_eval.estimate import estimate, print_estimate
+from yoco_eval.model.footprint import footprint
+from yoco_eval.model.shapes import SHAPES
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def speeds(monkeypatch):
+    """A device that does 1e12 operations and moves 1e10 bytes per second."""
+    monkeypatch.setattr(module, "_product_rate", lambda *args: 1e12)
+    monkeypatch.setattr(module, "_copy_rate", lambda *args: 1e10)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    return lambda size: monkeypatch.setattr(module, "free_bytes", lambda device: size)
+
+
+def test_figures_follow_from_the_shape(free):
+    free(10**12)
+    result = estimate(SHAPES["3b"], torch.bfloat16, CPU, 2**20)
+    assert result.fits and result.chunk == memory.chunk_sizes(CPU)[0]
+    # 1.6e9 weights multiply every token; 2 operations each.
+    assert result.prefill_seconds == pytest.approx(2 * 1.6e9 * 2**20 / 1e12, rel=0.01)
+    # 3.1e9 weights, and 4 KiB for each token and cross-decoder layer.
+    moved = 2 * 3.14e9 + 13 * 4096 * 2**20
+    assert result.decode_tokens_per_second == pytest.approx(1e10 / moved, rel=0.01)
+
+
+def test_what_fits_is_said(free, capsys):
+    free(8 * 2**30)
+    result = estimate(SHAPES["3b"], torch.bfloat16, CPU, 2**20)
+    assert not result.fits and 2**17 < result.fitting < 2**19
+    memory_then = footprint(SHAPES["3b"], torch.bfloat16, result.fitting, result.chunk)
+    assert memory_then.total <= 8 * 2**30
+    print_estimate(result, "3b", CPU, Console(width=80))
+    shown = capsys.readouterr().out
+    assert f"texts of up to {result.fitting} tokens do" in shown and "weights" in shown
+
+
+@pytest.mark.parametrize("what", [["--shape", "3b"], ["--pretrained", "demo-64k"]])
+def test_command(what, capsys):
+    assert main(["plan", *what, "--length", "64k", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "64K tokens on cpu" in shown and "Prefill takes" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["--shape", "4b"], "shape '4b' is unknown; choose from 3b"),
+        (["--pretrained", "nowhere"], "nowhere: no such checkpoint"),
+        (["--shape", "3b", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_errors(arguments, culprit, capsys):
+    assert main(["plan", "--length", "64k", *arguments]) == 2
+    assert culprit in capsys.readouterr().err

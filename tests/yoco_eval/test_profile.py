@@ -1,0 +1,172 @@
+"""Profiles: what is measured, what is left out and why, and that cost is measured of the model."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from yoco_eval import profile as profiling
+from yoco_eval.model.shapes import SHAPES
+from yoco_eval.profile import ProfileError, expected_seconds, profile, run_profile
+from yoco_eval.reports.profile import ProfileRow
+
+CPU = torch.device("cpu")
+
+
+class Model:
+    """Records what it is fed. `limit`: the longest cache there is memory for."""
+
+    def __init__(self, limit=10**9, delay=0.0):
+        self.limit, self.delay = limit, delay
+        self.config, self.device = SimpleNamespace(vocab_size=7), CPU
+        self.weight = torch.zeros(10)
+        self.fed = []
+        self.steps = 0
+
+    def parameters(self):
+        return [self.weight[:4], self.weight[4:]]
+
+    def new_cache(self, capacity):
+        if capacity > self.limit:
+            raise torch.OutOfMemoryError
+        self.fed.append([])
+        part = torch.zeros(2, capacity, 3)
+        return SimpleNamespace(keys=part, values=part, capacity=capacity)
+
+    def prefill(self, ids, cache):
+        time.sleep(self.delay)
+        assert ids.min() >= 0 and ids.max() < 7
+        self.fed[-1].append(len(ids))
+        assert sum(self.fed[-1]) <= cache.capacity
+        return torch.zeros(len(ids), 5)
+
+    def predict_last(self, x, cache):
+        assert x.shape == (1, 5)
+        return torch.zeros(7)
+
+    def decoder(self, cache):
+        def step():
+            self.steps += 1
+
+        return SimpleNamespace(start=lambda token: None, step=step)
+
+
+def run(lengths, patience=60.0, **models):
+    return list(profile({k: lambda m=m: m for k, m in models.items()}, lengths, CPU, patience, 100))
+
+
+def test_rows():
+    model = Model()
+    rows = run([150, 300], A=model)
+    assert [(row.model, row.length, row.outcome) for row in rows] == [
+        ("A", 150, "measured"), ("A", 300, "measured"),
+    ]
+    assert all(row.prefill_seconds > 0 and row.decode_tokens_per_second > 0 for row in rows)
+    assert [row.peak_bytes for row in rows] == [None, None]
+    assert [row.weights_bytes for row in rows] == [40, 40]  # one storage, counted once
+    assert [row.cache_bytes for row in rows] == [2 * 2 * 3 * 4 * (n + 20) for n in (150, 300)]
+    assert [100, 50] in model.fed and [100, 100, 100] in model.fed
+    assert model.steps == 2 * (4 + 1 + 4 + 16)
+
+
+def test_out_of_memory():
+    model = Model(limit=250)
+    rows = run([100, 300, 600], A=model, B=Model())
+    assert [row.outcome for row in rows[:3]] == ["measured", "out of memory", "out of memory"]
+    assert rows[1].cache_bytes == 48 * 320 and rows[1].weights_bytes == 40
+    assert rows[1].prefill_seconds is None and rows[1].decode_tokens_per_second is None
+    assert [row.outcome for row in rows[3:]] == ["measured"] * 3  # another model may fit
+
+
+def test_weights_that_do_not_fit():
+    def build():
+        raise torch.OutOfMemoryError
+
+    rows = list(profile({"A": build}, [100, 200], CPU, 60.0, 100))
+    assert [row.outcome for row in rows] == ["out of memory"] * 2
+    assert rows[0].weights_bytes is None and rows[0].cache_bytes is None
+
+
+def test_out_of_patience_while_it_runs():
+    model = Model(delay=0.02)
+    rows = run([200, 10000], patience=0.5, A=model)
+    assert [row.outcome for row in rows] == ["measured", "out of patience"]
+    assert rows[1].cache_bytes == 48 * 10020 and rows[1].prefill_seconds is None
+    assert not any(len(fed) > 60 for fed in model.fed)
+
+
+def test_out_of_patience_before_it_runs():
+    model = Model(delay=0.02)
+    rows = run([200, 400, 800, 10**9], patience=60, A=model)
+    assert [row.outcome for row in rows] == ["measured"] * 3 + ["out of patience"]
+
+
+def test_expected_seconds():
+    def rows(*times):
+        return [ProfileRow("A", 1000 * 2**i, "measured", prefill_seconds=s)
+                for i, s in enumerate(times)]
+
+    assert expected_seconds([], 10**6) == 0
+    assert expected_seconds(rows(3), 2000) == 6
+    assert expected_seconds(rows(1, 4), 4000) == pytest.approx(16)
+    assert expected_seconds(rows(1, 3), 4000) == pytest.approx(9)
+    assert expected_seconds(rows(1, 1), 4000) == 2  # not less than linear
+    assert expected_seconds(rows(1, 50), 4000) == 200  # nor more than quadratic
+
+
+@pytest.fixture
+def checkpoint(small_model, tmp_path):
+    small_model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_checkpoint_against_a_transformer(checkpoint, monkeypatch):
+    monkeypatch.setattr(profiling, "chunk_sizes", lambda device: (64, 32))
+    seen = []
+    result = run_profile(
+        [100, 200], pretrained=str(checkpoint), against="transformer", device="cpu",
+        dtype="bfloat16", patience=60, report=seen.append,
+    )
+    assert tuple(seen) == result.rows
+    assert [(row.model, row.length, row.outcome) for row in result.rows] == [
+        (model, length, "measured") for model in ("YOCO", "Transformer") for length in (100, 200)
+    ]
+    yoco, transformer = result.row("YOCO", 200), result.row("Transformer", 200)
+    # Two numbers per key-value head, channel and token, of 2 bytes; the Transformer's in 4 layers.
+    assert yoco.cache_bytes == 2 * 16 * 220 * 2 and transformer.cache_bytes == 4 * yoco.cache_bytes
+    shape = result.shapes["Transformer"]
+    assert (shape["dim"], shape["n_layers"], shape["hidden_dim"]) == (32, 4, 48)
+    assert (shape["n_heads"], shape["n_kv_heads"], shape["vocab_size"]) == (4, 2, 2048)
+    assert result.dtype == "bfloat16" and result.versions["torch"] == torch.__version__
+    assert (result.prefill_chunk, result.decode_steps, result.patience) == (64, 16, 60)
+    assert result.device_bytes is None
+
+
+def test_a_shape(small_model, monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", small_model.config)
+    result = run_profile([50], shape="tiny", device="cpu")
+    (row,) = result.rows
+    assert row.model == "YOCO" and row.outcome == "measured"
+    assert row.weights_bytes >= 4 * sum(p.numel() for p in small_model.parameters())
+    assert result.name == "YOCO-TINY, random weights" and result.dtype == "float32"
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ProfileError, match="shape '7b' is unknown; choose from 3b"):
+        run_profile([10], shape="7b")
+    with pytest.raises(ProfileError, match="device 'gpu' cannot be used: "):
+        run_profile([10], shape="3b", device="gpu")
+    with pytest.raises(ProfileError, match="dtype 'int8' is unknown"):
+        run_profile([10], shape="3b", dtype="int8")
+    with pytest.raises(ProfileError, match="no such checkpoint"):
+        run_profile([10], pretrained=str(tmp_path / "none"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_peak_memory(checkpoint):
+    result = run_profile([3000], pretrained=str(checkpoint), against="transformer", device="cuda")
+    for row in result.rows:
+        weights, cache, rest = row.parts
+        assert rest > 0 and weights + cache + rest == row.peak_bytes
+    assert result.device_bytes > 2**30

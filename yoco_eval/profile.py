@@ -1,0 +1,302 @@
+"""Measures memory, prefill time and decode speed of models at context lengths.
+
+Tokens are random, since cost does not depend on them. Every length is a run of its own with a
+cache of its own size, so that its peak of memory is that of a user who asks for this length.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from yoco_eval import __version__
+from yoco_eval.model import Yoco, YocoConfig
+from yoco_eval.model.checkpoint import load_config
+from yoco_eval.model.decoder import Decoder
+from yoco_eval.model.shapes import find_shape, set_random_weights
+from yoco_eval.model.transformer import Transformer, TransformerConfig
+from yoco_eval.reports.profile import (
+    MEASURED,
+    OUT_OF_MEMORY,
+    OUT_OF_PATIENCE,
+    Profile,
+    ProfileRow,
+)
+
+from .devices import find_device, find_dtype
+from .memory import chunk_sizes
+
+# Fed before the clock starts: kernels are compiled and chosen meanwhile.
+WARM_UP_TOKENS = {"cpu": 64, "cuda": 65536}
+WARM_UP_STEPS, DECODE_STEPS = 4, 16
+SEED = 0
+
+
+class ProfileError(ValueError):
+    """A profile cannot be made as it was asked for; the message is one line."""
+
+
+class Model(Protocol):
+    """What `Yoco` and `Transformer` have in common. x: [T, dim], the output for T tokens."""
+
+    config: YocoConfig | TransformerConfig
+    device: torch.device
+
+    def new_cache(self, capacity: int): ...
+
+    def prefill(self, input_ids: Tensor, cache) -> Tensor: ...
+
+    def predict_last(self, x: Tensor, cache) -> Tensor: ...
+
+    def decoder(self, cache) -> Decoder: ...
+
+
+class _OutOfPatience(Exception):
+    pass
+
+
+def run_profile(
+    lengths: Sequence[int],
+    shape: str | None = None,
+    pretrained: str | None = None,
+    against: str | None = None,
+    patience: float = 120.0,
+    dtype: str = "auto",
+    device: str = "auto",
+    report: Callable[[ProfileRow], object] = lambda row: None,
+) -> Profile:
+    """Profiles a YOCO model and, if asked for, a Transformer of the same size after it.
+
+    Args:
+        lengths: in tokens, ascending.
+        shape: a name in `SHAPES`, for random weights; or
+        pretrained: a checkpoint's path, or the name of a bundled one.
+        against: "transformer" or None.
+        patience: the seconds that the prefill of one length may take.
+        dtype: a name that `find_dtype` knows.
+        device: a name that `find_device` knows.
+        report: told each row as soon as it is known.
+
+    Raises:
+        ProfileError: there is no such shape, checkpoint, dtype or device.
+        CheckpointError: the checkpoint's weights cannot be loaded.
+    """
+    try:
+        where = find_device(device)
+        kind = find_dtype(dtype, where)
+        config = load_config(pretrained) if shape is None else find_shape(shape)
+    except ValueError as error:
+        raise ProfileError(error) from error
+    on_gpu = where.type == "cuda"
+
+    def yoco() -> Yoco:
+        if shape is None:
+            return Yoco.from_pretrained(pretrained, where, kind)
+        return _random(Yoco, config, where, kind)
+
+    builders: dict[str, Callable[[], Model]] = {"YOCO": yoco}
+    shapes = {"YOCO": asdict(config)}
+    if against == "transformer":
+        plain = TransformerConfig.like(config)
+        builders["Transformer"] = lambda: _random(Transformer, plain, where, kind)
+        shapes["Transformer"] = asdict(plain)
+
+    if on_gpu:
+        torch.cuda.set_device(where)  # where kernels are launched and events recorded
+    chunk, rows = chunk_sizes(where)[0], []
+    for row in profile(builders, lengths, where, patience, chunk):
+        rows.append(row)
+        report(row)
+    return Profile(
+        name=str(pretrained) if shape is None else f"YOCO-{shape.upper()}, random weights",
+        shapes=shapes,
+        dtype=str(kind).removeprefix("torch."),
+        device=torch.cuda.get_device_name(where) if on_gpu else f"{platform.machine()} CPU",
+        device_bytes=torch.cuda.get_device_properties(where).total_memory if on_gpu else None,
+        versions=_versions(on_gpu),
+        prefill_chunk=chunk,
+        decode_steps=DECODE_STEPS,
+        patience=patience,
+        seed=SEED,
+        rows=tuple(rows),
+    )
+
+
+@torch.inference_mode()
+def profile(
+    builders: Mapping[str, Callable[[], Model]],
+    lengths: Sequence[int],
+    device: torch.device,
+    patience: float,
+    chunk: int,
+) -> Iterator[ProfileRow]:
+    """Yields a row per model and length, each as soon as it is known.
+
+    Args:
+        builders: make the models. One model exists at a time.
+        lengths: in tokens, ascending. Once a model is out of memory or patience, the longer ones
+            are not tried.
+        device: of the models.
+        patience: the seconds that one prefill may take. A longer one is not started, as far as
+            the lengths before tell, and is given up when it gets there.
+        chunk: how many tokens are fed at a time.
+    """
+    for name, build in builders.items():
+        measured: list[ProfileRow] = []
+        outcome, model = MEASURED, None
+        try:
+            model = build()
+        except torch.OutOfMemoryError:
+            outcome = OUT_OF_MEMORY
+        for length in lengths:
+            if outcome == MEASURED and expected_seconds(measured, length) > patience:
+                outcome = OUT_OF_PATIENCE
+            sizes = _sizes(model, length) if model is not None else {}
+            row = None
+            if outcome == MEASURED:
+                try:
+                    row = ProfileRow(
+                        name, length, MEASURED, **sizes, **_measure(model, length, patience, chunk)
+                    )
+                    measured.append(row)
+                except torch.OutOfMemoryError:
+                    outcome = OUT_OF_MEMORY
+                except _OutOfPatience:
+                    outcome = OUT_OF_PATIENCE
+                _free(device)
+            yield row or ProfileRow(name, length, outcome, **sizes)
+        del model
+        _free(device)
+
+
+def expected_seconds(measured: Sequence[ProfileRow], length: int) -> float:
+    """Prefill time of a length, from those before: as it grew last, linearly at least.
+
+    From one row alone linear growth is assumed, and from none, nothing.
+    """
+    if not measured:
+        return 0.0
+    last = measured[-1]
+    power = 1.0
+    if len(measured) > 1:
+        before = measured[-2]
+        growth = math.log(last.prefill_seconds / before.prefill_seconds)
+        power = min(max(growth / math.log(last.length / before.length), 1.0), 2.0)
+    return last.prefill_seconds * (length / last.length) ** power
+
+
+def _measure(model: Model, length: int, patience: float, chunk: int) -> dict[str, float | None]:
+    """A row's peak_bytes, prefill_seconds and decode_tokens_per_second."""
+    generator = torch.Generator(model.device).manual_seed(SEED)
+    ids = torch.randint(
+        model.config.vocab_size, (length,), generator=generator, device=model.device
+    )
+    # The cache of the warm-up is as large as the one measured, since kernels are chosen by its
+    # strides. Its memory goes back to PyTorch, not to the system: taking it costs no time again.
+    warm_up = ids[: WARM_UP_TOKENS.get(model.device.type, WARM_UP_TOKENS["cpu"])]
+    _run(model, warm_up, length, chunk, deadline=math.inf, steps=1)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    start = time.perf_counter()
+    prefilled, decode_seconds = _run(
+        model, ids, length, chunk, start + patience, steps=DECODE_STEPS
+    )
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(model.device) if on_gpu else None,
+        "prefill_seconds": prefilled - start,
+        "decode_tokens_per_second": DECODE_STEPS / decode_seconds,
+    }
+
+
+def _run(
+    model: Model, ids: Tensor, length: int, chunk: int, deadline: float, steps: int
+) -> tuple[float, float]:
+    """Feeds `ids` to a cache for `length` tokens, then decodes.
+
+    Returns:
+        The time at which the first prediction was there, and the seconds that `steps` steps took.
+    """
+    cache = model.new_cache(_capacity(length))
+    fed: list[torch.cuda.Event] = []
+    last = None
+    for part in ids.split(chunk):
+        last = None  # not two chunks' outputs at a time
+        last = model.prefill(part, cache)[-1:]
+        # The clock is looked at one chunk behind, so that the GPU never waits for the host.
+        if model.device.type == "cuda":
+            fed.append(torch.cuda.Event())
+            fed[-1].record()
+            if len(fed) > 1:
+                fed[-2].synchronize()
+        if time.perf_counter() > deadline:
+            raise _OutOfPatience
+    token = int(model.predict_last(last, cache).argmax())  # waits for the device
+    prefilled = time.perf_counter()
+
+    decoder = model.decoder(cache)
+    decoder.start(token)
+    for _ in range(WARM_UP_STEPS):
+        decoder.step()
+    _synchronize(model.device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        decoder.step()
+    _synchronize(model.device)
+    return prefilled, time.perf_counter() - start
+
+
+def _capacity(length: int) -> int:
+    return length + WARM_UP_STEPS + DECODE_STEPS
+
+
+def _sizes(model: Model, length: int) -> dict[str, int]:
+    """A row's weights_bytes and cache_bytes, without allocating that cache."""
+    storages = {
+        weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes()
+        for weight in model.parameters()
+    }
+    cache = model.new_cache(1)
+    per_token = cache.keys.nbytes + cache.values.nbytes
+    return {
+        "weights_bytes": sum(storages.values()),
+        "cache_bytes": per_token * _capacity(length),
+    }
+
+
+def _random(model_class, config, device: torch.device, dtype: torch.dtype) -> Model:
+    model = model_class.empty(config, device, dtype)
+    set_random_weights(model, SEED)
+    return model
+
+
+def _versions(on_gpu: bool) -> dict[str, str]:
+    versions = {"yoco-eval": __version__, "torch": torch.__version__}
+    if on_gpu:
+        for name in ("triton", "pytorch-triton"):
+            try:
+                versions["triton"] = version(name)
+            except PackageNotFoundError:
+                continue
+        versions["cuDNN"] = str(torch.backends.cudnn.version())
+    return versions
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
