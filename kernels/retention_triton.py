@@ -29,12 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rotary import rotate
 from .sequences import Sequences
 
 PROGRAMS_PER_PROCESSOR = 2  # of each kernel, where the segments' lengths allow it
 MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
 _SUM_REGISTERS = 128  # so that two programs of 8 warps run at a time
 _SCAN_BLOCK = 1024
+_NORM_ROWS = 16  # heads to a program of `_norm_swish`
 _STEP_NUMBERS = 16384  # of the state that a program of `_step` holds at a time
 
 
@@ -69,8 +71,10 @@ def gated_retention(
     if states is not None:
         states = states.contiguous()
 
-    cos, sin = (None, None) if angles is None else angles
-    unit, (q_row, k_row, v_row, swish_row) = _row_strides(q, k, v, swish)
+    if angles is not None and tiles > 1:  # several programs read the same channels of k
+        q, k = rotate(q, angles), rotate(k, angles)
+        angles = None
+    unit, (q_row, k_row, v_row) = _row_strides(q, k, v)
     shared = {
         "HEADS": heads,
         "DIM": dim,
@@ -78,30 +82,30 @@ def gated_retention(
         "UNIT": unit,
         "CHUNK": config.chunk,
         "BLOCK": config.block,
-        "num_warps": config.warps,
     }
-    if inner:
+    segments = inner + len(sequences.lengths)
+    if inner or angles is not None:
         decays = starts.new_empty(inner, heads)
-        _sum_segments[(tiles * heads * inner,)](
-            k, v, gate, cos, sin, table, starts, decays,
-            k_row, v_row, gate.stride(0),
-            **shared, num_stages=3 if cos is None else 2,
-            maxnreg=_SUM_REGISTERS if config.warps == 8 else None,
+        cos, sin = (None, None) if angles is None else angles
+        _prepare[(tiles * heads * (inner if angles is None else segments),)](
+            q, k, v, gate, cos, sin, table, starts, decays,
+            q_row, k_row, v_row, gate.stride(0), inner,
+            **shared, num_warps=config.prepare_warps, num_stages=config.prepare_stages,
         )  # fmt: skip
+    if inner:
         _scan_segments[(triton.cdiv(dim * dim, _SCAN_BLOCK) * heads, scanned)](
-            table, states, starts, decays, inner + len(sequences.lengths),
+            table, states, starts, decays, segments,
             HEADS=heads, SIZE=dim * dim, BLOCK=_SCAN_BLOCK,
         )  # fmt: skip
-    fused = swish is not None and tiles == 1
-    _retain[(tiles * heads * (inner + len(sequences.lengths)),)](
-        q, k, v, gate, cos, sin, swish if fused else None, table, states, starts, out, last,
-        q_row, k_row, v_row, swish_row, gate.stride(0), inner, eps,
-        **shared, num_stages=config.stages,
+    _retain[(tiles * heads * segments,)](
+        q, k, v, gate, table, states, starts, out, last,
+        q_row, k_row, v_row, gate.stride(0), inner,
+        **shared, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    if swish is not None and not fused:
-        _norm_swish[(triton.cdiv(length * heads, 16),)](
+    if swish is not None:
+        _norm_swish[(triton.cdiv(length * heads, _NORM_ROWS),)](
             out, swish, length * heads, swish.stride(0), eps,
-            HEADS=heads, DIM=dim, PADDED=triton.next_power_of_2(dim), ROWS=16,
+            HEADS=heads, DIM=dim, PADDED=triton.next_power_of_2(dim), ROWS=_NORM_ROWS,
         )  # fmt: skip
     return out, last
 
@@ -132,25 +136,27 @@ def gated_retention_step(
 
 
 class _Config(NamedTuple):
-    """How `_sum_segments` and `_retain` are cut and compiled."""
+    """How `_prepare` and `_retain` are cut and compiled."""
 
     chunk: int  # tokens
     block: int  # columns of v in a program's tile
     warps: int
-    stages: int  # of `_retain`'s loads
+    stages: int  # of loads under way
+    prepare_warps: int
+    prepare_stages: int
 
 
 def _config(dim: int, dtype: torch.dtype) -> _Config:
-    """A tile is a whole head up to 128 columns, so that norm and swish are applied to it at once.
+    """A tile is a whole head up to 128 columns, so that `_prepare` can rotate in place.
 
     In float32, which has no tensor cores here, small tiles keep the unrolled products compilable.
     """
     if dtype == torch.float32:
-        return _Config(chunk=16, block=16 if dim > 128 else 32, warps=4, stages=2)
+        return _Config(16, 16 if dim > 128 else 32, 4, 2, 4, 2)
     if dim > 128:
-        return _Config(chunk=64, block=64, warps=8, stages=2)
+        return _Config(64, 64, 8, 2, 8, 2)
     block = max(16, triton.next_power_of_2(dim))
-    return _Config(chunk=64, block=block, warps=8 if dim > 64 else 4, stages=3)
+    return _Config(64, block, 8 if dim > 64 else 4, 3, 4, 2)
 
 
 @cache
@@ -239,6 +245,15 @@ def _head(x_ptr, start, row_stride, head, rows, mask, DIM: tl.constexpr, PADDED:
 
 
 @triton.jit
+def _store_head(
+    x_ptr, x, start, row_stride, head, rows, mask, DIM: tl.constexpr, PADDED: tl.constexpr
+):
+    """The inverse of `_head`."""
+    x_ptr += start * tl.cast(row_stride, tl.int64) + head * DIM
+    tl.store(x_ptr + rows[:, None] * row_stride + tl.arange(0, PADDED)[None, :], x, mask=mask)
+
+
+@triton.jit
 def _rotate(x, cos, sin):
     """Rotates the pairs (2j, 2j + 1) of x [CHUNK, PADDED]; cos, sin: [CHUNK, PADDED / 2]."""
     even, odd = tl.split(tl.reshape(x.to(tl.float32), cos.shape[0], cos.shape[1], 2))
@@ -254,19 +269,22 @@ def _angles(x_ptr, start, rows, present, DIM: tl.constexpr, PADDED: tl.constexpr
     return tl.load(x_ptr + rows[:, None] * (DIM // 2) + pair, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["k_row", "v_row", "gate_row"])
-def _sum_segments(
-    k_ptr,  # [T, HEADS, DIM]
-    v_ptr,  # [T, HEADS, DIM]
+@triton.jit(do_not_specialize=["q_row", "k_row", "v_row", "gate_row", "inner"])
+def _prepare(
+    q_ptr,  # [T, HEADS, DIM], rotated in place like k where there are angles
+    k_ptr,
+    v_ptr,
     gate_ptr,  # [T, HEADS]
     cos_ptr,  # [T, DIM / 2] or None
     sin_ptr,
     table_ptr,
     sums_ptr,  # float32 [segments, HEADS, DIM, DIM]
     decays_ptr,  # float32 [segments, HEADS]
+    q_row,
     k_row,
     v_row,
     gate_row,
+    inner,  # segments that are not the last of their sequence
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -274,7 +292,7 @@ def _sum_segments(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a segment of whole chunks adds to the state.
+    """Rotates q and k of a segment, and says what it adds to the state if another follows it.
 
     It walks from the last chunk to the first, so that the sum needs no decay, and leaves in the L2
     cache what `_retain` reads first.
@@ -286,40 +304,51 @@ def _sum_segments(
     segment = tl.program_id(0) // (TILES * HEADS)
     first = tl.load(table_ptr + segment * 4)
     end = tl.load(table_ptr + segment * 4 + 1)
+    chunks = (end - first + CHUNK - 1) // CHUNK
 
     rows = tl.arange(0, CHUNK)
-    present = rows < CHUNK  # all of them
     channel = tl.arange(0, PADDED)[None, :]
     value = tile * BLOCK + tl.arange(0, BLOCK)
-    k_mask = present[:, None] & (channel < DIM)
-    v_mask = present[:, None] & (value < DIM)[None, :]
     scale = DIM**-0.5
     sums = tl.zeros((BLOCK, PADDED), tl.float32)
     after = 0.0  # log-decay from the end of the chunk to the end of the segment
     gates = gate_ptr + head + rows * gate_row
-    gate = tl.load(gates + (end - CHUNK) * tl.cast(gate_row, tl.int64))
-    for i in range(0, (end - first) // CHUNK):
-        start = end - (i + 1) * CHUNK
-        k = _head(k_ptr, start, k_row * UNIT, head, rows, k_mask, DIM, PADDED)
+    start = first + (chunks - 1) * CHUNK
+    gate = tl.load(gates + start * tl.cast(gate_row, tl.int64), mask=start + rows < end, other=0.0)
+    for i in range(0, chunks):
+        start = first + (chunks - 1 - i) * CHUNK
+        present = start + rows < end
+        mask = present[:, None] & (channel < DIM)
+        v_mask = present[:, None] & (value < DIM)[None, :]
+        k = _head(k_ptr, start, k_row * UNIT, head, rows, mask, DIM, PADDED)
         v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
         if cos_ptr is not None:
             cos = _angles(cos_ptr, start, rows, present, DIM, PADDED)
             sin = _angles(sin_ptr, start, rows, present, DIM, PADDED)
             k = _rotate(k, cos, sin)
-        log_gate = _log_gate(gate.to(tl.float32))
-        # Loaded one chunk ahead; at the last one, that chunk's own again.
-        gate = tl.load(gates + tl.maximum(start - CHUNK, first) * tl.cast(gate_row, tl.int64))
-        weight = tl.exp2(after + tl.cumsum(log_gate, axis=0, reverse=True) - log_gate) * scale
-        after += tl.sum(log_gate, axis=0)
+            _store_head(k_ptr, k, start, k_row * UNIT, head, rows, mask, DIM, PADDED)
+            q = _head(q_ptr, start, q_row * UNIT, head, rows, mask, DIM, PADDED)
+            q = _rotate(q, cos, sin)
+            _store_head(q_ptr, q, start, q_row * UNIT, head, rows, mask, DIM, PADDED)
+        log_gate = tl.where(present, _log_gate(gate.to(tl.float32)), 0.0)
+        # Loaded one chunk ahead; at the first one, that chunk's own again.
+        ahead = tl.maximum(start - CHUNK, first)
+        gate = tl.load(
+            gates + ahead * tl.cast(gate_row, tl.int64), mask=ahead + rows < end, other=0.0
+        )
+        whole = tl.sum(log_gate, axis=0)
+        weight = tl.exp2(after + whole - tl.cumsum(log_gate, axis=0)) * scale
+        after += whole
         k = (k * weight[:, None]).to(v.dtype)
         sums = tl.dot(tl.trans(v), k, sums, input_precision=PRECISION)
 
-    state = segment.to(tl.int64) * HEADS + head
-    at = value[:, None] + channel * DIM
-    mask = (value < DIM)[:, None] & (channel < DIM)
-    tl.store(sums_ptr + state * (DIM * DIM) + at, sums, mask=mask)
-    if tile == 0:
-        tl.store(decays_ptr + state, after)
+    if segment < inner:
+        state = segment.to(tl.int64) * HEADS + head
+        at = value[:, None] + channel * DIM
+        mask = (value < DIM)[:, None] & (channel < DIM)
+        tl.store(sums_ptr + state * (DIM * DIM) + at, sums, mask=mask)
+        if tile == 0:
+            tl.store(decays_ptr + state, after)
 
 
 @triton.jit(do_not_specialize=["scans"])
@@ -350,15 +379,12 @@ def _scan_segments(
         tl.store(sums_ptr + index * SIZE + at, state, mask=mask)
 
 
-@triton.jit(do_not_specialize=["q_row", "k_row", "v_row", "swish_row", "gate_row", "inner", "eps"])
+@triton.jit(do_not_specialize=["q_row", "k_row", "v_row", "gate_row", "inner"])
 def _retain(
     q_ptr,  # [T, HEADS, DIM]
     k_ptr,
     v_ptr,
     gate_ptr,  # [T, HEADS]
-    cos_ptr,  # [T, DIM / 2] or None
-    sin_ptr,
-    swish_ptr,  # [T, HEADS, DIM] or None: no norm, either
     table_ptr,
     states_ptr,  # float32 [.., HEADS, DIM, DIM] or None: zeros
     starts_ptr,  # float32 [segments, HEADS, DIM, DIM], state after each
@@ -367,10 +393,8 @@ def _retain(
     q_row,
     k_row,
     v_row,
-    swish_row,
     gate_row,
     inner,  # segments that are not the last of their sequence
-    eps,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -411,14 +435,6 @@ def _retain(
         q = _head(q_ptr, start, q_row * UNIT, head, rows, mask, DIM, PADDED)
         k = _head(k_ptr, start, k_row * UNIT, head, rows, mask, DIM, PADDED)
         v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
-        if swish_ptr is not None:
-            swish = _head(swish_ptr, start, swish_row * UNIT, head, rows, v_mask, DIM, BLOCK)
-        if cos_ptr is not None:
-            cos = _angles(cos_ptr, start, rows, present, DIM, PADDED)
-            sin = _angles(sin_ptr, start, rows, present, DIM, PADDED)
-            q = _rotate(q, cos, sin)
-            # The mask has no effect but that the compiler does not rotate k once for each layout.
-            k = tl.where(present[:, None], _rotate(k, cos, sin), 0.0)
         log_gate = tl.where(present, _log_gate(gate.to(tl.float32)), 0.0)
         gate = tl.load(  # of the next chunk, ahead of its use
             gates + (start + CHUNK) * tl.cast(gate_row, tl.int64),
@@ -436,11 +452,7 @@ def _retain(
         scores = scores.to(v.dtype)
         out = tl.dot(state.to(v.dtype), q, input_precision=PRECISION) * tl.exp2(inside)[None, :]
         out = tl.dot(tl.trans(v), scores, out, input_precision=PRECISION)
-        if swish_ptr is not None:
-            out *= tl.rsqrt(tl.sum(out * out, axis=0) / DIM + eps)[None, :]
         out = tl.trans(out)
-        if swish_ptr is not None:
-            out *= _silu(swish.to(tl.float32))
         rows_ptr = out_ptr + start * tl.cast(HEADS * DIM, tl.int64) + head * DIM
         out_at = rows[:, None] * (HEADS * DIM) + value[None, :]
         tl.store(rows_ptr + out_at, out.to(v.dtype), mask=v_mask)
@@ -467,7 +479,7 @@ def _norm_swish(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """silu(swish) * RMSNorm(out) of each head, where a head takes several tiles."""
+    """silu(swish) * RMSNorm(out) of each head."""
     index = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, PADDED)[None, :]
     mask = (index < count) & (column < DIM)

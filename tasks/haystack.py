@@ -156,8 +156,8 @@ class SyntheticHaystack:
 
         A longer `size` continues the text of a shorter one.
         """
-        step = 1 << max(16, (size - 1).bit_length())  # few distinct sizes, so that the cache hits
-        return self._text(sample, step)
+        step = 1 << max(16, size.bit_length() - 4)  # few distinct sizes, so that the cache hits
+        return self._text(sample, -(-size // step) * step)
 
 
 class TextHaystack:

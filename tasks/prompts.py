@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from yoco_eval.encoding import Encoder
+
 from .haystack import sentence_starts
 
 SLACK = 16  # tokens that a prompt may fall short of its size
@@ -35,8 +37,8 @@ class TokenCounter:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, add_bos_token: bool = False) -> None:
-        self._tokenizer = tokenizer
-        text, whole = self._encode("a")["input_ids"], tokenizer("a")["input_ids"]
+        self._encoder = Encoder(tokenizer)
+        text, whole = self._encoder.encode("a"), tokenizer("a")["input_ids"]
         self.front = whole.index(text[0])
         self.special = len(whole) - len(text)
         if add_bos_token and whole[0] != tokenizer.bos_token_id:
@@ -44,23 +46,11 @@ class TokenCounter:
 
     def count(self, text: str) -> int:
         """The number of tokens of `text`, special tokens not counted."""
-        return len(self._encode(text)["input_ids"])
+        return len(self._encoder.encode(text))
 
     def ends(self, text: str) -> np.ndarray:
         """For each token of `text`, the position of the character after it: int64, ascending."""
-        offsets = self._encode(text, return_offsets_mapping=True)["offset_mapping"]
-        ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(offsets))
-        return np.maximum.accumulate(ends)
-
-    def _encode(self, text: str, **options):
-        return self._tokenizer(
-            text,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning about texts longer than the model's contexts
-            **options,
-        )
+        return self._encoder.ends(text)
 
 
 @dataclass(frozen=True)

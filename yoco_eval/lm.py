@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from tqdm import tqdm
 from yoco_eval.model import Yoco
 from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 
-from .engine import Engine, GenerateRequest, Sampling, ScoreRequest
+from .encoding import Encoder
+from .engine import Engine, GenerateRequest, Sampling, ScoreRequest, TokenIds
 from .lengths import parse_length
 from .tokenizers import check_vocabulary, checkpoint_tokenizer, load_tokenizer
 
@@ -37,7 +39,6 @@ _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-_AUTO_BATCH = 64  # beyond this, continuations of one context gain nothing
 _ARGUMENTS = (
     "pretrained, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, prefill_chunk, "
     "add_bos_token"
@@ -54,13 +55,14 @@ class YocoLM(TemplateLM):
         dtype: "auto" (bfloat16 on a GPU, float32 on the CPU), "bfloat16", "float16", "float32" or
             "float64".
         device: such as "cuda:1"; default: the first GPU if there is one, else the CPU.
-        batch_size: how many continuations of one context are scored side by side at most, within
-            `prefill_chunk` tokens; or "auto".
+        batch_size: how many requests are scored side by side at most, within `prefill_chunk`
+            tokens; or "auto": as many as these and the memory allow.
         max_batch_size: accepted because lm-eval passes it; "auto" needs no bound to try.
         max_length: longest context with its continuation, in tokens ("64k" is 65536); default:
             what the checkpoint was trained for. Longer contexts lose tokens on the left.
         max_gen_toks: tokens to generate where a task does not say.
-        prefill_chunk: tokens fed at a time; changes memory and speed, not results.
+        prefill_chunk: tokens fed at a time; changes memory and speed, not results. Default: as many
+            as pay and fit.
         add_bos_token: whether a BOS token stands before every text; default: as the tokenizer does.
     """
 
@@ -89,7 +91,7 @@ class YocoLM(TemplateLM):
         chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         auto = str(batch_size).startswith("auto")
-        batch = _AUTO_BATCH if auto else _count("batch_size", batch_size)
+        batch = None if auto else _count("batch_size", batch_size)
         if add_bos_token not in (None, True, False):
             raise ValueError(f"add_bos_token: {add_bos_token!r} is neither True nor False")
 
@@ -121,8 +123,8 @@ class YocoLM(TemplateLM):
             raise ValueError("add_bos_token=True, but the tokenizer has no BOS token")
         self.add_bos_token = bool(add_bos_token)
         self.engine = Engine(model, batch, chunk)
-        # A context is encoded again with each of its continuations.
-        self._encode = lru_cache(maxsize=4)(self._encode)
+        self._encoder, self._bos = Encoder(self.tokenizer), self.tokenizer.bos_token_id
+        self._encoded: dict[str, np.ndarray] = {}  # texts of the requests at hand
 
     @classmethod
     def create_from_arg_obj(
@@ -194,18 +196,26 @@ class YocoLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Token ids of a text; BOS before it unless told otherwise or already there."""
-        ids, bos = self._encode(string), self.tokenizer.bos_token_id
-        if add_special_tokens is None:
-            add_special_tokens = self.add_bos_token and ids[:1] != [bos]
-        return [bos, *ids] if add_special_tokens else list(ids)
+        return self._tokens(string, add_special_tokens).tolist()
 
-    def _encode(self, string: str) -> list[int]:
-        return self.tokenizer(
-            string,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        ).input_ids
+    def _tokens(self, string: str, add_special_tokens: bool | None = None) -> np.ndarray:
+        """What `tok_encode` gives, as int32, a ninth of the memory of a list: int32 [n]."""
+        ids = self._encoded.get(string)
+        if ids is None:
+            ids = self._encoder.encode(string)
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos_token and not (len(ids) and ids[0] == self._bos)
+        return np.concatenate((_ids([self._bos]), ids)) if add_special_tokens else ids
+
+    @contextmanager
+    def _encoding(self, strings: Iterable[str]) -> Iterator[None]:
+        """Encodes texts in parallel, and has their ids at hand as long as it lasts."""
+        distinct = list(dict.fromkeys(strings))
+        self._encoded = dict(zip(distinct, self._encoder.encode_all(distinct), strict=True))
+        try:
+            yield
+        finally:
+            self._encoded = {}
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -221,14 +231,29 @@ class YocoLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """As lm-eval's, which encodes text by text: here those of all requests in parallel."""
+        pairs = (_blanks_moved(*request.args) for request in requests)
+        texts = ((before, before + after) for before, after in pairs)
+        with self._encoding(chain.from_iterable(texts)):
+            return super().loglikelihood(requests, disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
+        """As lm-eval's, in arrays."""
+        context, continuation = _blanks_moved(context, continuation)
+        before, whole = self._tokens(context), self._tokens(context + continuation)
+        return before, whole[len(before) :]
+
     def _loglikelihood_tokens(
         self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        requests: list[tuple[tuple[str, str], TokenIds, TokenIds]],
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         results: list[Any] = [None] * len(requests)
-        if empty := sum(not continuation for _, _, continuation in requests):
+        if empty := sum(len(continuation) == 0 for _, _, continuation in requests):
             logger.warning(
                 "%d of %d continuations have no token of their own (their text merges with the "
                 "context's last token); they score 0",
@@ -250,11 +275,12 @@ class YocoLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         windows, owners = [], []
-        for owner, request in enumerate(requests):
+        texts = self._encoder.encode_all([request.args[0] for request in requests])
+        for owner, tokens in enumerate(texts):
             for context, continuation in map(
                 make_disjoint_window,
                 get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                    token_list=tokens.tolist(),
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length,
                     context_len=1,
@@ -279,12 +305,12 @@ class YocoLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         results: list[Any] = [None] * len(requests)
         prompts, untils, cuts = [], [], []
-        for request in requests:
-            context, settings = request.args
-            prompt, until, cut = self._generation(context, settings)
-            prompts.append(prompt)
-            untils.append(until)
-            cuts.append(cut)
+        with self._encoding(request.args[0] for request in requests):
+            for request in requests:
+                prompt, until, cut = self._generation(*request.args)
+                prompts.append(prompt)
+                untils.append(until)
+                cuts.append(cut)
         self._warn_of_cuts(cuts)
         for index, tokens in self._run(
             self.engine.generate, prompts, "generate_until", disable_tqdm
@@ -295,7 +321,7 @@ class YocoLM(TemplateLM):
                 self.cache_hook.add_partial("generate_until", requests[index].args, results[index])
         return results
 
-    def _fit(self, context: Sequence[int], continuation: Sequence[int]) -> ScoreRequest:
+    def _fit(self, context: TokenIds, continuation: TokenIds) -> ScoreRequest:
         """The request with its context cut on the left to what `max_length` leaves room for."""
         # The last token of the continuation is predicted, not fed.
         room = self.max_length + 1 - len(continuation)
@@ -304,7 +330,8 @@ class YocoLM(TemplateLM):
                 f"a continuation of {len(continuation)} tokens exceeds max_length = "
                 f"{self.max_length}; raise it with --model_args max_length=..."
             )
-        return ScoreRequest(_ids(context[-room:] or [self.prefix_token_id]), _ids(continuation))
+        context = context[-room:] if len(context) else [self.prefix_token_id]
+        return ScoreRequest(_ids(context), _ids(continuation))
 
     def _generation(
         self, context: str, settings: dict[str, Any]
@@ -332,9 +359,11 @@ class YocoLM(TemplateLM):
                 f"max_gen_toks = {max_tokens} leaves no room for a prompt within max_length = "
                 f"{self.max_length}; lower the one or raise the other"
             )
-        ids = self.tok_encode(context) or [self.prefix_token_id]
+        ids = self._tokens(context)
+        if len(ids) == 0:
+            ids = _ids([self.prefix_token_id])
         request = GenerateRequest(
-            context=_ids(ids[-room:]),
+            context=ids[-room:],
             max_tokens=max_tokens,
             end_tokens=frozenset([self.eot_token_id]),
             finished=self._stopper(until),
@@ -344,9 +373,11 @@ class YocoLM(TemplateLM):
 
     def _stopper(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
         """Says whether generated tokens contain a stop string, of which the last one is a part."""
+        if not until:
+            return lambda tokens: False
         # A token is at least a byte, so a stop string lies within as many tokens as it has bytes;
         # some more, because decoding may change the first characters of a piece of text.
-        window = max((len(stop.encode()) for stop in until), default=0) + 8
+        window = max(len(stop.encode()) for stop in until) + 8
 
         def finished(tokens: list[int]) -> bool:
             text = self.tokenizer.decode(tokens[-window:], skip_special_tokens=False)
@@ -370,8 +401,13 @@ class YocoLM(TemplateLM):
             yield from method(requests, begin=bar.reset, progress=bar.update)
 
 
-def _ids(tokens: Sequence[int]) -> np.ndarray:
-    """As int32, a ninth of the memory of a list: a long context is a million of them."""
+def _blanks_moved(context: str, continuation: str) -> tuple[str, str]:
+    """Blanks at the end of the context belong to the continuation, as in lm-eval."""
+    bare = context.rstrip()
+    return bare, context[len(bare) :] + continuation
+
+
+def _ids(tokens: TokenIds) -> np.ndarray:
     return np.asarray(tokens, dtype=np.int32)
 
 

@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+from yoco_eval.encoding import Encoder
+from yoco_eval.tasks.evaluated_model import load_tokenizer
 from yoco_eval.tasks.haystack import SyntheticHaystack, TextHaystack
 from yoco_eval.tasks.prompts import SLACK, Notes, TokenCounter
 from yoco_eval.tasks.wording import CITIES, INTRODUCTION, NEEDLE, QUESTION
@@ -112,6 +114,27 @@ def test_prompts_of_a_sample_share_their_notes(tokenizers):
     assert more.prompt(4000, 0.5, needle, question, 34) == notes.prompt(
         4000, 0.5, needle, question, 34
     )
+
+
+def test_prompts_are_mostly_encoded_when_their_notes_are(tokenizers, monkeypatch):
+    encoded = []
+    encode_piece = Encoder._piece
+
+    def counting(self, cutout, *arguments):
+        encoded.append(len(cutout.text))
+        return encode_piece(self, cutout, *arguments)
+
+    monkeypatch.setattr(Encoder, "_piece", counting)
+    haystack = SyntheticHaystack("encoded once")
+    counter = TokenCounter(tokenizers["demo"])
+    notes = Notes(counter, INTRODUCTION, lambda size: haystack.text(0, size), 1 << 16)
+    needle, question = needle_and_question("Lima")
+    for depth in (0.2, 0.8):
+        prompt = notes.prompt(1 << 16, depth, needle, question, 34)
+        encoded.clear()
+        backend = Encoder(load_tokenizer({}))
+        assert len(backend.encode(prompt.text)) + counter.special == prompt.tokens
+        assert sum(encoded) < len(prompt.text) // 2  # about the needle, and at the end
 
 
 def test_special_tokens_are_counted(tokenizers):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import CacheHook, CachingLM
+from lm_eval.api.model import CacheHook, CachingLM, TemplateLM
 
 from yoco_eval.lm import YocoLM
 from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
@@ -88,6 +88,24 @@ def test_loglikelihood(folder, batch_size, bos, caplog):
         too_long += len(lm.tok_encode(context + continuation)) > lm.max_length + 1
     assert too_long > 10
     assert f"{too_long} of {len(wanted)} requests are longer than max_length = 512" in caplog.text
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_all_requests_are_encoded_at_once_and_as_in_lm_eval(folder, bos, monkeypatch):
+    lm = YocoLM(pretrained=str(folder), device="cpu", add_bos_token=bos)
+    wanted = [(c, t) for c, t in requests(1) if c]
+    wanted += [("<s>Oslo", " is"), ("<s>", "Oslo"), ("Os", "lo"), ("Oslo\n \t", " is old")]
+    expected = [TemplateLM._encode_pair(lm, *pair) for pair in wanted]
+    encoded, received = [], []
+    encode_all = lm._encoder.encode_all
+    monkeypatch.setattr(lm._encoder, "encode_all", lambda t: encoded.append(t) or encode_all(t))
+    monkeypatch.setattr(lm, "_loglikelihood_tokens", lambda r, **kwargs: received.extend(r))
+    lm.loglikelihood(instances("loglikelihood", [*wanted, ("", "Oslo")]))
+    assert len(encoded) == 1 and len(set(encoded[0])) == len(encoded[0]) < 2 * len(wanted)
+    *pairs, (_, context, continuation) = received
+    for request, pair, ids in zip(wanted, pairs, expected, strict=True):
+        assert (pair[0], *(part.tolist() for part in pair[1:])) == (request, *map(list, ids))
+    assert [*context, *continuation] == [0, *lm.tokenizer.encode("Oslo", add_special_tokens=False)]
 
 
 def test_loglikelihood_rolling(lm):
@@ -220,7 +238,7 @@ def test_model_args_come_before_options():
     lm = YocoLM.create_from_arg_obj(arguments, options)
     assert lm.engine.batch_size == 4 and lm.device.type == "cpu"
     lm = YocoLM.create_from_arg_string("device=cpu,batch_size=auto", options)
-    assert lm.engine.batch_size > 1
+    assert lm.engine.batch_size is None
 
 
 def test_bos(folder):
