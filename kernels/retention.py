@@ -49,7 +49,8 @@ def gated_retention(
         sequences: which tokens form a sequence, and which state it continues.
         states: [m, H, D, D] float32 (float64 for float64 inputs), of which `sequences.sources`
             picks each sequence's; None stands for zeros. Not changed.
-        angles: cos and sin [T, D / 2] by which q and k are rotated; None: they are not.
+        angles: cos and sin [T, D / 2] by which q and k are rotated, in place where that is faster:
+            do not use them afterwards. None: they are not rotated.
         swish: [T, H, D]: the output is silu(swish) * RMSNorm(o) over each head; None: o itself.
         eps: of that RMSNorm, which has no weight.
         keep: whether the states after the sequences are asked for.

@@ -3,12 +3,17 @@
 Prefill cuts each sequence into segments, so that a single one fills the card, and runs
  1. `_sum_segments`: the state that each segment but a sequence's last adds, from zero;
  2. `_scan_segments`: from these sums and their decays, the state after each of these segments;
- 3. `_retain`: each segment from its starting state, chunk by chunk, with the state in registers.
-With s segments to a sequence it reads q and swish once, k and v 2 - 1 / s times, writes the output
-once, and moves D^2 float32 numbers of state four times per segment and head. For 32768 tokens, 24
-heads of 128 and s = 11 that is 5.8 x 192 MiB in bfloat16 (6.8 with swish), or 0.39 ms at 3 TB/s,
-and 4 x 16.5 MiB of states, which mostly stay in the L2 cache. Operations: per token and head
-2 D (3 D + 2 C) for chunks of C = 64, 1.0e11 in that example, 0.10 ms at 1 PFLOP/s.
+ 3. `_retain`: each segment from its starting state, chunk by chunk, with the state in registers;
+ 4. `_norm_swish`: norm and gate, in place.
+With s segments to a sequence, 1 and 3 read k and v 2 - 1 / s times and q once, write the output
+once, and move D^2 float32 numbers of state four times per segment and head. For 32768 tokens, 24
+heads of 128 and s = 11 that is 5.8 x 192 MiB in bfloat16, or 0.39 ms at 3 TB/s, and 4 x 16.5 MiB of
+states, which mostly stay in the L2 cache. Operations: per token and head 2 D (3 D + 2 C) for chunks
+of C = 64, 1.0e11 in that example, 0.10 ms at 1 PFLOP/s.
+
+Rotation before 1, and norm and gate after 3, move 4 and 3 x 192 MiB more. In `_retain` they cost
+more than that: its state fills the registers, so that one program runs at a time on a
+multiprocessor, and nothing hides what they wait for.
 
 The step reads and writes a float32 state once, 8 D^2 bytes per sequence and head, 3 MiB for 24
 heads of 128, with 5 operations for each number of it.
@@ -34,7 +39,6 @@ from .sequences import Sequences
 
 PROGRAMS_PER_PROCESSOR = 2  # of each kernel, where the segments' lengths allow it
 MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
-_SUM_REGISTERS = 128  # so that two programs of 8 warps run at a time
 _SCAN_BLOCK = 1024
 _NORM_ROWS = 16  # heads to a program of `_norm_swish`
 _STEP_NUMBERS = 16384  # of the state that a program of `_step` holds at a time
@@ -71,9 +75,8 @@ def gated_retention(
     if states is not None:
         states = states.contiguous()
 
-    if angles is not None and tiles > 1:  # several programs read the same channels of k
-        q, k = rotate(q, angles), rotate(k, angles)
-        angles = None
+    if angles is not None:
+        q, k = rotate(q, angles, in_place=True), rotate(k, angles, in_place=True)
     unit, (q_row, k_row, v_row) = _row_strides(q, k, v)
     shared = {
         "HEADS": heads,
@@ -84,15 +87,12 @@ def gated_retention(
         "BLOCK": config.block,
     }
     segments = inner + len(sequences.lengths)
-    if inner or angles is not None:
-        decays = starts.new_empty(inner, heads)
-        cos, sin = (None, None) if angles is None else angles
-        _prepare[(tiles * heads * (inner if angles is None else segments),)](
-            q, k, v, gate, cos, sin, table, starts, decays,
-            q_row, k_row, v_row, gate.stride(0), inner,
-            **shared, num_warps=config.prepare_warps, num_stages=config.prepare_stages,
-        )  # fmt: skip
     if inner:
+        decays = starts.new_empty(inner, heads)
+        _sum_segments[(tiles * heads * inner,)](
+            k, v, gate, table, starts, decays, k_row, v_row, gate.stride(0),
+            **shared, num_warps=config.sum_warps, num_stages=config.sum_stages,
+        )  # fmt: skip
         _scan_segments[(triton.cdiv(dim * dim, _SCAN_BLOCK) * heads, scanned)](
             table, states, starts, decays, segments,
             HEADS=heads, SIZE=dim * dim, BLOCK=_SCAN_BLOCK,
@@ -136,18 +136,18 @@ def gated_retention_step(
 
 
 class _Config(NamedTuple):
-    """How `_prepare` and `_retain` are cut and compiled."""
+    """How `_sum_segments` and `_retain` are cut and compiled."""
 
     chunk: int  # tokens
     block: int  # columns of v in a program's tile
     warps: int
     stages: int  # of loads under way
-    prepare_warps: int
-    prepare_stages: int
+    sum_warps: int
+    sum_stages: int
 
 
 def _config(dim: int, dtype: torch.dtype) -> _Config:
-    """A tile is a whole head up to 128 columns, so that `_prepare` can rotate in place.
+    """A tile is a whole head up to 128 columns, so that q and k are read once.
 
     In float32, which has no tensor cores here, small tiles keep the unrolled products compilable.
     """
@@ -244,47 +244,17 @@ def _head(x_ptr, start, row_stride, head, rows, mask, DIM: tl.constexpr, PADDED:
     return tl.load(x_ptr + at, mask=mask, other=0.0)
 
 
-@triton.jit
-def _store_head(
-    x_ptr, x, start, row_stride, head, rows, mask, DIM: tl.constexpr, PADDED: tl.constexpr
-):
-    """The inverse of `_head`."""
-    x_ptr += start * tl.cast(row_stride, tl.int64) + head * DIM
-    tl.store(x_ptr + rows[:, None] * row_stride + tl.arange(0, PADDED)[None, :], x, mask=mask)
-
-
-@triton.jit
-def _rotate(x, cos, sin):
-    """Rotates the pairs (2j, 2j + 1) of x [CHUNK, PADDED]; cos, sin: [CHUNK, PADDED / 2]."""
-    even, odd = tl.split(tl.reshape(x.to(tl.float32), cos.shape[0], cos.shape[1], 2))
-    return tl.interleave(even * cos - odd * sin, even * sin + odd * cos).to(x.dtype)
-
-
-@triton.jit
-def _angles(x_ptr, start, rows, present, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Cosines or sines of a chunk, [CHUNK, PADDED / 2], in float32."""
-    pair = tl.arange(0, PADDED // 2)[None, :]
-    x_ptr += start * tl.cast(DIM // 2, tl.int64)
-    mask = present[:, None] & (pair < DIM // 2)
-    return tl.load(x_ptr + rows[:, None] * (DIM // 2) + pair, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["q_row", "k_row", "v_row", "gate_row", "inner"])
-def _prepare(
-    q_ptr,  # [T, HEADS, DIM], rotated in place like k where there are angles
-    k_ptr,
-    v_ptr,
+@triton.jit(do_not_specialize=["k_row", "v_row", "gate_row"])
+def _sum_segments(
+    k_ptr,  # [T, HEADS, DIM]
+    v_ptr,  # [T, HEADS, DIM]
     gate_ptr,  # [T, HEADS]
-    cos_ptr,  # [T, DIM / 2] or None
-    sin_ptr,
     table_ptr,
     sums_ptr,  # float32 [segments, HEADS, DIM, DIM]
     decays_ptr,  # float32 [segments, HEADS]
-    q_row,
     k_row,
     v_row,
     gate_row,
-    inner,  # segments that are not the last of their sequence
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -292,7 +262,7 @@ def _prepare(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rotates q and k of a segment, and says what it adds to the state if another follows it.
+    """What a segment of whole chunks adds to the state.
 
     It walks from the last chunk to the first, so that the sum needs no decay, and leaves in the L2
     cache what `_retain` reads first.
@@ -304,51 +274,36 @@ def _prepare(
     segment = tl.program_id(0) // (TILES * HEADS)
     first = tl.load(table_ptr + segment * 4)
     end = tl.load(table_ptr + segment * 4 + 1)
-    chunks = (end - first + CHUNK - 1) // CHUNK
 
     rows = tl.arange(0, CHUNK)
+    present = rows < CHUNK  # all of them
     channel = tl.arange(0, PADDED)[None, :]
     value = tile * BLOCK + tl.arange(0, BLOCK)
+    k_mask = present[:, None] & (channel < DIM)
+    v_mask = present[:, None] & (value < DIM)[None, :]
     scale = DIM**-0.5
     sums = tl.zeros((BLOCK, PADDED), tl.float32)
     after = 0.0  # log-decay from the end of the chunk to the end of the segment
     gates = gate_ptr + head + rows * gate_row
-    start = first + (chunks - 1) * CHUNK
-    gate = tl.load(gates + start * tl.cast(gate_row, tl.int64), mask=start + rows < end, other=0.0)
-    for i in range(0, chunks):
-        start = first + (chunks - 1 - i) * CHUNK
-        present = start + rows < end
-        mask = present[:, None] & (channel < DIM)
-        v_mask = present[:, None] & (value < DIM)[None, :]
-        k = _head(k_ptr, start, k_row * UNIT, head, rows, mask, DIM, PADDED)
+    gate = tl.load(gates + (end - CHUNK) * tl.cast(gate_row, tl.int64))
+    for i in range(0, (end - first) // CHUNK):
+        start = end - (i + 1) * CHUNK
+        k = _head(k_ptr, start, k_row * UNIT, head, rows, k_mask, DIM, PADDED)
         v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
-        if cos_ptr is not None:
-            cos = _angles(cos_ptr, start, rows, present, DIM, PADDED)
-            sin = _angles(sin_ptr, start, rows, present, DIM, PADDED)
-            k = _rotate(k, cos, sin)
-            _store_head(k_ptr, k, start, k_row * UNIT, head, rows, mask, DIM, PADDED)
-            q = _head(q_ptr, start, q_row * UNIT, head, rows, mask, DIM, PADDED)
-            q = _rotate(q, cos, sin)
-            _store_head(q_ptr, q, start, q_row * UNIT, head, rows, mask, DIM, PADDED)
-        log_gate = tl.where(present, _log_gate(gate.to(tl.float32)), 0.0)
-        # Loaded one chunk ahead; at the first one, that chunk's own again.
-        ahead = tl.maximum(start - CHUNK, first)
-        gate = tl.load(
-            gates + ahead * tl.cast(gate_row, tl.int64), mask=ahead + rows < end, other=0.0
-        )
-        whole = tl.sum(log_gate, axis=0)
-        weight = tl.exp2(after + whole - tl.cumsum(log_gate, axis=0)) * scale
-        after += whole
+        log_gate = _log_gate(gate.to(tl.float32))
+        # Loaded one chunk ahead; at the last one, that chunk's own again.
+        gate = tl.load(gates + tl.maximum(start - CHUNK, first) * tl.cast(gate_row, tl.int64))
+        weight = tl.exp2(after + tl.cumsum(log_gate, axis=0, reverse=True) - log_gate) * scale
+        after += tl.sum(log_gate, axis=0)
         k = (k * weight[:, None]).to(v.dtype)
         sums = tl.dot(tl.trans(v), k, sums, input_precision=PRECISION)
 
-    if segment < inner:
-        state = segment.to(tl.int64) * HEADS + head
-        at = value[:, None] + channel * DIM
-        mask = (value < DIM)[:, None] & (channel < DIM)
-        tl.store(sums_ptr + state * (DIM * DIM) + at, sums, mask=mask)
-        if tile == 0:
-            tl.store(decays_ptr + state, after)
+    state = segment.to(tl.int64) * HEADS + head
+    at = value[:, None] + channel * DIM
+    mask = (value < DIM)[:, None] & (channel < DIM)
+    tl.store(sums_ptr + state * (DIM * DIM) + at, sums, mask=mask)
+    if tile == 0:
+        tl.store(decays_ptr + state, after)
 
 
 @triton.jit(do_not_specialize=["scans"])

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .dispatch import use_triton
+
 
 def rotary_angles(
     positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
@@ -43,16 +45,26 @@ def _frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.
     return torch.tensor(frequencies, dtype=dtype, device=device)
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor], in_place: bool = False) -> Tensor:
     """Rotates each pair (2j, 2j + 1) of every head of x [T, H, head_dim].
 
     Args:
         x: any strides.
         angles: cos and sin [T, head_dim / 2] of `rotary_angles`, in x's dtype.
+        in_place: whether x may be overwritten; do not use it afterwards, then.
 
     Returns:
-        [T, H, head_dim], contiguous.
+        [T, H, head_dim].
     """
+    if use_triton(x, *angles):
+        from .rotary_triton import rotate as fast
+
+        return fast(x, angles, in_place)
+    return rotate_reference(x, angles)
+
+
+def rotate_reference(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotate` in PyTorch."""
     cos, sin = (part[:, None] for part in angles)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from yoco_eval.kernels.rotary import rotary_angles, rotate
+from yoco_eval.kernels.rotary import rotary_angles, rotate, rotate_reference
 
 
 def test_frequencies_reach_one_over_theta_at_the_last_pair():
@@ -74,3 +74,19 @@ def test_a_cuda_graph_may_hold_the_angles():
     positions.fill_(7)
     graph.replay()
     assert cos[0, 0].item() == pytest.approx(math.cos(7), abs=1e-5)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 2), (33, 32), (70, 48), (5, 128), (3, 256)])
+def test_triton_version(tokens, dim, in_place, dtype, device, close):
+    triton_version = pytest.importorskip("yoco_eval.kernels.rotary_triton")
+    torch.manual_seed(0)
+    whole = torch.randn(tokens, 3 * dim + 8, device=device).to(dtype)
+    x = whole[:, dim : 3 * dim].unflatten(1, (2, dim))  # rows and heads apart as in a projection
+    angles = rotary_angles(torch.arange(tokens, device=device) + 1000, dim, 1e4, dtype)
+    expected = rotate_reference(x.double(), tuple(part.double() for part in angles))
+    rest = torch.cat((whole[:, :dim], whole[:, 3 * dim :]), 1)
+    out = triton_version.rotate(x, angles, in_place)
+    close(out, expected)
+    assert (out.data_ptr() == x.data_ptr()) == in_place
+    assert torch.equal(torch.cat((whole[:, :dim], whole[:, 3 * dim :]), 1), rest)

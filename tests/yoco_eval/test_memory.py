@@ -29,8 +29,8 @@ def need(length, chunk):
 
 def test_the_largest_chunk_that_fits(free):
     free(70 * GIB)
-    assert budget(CONFIG, BF16, GPU, 2**20).chunk == 8192
-    for chunk in (4096, 256):
+    assert budget(CONFIG, BF16, GPU, 2**20).chunk == 8448
+    for chunk in (4224, 264):
         free(int(need(2**20, chunk)) + 1000)
         assert budget(CONFIG, BF16, GPU, 2**20).chunk == chunk
     assert budget(CONFIG, BF16, GPU, 1000, chunk=300).chunk == 300
@@ -38,7 +38,7 @@ def test_the_largest_chunk_that_fits(free):
 
 def test_states_fill_the_memory_that_is_left(free):
     size = state_bytes(CONFIG, BF16)
-    free(int(need(1024, 8192) + 100 * 2 * size / 0.95) + 1000)
+    free(int(need(1024, 8448) + 100 * 2 * size / 0.95) + 1000)
     assert budget(CONFIG, BF16, GPU, 1024).states == 101
 
 
@@ -48,7 +48,7 @@ def test_a_refusal_names_what_fits(free):
         budget(CONFIG, BF16, GPU, 2**20)
     fitting = int(re.search(r"max_length=(\d+)", str(error.value))[1])
     assert 2**19 < fitting < 2**20
-    budget(CONFIG, BF16, GPU, fitting - 256)
+    budget(CONFIG, BF16, GPU, fitting - 264)
     free(100)
     with pytest.raises(ValueError, match="no context fits"):
         budget(CONFIG, BF16, GPU, 2**20)

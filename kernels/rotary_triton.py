@@ -1,0 +1,64 @@
+"""Rotary embedding as one Triton kernel: reads and writes each number once.
+
+[T, H, D] takes 2 * T * H * D numbers of traffic and 3 operations for each: memory alone limits it.
+The angles, T * D numbers, are read again for every head, out of the caches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 32  # tokens to a program
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor], in_place: bool) -> Tensor:
+    """`rotary.rotate` on the GPU."""
+    tokens, heads, dim = x.shape
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    out = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    # Triton learns of an integer argument only whether 16 divides it; rows a multiple of 8 numbers
+    # apart are to be read 8 at a time, too.
+    unit = math.gcd(16, x.stride(0), x.stride(1), out.stride(0), out.stride(1))
+    _rotate_heads[(heads, triton.cdiv(tokens, _ROWS))](
+        x, *angles, out, tokens,
+        *(stride // unit for stride in (x.stride(0), x.stride(1), out.stride(0), out.stride(1))),
+        DIM=dim, PADDED=triton.next_power_of_2(dim), UNIT=unit, ROWS=_ROWS,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens", "x_row", "x_head", "out_row", "out_head"])
+def _rotate_heads(
+    x_ptr,
+    cos_ptr,  # [T, DIM / 2]
+    sin_ptr,
+    out_ptr,
+    tokens,
+    x_row,
+    x_head,
+    out_row,
+    out_head,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    head = tl.program_id(0)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    channel = tl.arange(0, PADDED)[None, :]
+    pair = tl.arange(0, PADDED // 2)[None, :]
+    mask = (row < tokens) & (channel < DIM)
+    pair_mask = (row < tokens) & (pair < DIM // 2)
+
+    x = tl.load(x_ptr + row * (x_row * UNIT) + head * (x_head * UNIT) + channel, mask=mask)
+    cos = tl.load(cos_ptr + row * (DIM // 2) + pair, mask=pair_mask).to(tl.float32)
+    sin = tl.load(sin_ptr + row * (DIM // 2) + pair, mask=pair_mask).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), ROWS, PADDED // 2, 2))
+    out = tl.interleave(even * cos - odd * sin, even * sin + odd * cos).to(x.dtype)
+    tl.store(out_ptr + row * (out_row * UNIT) + head * (out_head * UNIT) + channel, out, mask=mask)
