@@ -38,21 +38,21 @@ def main() -> None:
     model = Yoco.empty(config, device, torch.bfloat16)
     set_random_weights(model, 0)
     weights = torch.cuda.memory_allocated()
-    products = matrix_products(model)
-
     rows = []
     for length in args.lengths:
         ids = torch.randint(config.vocab_size, (length,), device=device)
         feed(model, ids[: 4 * CHUNK], length)  # kernels are compiled and chosen
-        alone(products, 4 * CHUNK)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         feed(model, ids, length)
         peak = torch.cuda.max_memory_allocated()
+        products = matrix_products(model)
+        alone(products, 4 * CHUNK)
         prefill, floor = [], []
         for _ in range(args.turns):
-            floor.append(seconds(lambda: alone(products, len(ids))))  # noqa: B023, run at once
+            floor.append(seconds(lambda: alone(products, len(ids))))  # noqa: B023, F821
             prefill.append(seconds(lambda: feed(model, ids, len(ids))))  # noqa: B023
+        del products
         cache = 2 * config.n_attn_kv_heads * config.attn_head_dim * length * 2
         rows.append(
             {

@@ -1,0 +1,147 @@
+"""lm-eval's multiple-choice requests: this project's engine against lm-eval's own `hf` backend.
+
+    python benchmarks/scoring.py [--questions 2000] [--output scoring.json]
+
+Both get the same token ids on the same card: contexts of 150 tokens with 4 answers of 20 tokens
+each. The models have the same size, YOCO-3B's, and random weights; the peer is a LlamaForCausalLM
+at the fastest of a few batch sizes. Answers are also scored one request at a time, for the first
+questions, and both ways must choose the same; where they do not, the two best answers are as close
+as rounding in bfloat16 makes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import environment, report, require_gpu, seconds
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from yoco_eval.engine import Engine, ScoreRequest
+from yoco_eval.model import Yoco
+from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
+from yoco_eval.model.shapes import SHAPES, set_random_weights
+
+CONTEXT, ANSWERS, ANSWER = 150, 4, 20
+BATCH_SIZES = (32, 64, 128)  # of the peer
+TRIAL = 100  # questions on which they are compared
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--checked", type=int, default=500, help="questions also scored one by one")
+    parser.add_argument("--output", type=Path, help="also write to this .json file")
+    args = parser.parse_args()
+    device = require_gpu()
+    questions = make_questions(args.questions)
+
+    yoco, scores, checked = time_yoco(questions, args.checked, device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    llama, batch_size = time_llama(questions, device)
+    rows = [
+        {
+            "backend": name,
+            "questions/s": len(questions) / time,
+            "times the peer": llama / time,
+        }
+        for name, time in (("yoco, packed", yoco), (f"hf, batches of {batch_size}", llama))
+    ]
+    scores = scores[: len(checked)]
+    best, sure = scores.argmax(1), checked.argmax(1)
+    differ = np.flatnonzero(best != sure)
+    margins = [abs(checked[i, best[i]] - checked[i, sure[i]]) for i in differ]
+    noise = np.abs(scores - checked).mean()
+    report("Multiple choice, YOCO-3B's size, bfloat16", rows, environment("lm_eval"), args.output)
+    print(
+        f"{len(differ)} of {len(checked)} choices differ from one request at a time"
+        + (f", where the best two are within {max(margins):.3f}" if margins else "")
+        + f"; log-likelihoods differ by {noise:.3f} on average."
+    )
+
+
+def make_questions(count: int) -> list[tuple[list[int], list[list[int]]]]:
+    random = np.random.default_rng(0)
+    vocabulary = SHAPES["3b"].vocab_size
+
+    def tokens(length: int) -> list[int]:
+        return random.integers(vocabulary, size=length).tolist()
+
+    return [(tokens(CONTEXT), [tokens(ANSWER) for _ in range(ANSWERS)]) for _ in range(count)]
+
+
+def time_yoco(
+    questions: Sequence[tuple[list[int], list[list[int]]]], checked: int, device: torch.device
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Seconds for all questions, their scores, and those of the first ones scored one by one."""
+    model = Yoco.empty(SHAPES["3b"], device, torch.bfloat16)
+    set_random_weights(model, 0)
+    packed, single = Engine(model, batch_size=None), Engine(model, batch_size=1)
+    score(packed, questions[:TRIAL])  # kernels are compiled and chosen
+    score(single, questions[:2])
+    scores: list[np.ndarray] = []
+    time = seconds(lambda: scores.append(score(packed, questions)))
+    return time, scores[0], score(single, questions[:checked])
+
+
+def score(engine: Engine, questions: Sequence[tuple[list[int], list[list[int]]]]) -> np.ndarray:
+    """Log-likelihoods [questions, ANSWERS]."""
+    requests = [
+        ScoreRequest(context, answer) for context, answers in questions for answer in answers
+    ]
+    scores = np.empty(len(requests))
+    for index, result in engine.score(requests, begin=lambda n: None, progress=lambda n: None):
+        scores[index] = result.logprob
+    return scores.reshape(-1, ANSWERS)
+
+
+def time_llama(
+    questions: Sequence[tuple[list[int], list[list[int]]]], device: torch.device
+) -> tuple[float, int]:
+    """Seconds for all questions, and the batch size that was fastest on a few."""
+    shape = SHAPES["3b"]
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.dim,
+        intermediate_size=shape.hidden_dim,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_attn_heads,
+        num_key_value_heads=shape.n_attn_kv_heads,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / DEFAULT_CHECKPOINT)
+
+    def run(batch_size: int, count: int) -> float:
+        backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        requests = [
+            (("", ""), context, answer) for context, answers in questions[:count]
+            for answer in answers
+        ]
+        return seconds(lambda: backend._loglikelihood_tokens(requests, disable_tqdm=True))
+
+    run(BATCH_SIZES[0], 8)
+    trials = {}
+    for batch_size in BATCH_SIZES:
+        try:
+            trials[batch_size] = run(batch_size, TRIAL)
+        except torch.OutOfMemoryError:
+            break
+    fastest = min(trials, key=trials.__getitem__)
+    return run(fastest, len(questions)), fastest
+
+
+if __name__ == "__main__":
+    sys.exit(main())
