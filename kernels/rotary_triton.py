@@ -1,7 +1,8 @@
 """Rotary embedding as one Triton kernel: reads and writes each number once.
 
 [T, H, D] takes 2 * T * H * D numbers of traffic and 3 operations for each: memory alone limits it.
-The angles, T * D numbers, are read again for every head, out of the caches.
+A program reads the angles of its tokens once for several heads. The last tokens come first: of what
+the matrix product before has written, they are still in the L2 cache.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 32  # tokens to a program
+_ROWS, _HEADS = 8, 8  # tokens, and at most so many heads, to a program
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor], in_place: bool) -> Tensor:
@@ -25,10 +26,11 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor], in_place: bool) -> Tensor:
     # Triton learns of an integer argument only whether 16 divides it; rows a multiple of 8 numbers
     # apart are to be read 8 at a time, too.
     unit = math.gcd(16, x.stride(0), x.stride(1), out.stride(0), out.stride(1))
-    _rotate_heads[(heads, triton.cdiv(tokens, _ROWS))](
+    group = max(n for n in range(1, _HEADS + 1) if heads % n == 0)
+    _rotate_heads[(heads // group, triton.cdiv(tokens, _ROWS))](
         x, *angles, out, tokens,
         *(stride // unit for stride in (x.stride(0), x.stride(1), out.stride(0), out.stride(1))),
-        DIM=dim, PADDED=triton.next_power_of_2(dim), UNIT=unit, ROWS=_ROWS,
+        DIM=dim, PADDED=triton.next_power_of_2(dim), UNIT=unit, ROWS=_ROWS, GROUP=group,
     )  # fmt: skip
     return out
 
@@ -48,17 +50,21 @@ def _rotate_heads(
     PADDED: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     channel = tl.arange(0, PADDED)[None, :]
     pair = tl.arange(0, PADDED // 2)[None, :]
     mask = (row < tokens) & (channel < DIM)
     pair_mask = (row < tokens) & (pair < DIM // 2)
-
-    x = tl.load(x_ptr + row * (x_row * UNIT) + head * (x_head * UNIT) + channel, mask=mask)
     cos = tl.load(cos_ptr + row * (DIM // 2) + pair, mask=pair_mask).to(tl.float32)
     sin = tl.load(sin_ptr + row * (DIM // 2) + pair, mask=pair_mask).to(tl.float32)
-    even, odd = tl.split(tl.reshape(x.to(tl.float32), ROWS, PADDED // 2, 2))
-    out = tl.interleave(even * cos - odd * sin, even * sin + odd * cos).to(x.dtype)
-    tl.store(out_ptr + row * (out_row * UNIT) + head * (out_head * UNIT) + channel, out, mask=mask)
+    x_ptr += row * (x_row * UNIT) + channel
+    out_ptr += row * (out_row * UNIT) + channel
+    for i in tl.static_range(GROUP):
+        head = tl.program_id(0) * GROUP + i
+        x = tl.load(x_ptr + head * (x_head * UNIT), mask=mask)
+        even, odd = tl.split(tl.reshape(x.to(tl.float32), ROWS, PADDED // 2, 2))
+        out = tl.interleave(even * cos - odd * sin, even * sin + odd * cos).to(x.dtype)
+        tl.store(out_ptr + head * (out_head * UNIT), out, mask=mask)

@@ -13,9 +13,9 @@ from yoco_eval.model.footprint import Footprint, cache_bytes, footprint, state_b
 from .lengths import format_length
 
 # Tokens fed at a time. On a GPU the matrix products of more are hardly faster, and fewer leave more
-# memory to the cache. 8448 is 64 for each of an H100's 132 multiprocessors, so that the products'
+# memory to the cache. 12672 is 96 for each of an H100's 132 multiprocessors, so that the products'
 # tiles fill whole rounds of them.
-_CHUNKS = {"cuda": (8448, 4224, 2112, 1056, 528, 264)}
+_CHUNKS = {"cuda": (12672, 8448, 4224, 2112, 1056, 528, 264)}
 _CPU_CHUNKS = (1024, 512, 256)
 _LOGITS = 4096  # for each token of a chunk, so many logits may exist at a time
 _MARGIN = 0.95  # of the free memory; allocators lose some between blocks

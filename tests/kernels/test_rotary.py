@@ -77,16 +77,17 @@ def test_a_cuda_graph_may_hold_the_angles():
 
 
 @pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("heads", [3, 24])
 @pytest.mark.parametrize(("tokens", "dim"), [(1, 2), (33, 32), (70, 48), (5, 128), (3, 256)])
-def test_triton_version(tokens, dim, in_place, dtype, device, close):
+def test_triton_version(tokens, dim, heads, in_place, dtype, device, close):
     triton_version = pytest.importorskip("yoco_eval.kernels.rotary_triton")
     torch.manual_seed(0)
-    whole = torch.randn(tokens, 3 * dim + 8, device=device).to(dtype)
-    x = whole[:, dim : 3 * dim].unflatten(1, (2, dim))  # rows and heads apart as in a projection
+    whole = torch.randn(tokens, (heads + 1) * dim + 8, device=device).to(dtype)
+    x = whole[:, dim:-8].unflatten(1, (heads, dim))  # rows and heads apart as in a projection
     angles = rotary_angles(torch.arange(tokens, device=device) + 1000, dim, 1e4, dtype)
     expected = rotate_reference(x.double(), tuple(part.double() for part in angles))
-    rest = torch.cat((whole[:, :dim], whole[:, 3 * dim :]), 1)
+    rest = torch.cat((whole[:, :dim], whole[:, -8:]), 1)
     out = triton_version.rotate(x, angles, in_place)
     close(out, expected)
     assert (out.data_ptr() == x.data_ptr()) == in_place
-    assert torch.equal(torch.cat((whole[:, :dim], whole[:, 3 * dim :]), 1), rest)
+    assert torch.equal(torch.cat((whole[:, :dim], whole[:, -8:]), 1), rest)

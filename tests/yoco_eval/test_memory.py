@@ -29,8 +29,8 @@ def need(length, chunk):
 
 def test_the_largest_chunk_that_fits(free):
     free(70 * GIB)
-    assert budget(CONFIG, BF16, GPU, 2**20).chunk == 8448
-    for chunk in (4224, 264):
+    assert budget(CONFIG, BF16, GPU, 2**20).chunk == 12672
+    for chunk in (8448, 264):
         free(int(need(2**20, chunk)) + 1000)
         assert budget(CONFIG, BF16, GPU, 2**20).chunk == chunk
     assert budget(CONFIG, BF16, GPU, 1000, chunk=300).chunk == 300
@@ -38,7 +38,7 @@ def test_the_largest_chunk_that_fits(free):
 
 def test_states_fill_the_memory_that_is_left(free):
     size = state_bytes(CONFIG, BF16)
-    free(int(need(1024, 8448) + 100 * 2 * size / 0.95) + 1000)
+    free(int(need(1024, 12672) + 100 * 2 * size / 0.95) + 1000)
     assert budget(CONFIG, BF16, GPU, 1024).states == 101
 
 
