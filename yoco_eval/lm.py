@@ -23,22 +23,17 @@ from lm_eval.utils import (
 from tqdm import tqdm
 
 from yoco_eval.model import Yoco
-from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, load_config, resolve_checkpoint
 
+from .devices import find_device, find_dtype
 from .encoding import Encoder
 from .engine import Engine, GenerateRequest, Sampling, ScoreRequest, TokenIds
 from .lengths import parse_length
+from .memory import check_weights
 from .tokenizers import check_vocabulary, checkpoint_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {
-    "auto": None,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 _ARGUMENTS = (
     "pretrained, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, prefill_chunk, "
     "add_bos_token"
@@ -86,8 +81,10 @@ class YocoLM(TemplateLM):
                 f"unknown model argument {', '.join(sorted(unknown))}; --model yoco takes "
                 f"{_ARGUMENTS}"
             )
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(_DTYPES)}")
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None  # lm_eval passes this where no device was asked for, GPU or not
+        where = find_device(device or "auto")
+        kind = find_dtype(dtype, where)
         chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         auto = str(batch_size).startswith("auto")
@@ -96,7 +93,8 @@ class YocoLM(TemplateLM):
             raise ValueError(f"add_bos_token: {add_bos_token!r} is neither True nor False")
 
         path = resolve_checkpoint(pretrained or DEFAULT_CHECKPOINT)
-        model = Yoco.from_pretrained(path, _device(device), _DTYPES[dtype])
+        check_weights(load_config(path), kind, where)
+        model = Yoco.from_pretrained(path, where, kind)
         if tokenizer is None:
             self.tokenizer = checkpoint_tokenizer(path, model.config.vocab_size)
         else:
@@ -422,14 +420,3 @@ def _count(name: str, value: Any) -> int:
     if not str(value).isdecimal() or int(value) < 1:
         raise ValueError(f"{name}: {value!r} is not a whole number from 1 on; give one, such as 8")
     return int(value)
-
-
-def _device(name: str | None) -> torch.device | None:
-    # lm_eval passes cuda:0 when no device was asked for, GPU or not.
-    if name is None or (name == "cuda:0" and not torch.cuda.is_available()):
-        return None
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error

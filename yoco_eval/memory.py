@@ -8,7 +8,13 @@ import psutil
 import torch
 
 from yoco_eval.model import YocoConfig
-from yoco_eval.model.footprint import Footprint, cache_bytes, footprint, state_bytes
+from yoco_eval.model.footprint import (
+    Footprint,
+    cache_bytes,
+    footprint,
+    state_bytes,
+    weight_bytes,
+)
 
 from .lengths import format_length
 
@@ -52,6 +58,20 @@ def budget(
             states = 1 + left // (2 * state_bytes(config, dtype))
             return Budget(size, size * _LOGITS, states)
     raise ValueError(refusal(config, dtype, device, length, need, free))
+
+
+def check_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Says so if a model's weights do not fit, before they are loaded.
+
+    Raises:
+        ValueError: with the figures.
+    """
+    need, free = weight_bytes(config, dtype), free_bytes(device)
+    if need > free:
+        raise ValueError(
+            f"the weights take {_gib(need)} in {str(dtype).removeprefix('torch.')}, and "
+            f"{_gib(free)} are free on {device}; take a smaller dtype, or a device with more memory"
+        )
 
 
 def chunk_sizes(device: torch.device) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ import torch
 
 from yoco_eval import memory
 from yoco_eval.engine import Engine, GenerateRequest
-from yoco_eval.memory import budget
+from yoco_eval.lm import YocoLM
+from yoco_eval.memory import budget, check_weights
 from yoco_eval.model.footprint import footprint, state_bytes
 from yoco_eval.model.shapes import SHAPES
 
@@ -60,6 +61,16 @@ def test_the_engine_refuses_before_it_computes(exact, free):
     with pytest.raises(ValueError, match="free"):
         list(Engine(exact).generate([GenerateRequest([1, 2, 3], 5)], begun.append, begun.append))
     assert not begun
+
+
+def test_weights_are_refused_before_they_are_loaded(free):
+    free(8 * GIB)
+    check_weights(CONFIG, BF16, GPU)
+    with pytest.raises(ValueError, match=r"take 12\.83 GiB in float32, and 8\.00 GiB are free"):
+        check_weights(CONFIG, torch.float32, GPU)
+    free(1000)
+    with pytest.raises(ValueError, match="the weights take"):
+        YocoLM(device="cpu")
 
 
 def test_free_memory_of_this_machine():
