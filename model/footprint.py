@@ -1,4 +1,4 @@
-"""How much memory and work a YOCO model of a given shape needs, without building one."""
+"""How much memory and work a YOCO model of a given shape needs, without its weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Footprint:
     Attributes:
         weights: all parameters.
         cache: shared keys and values.
-        states: of the self-decoder: those of a chunk's start and end, and those that decode.
+        states: of the self-decoder: at a chunk's start, at its end, and while decoding.
         activations: intermediate results of one chunk, or of scoring.
     """
 
@@ -35,7 +35,12 @@ class Footprint:
 
 
 def footprint(
-    config: YocoConfig, dtype: torch.dtype, length: int, chunk: int, logits: int = 0
+    config: YocoConfig,
+    dtype: torch.dtype,
+    length: int,
+    chunk: int,
+    logits: int = 0,
+    fused: bool = True,
 ) -> Footprint:
     """The peak of feeding a text of `length` tokens, `chunk` at a time, and decoding after it.
 
@@ -45,12 +50,13 @@ def footprint(
         length: tokens that the cache has room for.
         chunk: tokens fed at a time.
         logits: how many logits exist at a time where many positions are scored.
+        fused: whether Triton kernels run; their references hold more at a time.
     """
     return Footprint(
         weights=weight_bytes(config, dtype),
         cache=cache_bytes(config, dtype, length),
         states=3 * state_bytes(config, dtype),
-        activations=_activation_bytes(config, dtype, min(chunk, length), logits),
+        activations=_activation_bytes(config, dtype, min(chunk, length), logits, fused),
     )
 
 
@@ -74,11 +80,24 @@ def state_bytes(config: YocoConfig, dtype: torch.dtype) -> int:
     return config.n_layers // 2 * layer
 
 
-def _activation_bytes(config: YocoConfig, dtype: torch.dtype, chunk: int, logits: int) -> int:
+def passing_bytes(config: YocoConfig, dtype: torch.dtype, fused: bool = True) -> int:
+    """What each sequence of a packed batch takes beside its tokens while it passes a layer.
+
+    That is the window before it and the two together, or what becomes of its state; the references
+    hold several stages of that at a time.
+    """
+    return (4 if fused else 10) * state_bytes(config, dtype) // (config.n_layers // 2)
+
+
+def _activation_bytes(
+    config: YocoConfig, dtype: torch.dtype, chunk: int, logits: int, fused: bool
+) -> int:
     """The widest point of a layer, beside its input; numbers per token, unless said otherwise."""
     dim, hidden = config.dim, config.hidden_dim
     projected = 3 * dim if config.sliding_window else 4 * dim + config.n_self_heads
     mixer = projected + dim  # the norm's output before, the mixer's after it
+    if not fused:  # rotated and widened copies, and the states between chunks of 64 tokens
+        mixer += 8 * dim + dim * config.self_head_dim // 32
     feed_forward = 2 * hidden + max(dim, hidden)
     angles = config.self_head_dim + config.attn_head_dim
     layer = chunk * (dim + angles + max(mixer, feed_forward)) * dtype.itemsize

@@ -7,7 +7,7 @@ prefix share its prefill, and so does a batch of them: its members read one cach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from yoco_eval.model import Decoder, SelfState, Sequences, Span, Spans, Yoco
 
-from .memory import Budget, budget
+from .memory import Fit, fit
 from .prefixes import Item, Limits, Node, Step, merge, plan
 
 TokenIds = Sequence[int] | np.ndarray
@@ -114,29 +114,35 @@ class Engine:
             np.concatenate((requests[i].context, requests[i].continuation[:-1])) for i in asked
         ]
         items = merge(sequences, [len(requests[i].context) - 1 for i in asked])
-        afford = self._afford(items)
-        limits = Limits(self.batch_size or afford.chunk, afford.chunk, afford.states)
+        fitted = self._fit(items)
+        limits = fitted.limits(self.batch_size, self.model.config, self.model.dtype)
         steps = plan(items, limits)
         begin(sum(step.tokens for step in steps))
-        # A step's scores are read when the next one has been launched, so that the device does not
-        # wait for the host to prepare it.
         launched: _Scores | None = None
-        for step, walk in self._walk(steps, afford.chunk, progress):
-            targets = [
-                (asked[r], requests[asked[r]].continuation)
-                for leaf in _leaves(step.nodes)
-                for r in leaf.item.requests
-            ]
-            (node, *others) = step.nodes
-            if others or node.total <= afford.chunk:
-                outputs = self._outputs_packed(step, walk, progress)
-            else:
-                outputs = self._outputs_long(node.item, walk, progress)
-            counts = [len(leaf.item.requests) for leaf in _leaves(step.nodes)]
-            scores = _Scores(self.model, targets, counts, outputs, afford.logits)
+        try:
+            for step, walk in self._walk(steps, fitted.chunk, progress):
+                packed = len(step.nodes) > 1 or limits.allow(step.nodes[0].size)
+                outputs = self._outputs_packed if packed else self._outputs_long
+                answers = [
+                    [(asked[r], requests[asked[r]].continuation) for r in leaf.item.requests]
+                    for node in step.nodes
+                    for leaf in node.leaves()
+                ]
+                scores = _Scores(
+                    self.model, answers, outputs(step, walk, progress), fitted.logits
+                )
+                # On a GPU, a batch's scores are read when the next one has been launched, so that
+                # the device does not wait for the host to prepare it.
+                waiting, launched = launched, scores
+                if waiting is not None:
+                    yield from waiting.read()
+                if not (packed and self.model.device.type == "cuda"):
+                    scores, launched = launched, None
+                    yield from scores.read()
+        except (Exception, KeyboardInterrupt):
             if launched is not None:
-                yield from launched.read()
-            launched = scores
+                yield from launched.read()  # nothing that was computed is lost
+            raise
         if launched is not None:
             yield from launched.read()
 
@@ -151,7 +157,7 @@ class Engine:
         contexts = [request.context for request in requests]
         items = merge(contexts, [len(context) - 1 for context in contexts])
         room = max((request.max_tokens for request in requests), default=0)
-        chunk = self._afford(items, room).chunk
+        chunk = self._fit(items, room).chunk
         steps = plan(items, Limits())
         begin(sum(step.tokens for step in steps))
         decoder = None
@@ -163,10 +169,20 @@ class Engine:
                 yield index, _decode(requests[index], decoder)
             progress(1)
 
-    def _afford(self, items: Sequence[Item], room: int = 0) -> Budget:
-        longest = max((len(item.tokens) for item in items), default=0)
-        model = self.model
-        return budget(model.config, model.dtype, model.device, longest + room, self.prefill_chunk)
+    def _fit(self, items: Sequence[Item], room: int = 0) -> Fit:
+        """Refuses what does not fit; `room` tokens may be generated after each item."""
+        model, lengths = self.model, [len(item.tokens) for item in items]
+        fitted = fit(
+            model.config,
+            model.dtype,
+            model.device,
+            max(lengths, default=0) + room,
+            self.prefill_chunk,
+            loaded=True,
+            tokens=sum(lengths),
+        )
+        fitted.check(model.device)
+        return fitted
 
     def _walk(
         self, steps: Sequence[Step], chunk: int, progress: Progress, room: int = 0
@@ -182,8 +198,9 @@ class Engine:
             else:
                 yield step, walk
 
-    def _outputs_long(self, item: Item, walk: _Walk, progress: Progress) -> Iterator[Tensor]:
-        """The model's output for the asked positions of an item: [T, dim] at a time."""
+    def _outputs_long(self, step: Step, walk: _Walk, progress: Progress) -> Iterator[Tensor]:
+        """The model's output for the asked positions of a step's only item: [T, dim] at a time."""
+        item = step.nodes[0].item
         walk.feed(item, item.first)
         for start in range(item.first, len(item.tokens), walk.chunk):
             ids = walk.ids(item.tokens[start : start + walk.chunk])
@@ -195,65 +212,52 @@ class Engine:
             progress(count)
 
     def _outputs_packed(self, step: Step, walk: _Walk, progress: Progress) -> Iterator[Tensor]:
-        """The model's output for the asked positions of all items of a step: one [T, dim].
+        """The model's output for the asked positions of all items of a step: one [T, dim]."""
+        places, outputs = self._feed_levels(step, walk)
+        leaves = [leaf for node in step.nodes for leaf in node.leaves()]
+        positions = np.concatenate([np.arange(leaf.item.first, leaf.end) for leaf in leaves])
+        x = torch.cat([outputs[leaf] for leaf in leaves])
+        spans = Spans(tuple(_spans(step, places)))
+        yield self.model.predict(x, walk.ids(positions), walk.cache, spans)
+        progress(step.tokens)
 
-        The trees are fed level by level: the inner nodes of a level as one packed batch, whose
-        states the nodes below start from, and its leaves as another.
+    def _feed_levels(
+        self, step: Step, walk: _Walk
+    ) -> tuple[dict[Node, int], dict[Node, Tensor]]:
+        """Feeds a step's trees level by level.
+
+        The inner nodes of a level are one packed batch, whose states the nodes below start from;
+        its leaves are another.
+
+        Returns:
+            Of each node, where its first token lies in the cache; and of each leaf, the
+            self-decoder's output for its asked positions.
         """
-        model, cache = self.model, walk.cache
-        places: dict[Node, int] = {}  # of a node's first token in the cache
-        rows: dict[Node, int] = {}  # of a leaf's first asked position in the outputs below
-        outputs, count, state = [], 0, cache.state
-        level = [(node, 0) for node in step.nodes]
+        places: dict[Node, int] = {}
+        outputs: dict[Node, Tensor] = {}
+        state, level = walk.cache.state, [(node, 0) for node in step.nodes]
         while level:
             inner = [pair for pair in level if pair[0].children]
             leaves = [pair for pair in level if not pair[0].children]
             if leaves:
-                first = cache.filled
-                x, _ = self._feed_packed(leaves, state, walk, keep=False)
-                asked = []
-                for node, _ in leaves:
-                    places[node] = first
-                    rows[node], n = count, node.end - node.item.first
-                    first += node.end - node.start
-                    asked.append(np.arange(first - n, first) - (cache.filled - len(x)))
-                    count += n
-                outputs.append(x[walk.ids(np.concatenate(asked))])
+                x, _ = self._feed_packed(leaves, state, walk, places, keep=False)
+                parts = x.split([leaf.end - leaf.start for leaf, _ in leaves])
+                for (leaf, _), part in zip(leaves, parts, strict=True):
+                    outputs[leaf] = part[leaf.item.first - leaf.start :]
             if inner:
-                first = cache.filled
-                _, state = self._feed_packed(inner, state, walk, keep=True)
-                for node, _ in inner:
-                    places[node] = first
-                    first += node.end - node.start
+                _, state = self._feed_packed(inner, state, walk, places, keep=True)
             level = [(child, i) for i, (node, _) in enumerate(inner) for child in node.children]
-
-        order, positions, spans = [], [], []
-
-        def read(nodes: Sequence[Node]) -> tuple[int, int]:
-            """Queries of the leaves below, in order; and who of them reads what."""
-            begin = len(order)
-            for node in nodes:
-                place, length = places[node], node.end - node.start
-                if node.children:
-                    spans.append(Span(*read(node.children), place, place + length, False))
-                else:
-                    n, query = node.end - node.item.first, len(order)
-                    order.extend(range(rows[node], rows[node] + n))
-                    positions.extend(range(node.item.first, node.end))
-                    spans.append(Span(query, query + n, place, place + length, True))
-            return begin, len(order)
-
-        everyone = read(step.nodes)
-        if step.resume:
-            spans.append(Span(*everyone, 0, step.resume, False))
-        x = torch.cat(outputs)[walk.ids(np.array(order))]
-        yield model.predict(x, walk.ids(np.array(positions)), cache, Spans(tuple(spans)))
-        progress(step.tokens)
+        return places, outputs
 
     def _feed_packed(
-        self, level: Sequence[tuple[Node, int]], state: SelfState, walk: _Walk, keep: bool
+        self,
+        level: Sequence[tuple[Node, int]],
+        state: SelfState,
+        walk: _Walk,
+        places: dict[Node, int],
+        keep: bool,
     ) -> tuple[Tensor, SelfState | None]:
-        """Feeds nodes, each from the state whose index stands beside it."""
+        """Feeds nodes, each from the state whose index stands beside it, and notes their places."""
         nodes, sources = zip(*level, strict=True)
         sequences = Sequences(
             lengths=tuple(node.end - node.start for node in nodes),
@@ -261,16 +265,35 @@ class Engine:
             device=self.model.device,
             sources=sources,
         )
+        for node, offset in zip(nodes, sequences.offsets, strict=False):
+            places[node] = walk.cache.filled + offset
         ids = np.concatenate([node.item.tokens[node.start : node.end] for node in nodes])
         return self.model.feed(walk.ids(ids), sequences, state, walk.cache, keep)
+
+
+def _spans(step: Step, places: Mapping[Node, int]) -> Iterator[Span]:
+    """Who reads what: queries are the asked positions of the step's leaves, in order."""
+    query = 0
+
+    def below(nodes: Sequence[Node]) -> Iterator[Span]:
+        nonlocal query
+        for node in nodes:
+            place, first = places[node], query
+            yield from below(node.children)
+            if not node.children:
+                query += node.end - node.item.first
+            yield Span(first, query, place, place + node.end - node.start, not node.children)
+
+    yield from below(step.nodes)
+    if step.resume:
+        yield Span(0, query, 0, step.resume, causal=False)
 
 
 class _Scores:
     """Scores of requests on their way from the device.
 
     Args:
-        targets: the requests' indices and continuations, those of one item behind each other.
-        counts: of each item, how many requests it serves.
+        answers: of each item, the indices and continuations of the requests that it serves.
         outputs: the model's output [T, dim] at a time, for the items' asked positions in order.
         most: how many logits may exist at a time.
     """
@@ -278,86 +301,67 @@ class _Scores:
     def __init__(
         self,
         model: Yoco,
-        targets: Sequence[tuple[int, TokenIds]],
-        counts: Sequence[int],
+        answers: Sequence[Sequence[tuple[int, TokenIds]]],
         outputs: Iterator[Tensor],
         most: int,
     ) -> None:
-        self._indices = [index for index, _ in targets]
-        # One row for each request of an item; the items' positions follow each other.
-        lengths, request = [], 0
-        for count in counts:
-            lengths.append(len(targets[request][1]))
-            request += count
-        wanted = np.zeros((max(counts), sum(lengths)), dtype=np.int64)
-        spans, start, request = [], 0, 0
-        for count, length in zip(counts, lengths, strict=True):
-            for row in range(count):
-                wanted[row, start : start + length] = targets[request + row][1]
-                spans.append((row, start, start + length))
-            start, request = start + length, request + count
-        wanted = torch.from_numpy(wanted).to(model.device)
-        logprobs, missed = _gather(model, wanted, outputs, most)
-        row, begin, end = torch.tensor(spans, device=model.device).T
-        sums = torch.stack(
-            [x[row, end] - x[row, begin] for x in map(_running, (logprobs, missed))]
+        starts = np.cumsum([0] + [len(item[0][1]) for item in answers])
+        flat = [(start, *r) for start, item in zip(starts, answers, strict=False) for r in item]
+        self._indices = [index for _, index, _ in flat]
+        lengths = [len(tokens) for _, _, tokens in flat]
+        positions = np.concatenate([start + np.arange(len(tokens)) for start, _, tokens in flat])
+        tokens = np.concatenate([np.asarray(tokens, dtype=np.int64) for _, _, tokens in flat])
+        order = np.argsort(positions, kind="stable")
+        found = _gather(model, positions[order], tokens[order], outputs, most)
+        # Back to the requests' order, in which each has its own stretch to sum.
+        back, lengths = torch.from_numpy(np.argsort(order)), torch.tensor(lengths)
+        sums = torch.segment_reduce(
+            found[back.to(found.device)], "sum", lengths=lengths.to(found.device)
         )
-        self._ready = None
+        self._ready, self._sums = None, sums
         if sums.is_cuda:
             self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
             self._sums.copy_(sums, non_blocking=True)
             self._ready = torch.cuda.Event()
             self._ready.record()
-        else:
-            self._sums = sums
 
     def read(self) -> Iterator[tuple[int, Score]]:
         """(index of the request, its score) of each request, once they are there."""
         if self._ready is not None:
             self._ready.synchronize()
-        for index, logprob, missed in zip(self._indices, *self._sums.tolist(), strict=True):
+        for index, (logprob, missed) in zip(self._indices, self._sums.tolist(), strict=True):
             yield index, Score(logprob, missed == 0)
 
 
 def _gather(
-    model: Yoco, wanted: Tensor, outputs: Iterator[Tensor], most: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the `wanted` tokens, and 1 where another one is likelier.
+    model: Yoco, positions: np.ndarray, tokens: np.ndarray, outputs: Iterator[Tensor], most: int
+) -> Tensor:
+    """Log-probabilities of tokens at positions, and 1 where another token is likelier.
 
     Block by block, so that no [T, vocabulary] tensor of a long text ever exists.
 
     Args:
-        wanted: [rows, T], of each position several.
-        outputs: the model's output, T positions in all.
+        positions: [n], ascending, in the T positions of `outputs`.
+        tokens: [n].
         most: how many logits may exist at a time.
 
     Returns:
-        float64 [rows, T] each.
+        float64 [n, 2].
     """
-    logprobs, missed, start = [], [], 0
+    found, start = [], 0
     rows = max(1, most // model.config.vocab_size)
+    pairs = torch.from_numpy(np.stack((positions, tokens))).to(model.device)
     for output in outputs:
         for block in output.split(rows):
             logits = model.output_projection(block)
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            tokens = wanted[:, start : start + len(block)]
-            logprobs.append(logits.gather(1, tokens.T).T - logits.logsumexp(-1))
-            missed.append(logits.argmax(-1) != tokens)
+            begin, end = np.searchsorted(positions, (start, start + len(block)))
+            row, token = pairs[0, begin:end] - start, pairs[1, begin:end]
+            logprobs = logits[row, token] - logits.logsumexp(-1)[row]
+            missed = logits.argmax(-1)[row] != token
+            found.append(torch.stack((logprobs.double(), missed.double()), -1))
             start += len(block)
-    return torch.cat(logprobs, 1).double(), torch.cat(missed, 1).double()
-
-
-def _running(x: Tensor) -> Tensor:
-    """Sums of the first 0, 1, 2, ... numbers of each row."""
-    return torch.nn.functional.pad(x.cumsum(-1), (1, 0))
-
-
-def _leaves(nodes: Sequence[Node]) -> Iterator[Node]:
-    for node in nodes:
-        if node.children:
-            yield from _leaves(node.children)
-        else:
-            yield node
+    return torch.cat(found)
 
 
 def _decode(request: GenerateRequest, decoder: Decoder) -> list[int]:

@@ -11,46 +11,32 @@ from rich.console import Console
 from rich.table import Table
 
 from yoco_eval.model import YocoConfig
-from yoco_eval.model.footprint import (
-    Footprint,
-    cache_bytes,
-    decode_bytes,
-    footprint,
-    prefill_operations,
-)
+from yoco_eval.model.footprint import decode_bytes, prefill_operations
 
 from .lengths import format_length
-from .memory import chunk_sizes, free_bytes
+from .memory import Fit, fit
 
 GIB = 2**30
 _SECONDS = 0.3  # for which each of the device's two speeds is measured
 _COPY = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes copied at a time
+_TOKENS = 2048  # multiplied at a time
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of evaluating texts of `length` tokens, one at a time.
+    """Of evaluating texts of some length, one at a time.
 
     Attributes:
-        chunk: tokens fed at a time: the largest useful number that fits, else the smallest.
-        memory: at the peak, in bytes.
-        free: bytes that the device has free.
-        fitting: the longest text, in tokens, that fits into them; 0 if none does.
-        prefill_seconds: what the matrix products of the prefill take alone.
-        decode_tokens_per_second: at which the weights and the cache can be read after `length`.
+        fit: the memory that it takes, and whether the device has it.
+        prefill_seconds: what the matrix products of the prefill take alone; None where memory was
+            too short to measure the device.
+        decode_tokens_per_second: at which the weights and the cache can be read after the text;
+            None likewise.
     """
 
-    length: int
-    chunk: int
-    memory: Footprint
-    free: int
-    fitting: int
-    prefill_seconds: float
-    decode_tokens_per_second: float
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.total <= self.free
+    fit: Fit
+    prefill_seconds: float | None
+    decode_tokens_per_second: float | None
 
 
 def estimate(
@@ -58,49 +44,44 @@ def estimate(
     chunk: int | None = None,
 ) -> Estimate:
     """Nothing is run but a matrix product and a copy, whose speeds on the device are measured."""
-    free = free_bytes(device)
-    for size in (chunk,) if chunk else chunk_sizes(device):
-        memory = footprint(config, dtype, length, size)
-        if memory.total <= free:
-            break
-    besides = memory.total - memory.cache
-    return Estimate(
-        length=length,
-        chunk=size,
-        memory=memory,
-        free=free,
-        fitting=max(0, free - besides) // cache_bytes(config, dtype, 1),
-        prefill_seconds=prefill_operations(config, length)
-        / _product_rate(config, dtype, device, min(size, length)),
-        decode_tokens_per_second=_copy_rate(device) / decode_bytes(config, dtype, length),
-    )
+    fitted = fit(config, dtype, device, length, chunk)
+    prefill = decode = None
+    try:
+        rate = _product_rate(config, dtype, device, min(fitted.chunk, _TOKENS))
+        prefill = prefill_operations(config, length) / rate
+        decode = _copy_rate(device) / decode_bytes(config, dtype, length)
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    return Estimate(fitted, prefill, decode)
 
 
 def print_estimate(result: Estimate, name: str, device: torch.device, console: Console) -> None:
     """A table of the memory, and what follows from it."""
-    console.print(f"{name}, {format_length(result.length)} tokens on {device}\n")
+    fitted = result.fit
+    console.print(f"{name}, {format_length(fitted.length)} tokens on {device}\n")
     table = Table(box=None, padding=(0, 4, 0, 0))
     table.add_column("memory")
     table.add_column("GiB", justify="right")
     for part in ("weights", "cache", "states", "activations", "total"):
-        table.add_row(part, f"{getattr(result.memory, part) / GIB:.2f}")
-    table.add_row("free", f"{result.free / GIB:.2f}")
+        table.add_row(part, f"{getattr(fitted.memory, part) / GIB:.2f}")
+    table.add_row("free", f"{fitted.free / GIB:.2f}")
     console.print(table)
     console.print()
-    if result.fits:
-        console.print(f"It fits, fed {result.chunk} tokens at a time.")
-    elif result.fitting:
+    if fitted.fits:
+        console.print(f"It fits, fed {fitted.chunk} tokens at a time.")
+    elif fitted.longest:
         console.print(
-            f"It does not fit; texts of up to {result.fitting} tokens do. Take a device with more "
+            f"It does not fit; texts of up to {fitted.longest} tokens do. Take a device with more "
             "memory, or shorter texts."
         )
     else:
         console.print("It does not fit, whatever the length. Take a device with more memory.")
-    console.print(
-        f"Prefill takes {result.prefill_seconds:.3g} s at least, what its matrix products take;\n"
-        f"decoding yields {result.decode_tokens_per_second:.3g} tokens/s at most, what memory "
-        "bandwidth allows."
-    )
+    if result.prefill_seconds is not None:
+        console.print(
+            f"Prefill takes {result.prefill_seconds:.3g} s at least, what its matrix products "
+            f"take;\ndecoding yields {result.decode_tokens_per_second:.3g} tokens/s at most, what "
+            "memory bandwidth allows."
+        )
 
 
 def _product_rate(

@@ -1,6 +1,6 @@
 """Context lengths as people write them: binary thousands and millions of tokens.
 
-This module imports nothing, so that every room of the project may use it.
+This module imports nothing of the project, so that every room of it may use this one.
 """
 
 import re

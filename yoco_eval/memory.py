@@ -12,52 +12,106 @@ from yoco_eval.model.footprint import (
     Footprint,
     cache_bytes,
     footprint,
+    passing_bytes,
     state_bytes,
     weight_bytes,
 )
 
 from .lengths import format_length
+from .prefixes import Limits
 
 # Tokens fed at a time. On a GPU the matrix products of more are hardly faster, and fewer leave more
 # memory to the cache. 12672 is 96 for each of an H100's 132 multiprocessors, so that the products'
 # tiles fill whole rounds of them.
-_CHUNKS = {"cuda": (12672, 8448, 4224, 2112, 1056, 528, 264)}
-_CPU_CHUNKS = (1024, 512, 256)
+CHUNKS = {"cuda": (12672, 8448, 4224, 2112, 1056, 528, 264), "cpu": (1024, 512, 256)}
 _LOGITS = 4096  # for each token of a chunk, so many logits may exist at a time
 _MARGIN = 0.95  # of the free memory; allocators lose some between blocks
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Tokens fed at a time, logits at a time, and states of packed texts held at a time."""
+class Fit:
+    """How a run with contexts of up to `length` tokens lies in the memory of a device.
 
+    Attributes:
+        chunk: tokens fed at a time: the largest useful number that fits, else the smallest.
+        logits: how many may exist at a time.
+        memory: at the peak, in bytes.
+        need: what of it is still to be allocated.
+        free: bytes that may be allocated.
+        longest: the longest context, in tokens, that fits; 0 if none does.
+        fused: whether Triton kernels run.
+    """
+
+    length: int
     chunk: int
     logits: int
-    states: int
+    memory: Footprint
+    need: int
+    free: int
+    longest: int
+    fused: bool
+
+    @property
+    def fits(self) -> bool:
+        return self.need <= self.free
+
+    def limits(self, items: int | None, config: YocoConfig, dtype: torch.dtype) -> Limits:
+        """Of packed batches of up to `items` sequences: half of what is left is for snapshots."""
+        return Limits(
+            items=items or self.chunk,
+            tokens=self.chunk,
+            room=(self.free - self.need) // 2,
+            state=state_bytes(config, dtype),
+            passing=passing_bytes(config, dtype, self.fused),
+        )
+
+    def check(self, device: torch.device) -> None:
+        """Raises ValueError, with the figures and what would fit, unless this does."""
+        if self.fits:
+            return
+        besides = self.memory.states + self.memory.activations
+        mend = (
+            f"contexts of up to {self.longest} tokens fit (max_length={self.longest})"
+            if self.longest
+            else "no context fits"
+        )
+        raise ValueError(
+            f"contexts of {format_length(self.length)} tokens need {gib(self.need)} beside the "
+            f"weights on {device} ({gib(self.memory.cache)} for the cache, {gib(besides)} for "
+            f"states and activations), and {gib(self.free)} are free; {mend}, or take a device "
+            "with more memory"
+        )
 
 
-def budget(
-    config: YocoConfig, dtype: torch.dtype, device: torch.device, length: int,
+def fit(
+    config: YocoConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    length: int,
     chunk: int | None = None,
-) -> Budget:
-    """What a loaded model can afford with a cache for texts of `length` tokens.
+    loaded: bool = False,
+    tokens: int | None = None,
+) -> Fit:
+    """Fits a run into the free memory as well as possible.
 
     Args:
+        length: tokens of the longest context, with what is generated after it.
         chunk: tokens to feed at a time; None: as many as pay and fit.
-
-    Raises:
-        ValueError: even the smallest chunk does not fit; the message has the figures.
+        loaded: whether the weights are on the device already.
+        tokens: of all contexts together, of which a batch cannot have more; default: `length`.
     """
     free = int(free_bytes(device) * _MARGIN)
-    chunks = (chunk,) if chunk else chunk_sizes(device)
-    for size in chunks:
+    sizes = (chunk,) if chunk else CHUNKS.get(device.type, CHUNKS["cpu"])
+    fused = device.type == "cuda"
+    for size in sizes:
+        size = max(1, min(size, tokens or length))
         # A packed batch of a chunk's size may lie behind what its texts share.
-        need = footprint(config, dtype, length + size, size, size * _LOGITS)
-        left = free - (need.total - need.weights)
-        if left >= 0:
-            states = 1 + left // (2 * state_bytes(config, dtype))
-            return Budget(size, size * _LOGITS, states)
-    raise ValueError(refusal(config, dtype, device, length, need, free))
+        memory = footprint(config, dtype, length + size, size, size * _LOGITS, fused)
+        need = memory.total - (memory.weights if loaded else 0)
+        if need <= free:
+            break
+    longest = (free - need + memory.cache) // cache_bytes(config, dtype, 1) - size
+    return Fit(length, size, size * _LOGITS, memory, need, free, max(0, longest), fused)
 
 
 def check_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -69,14 +123,9 @@ def check_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) 
     need, free = weight_bytes(config, dtype), free_bytes(device)
     if need > free:
         raise ValueError(
-            f"the weights take {_gib(need)} in {str(dtype).removeprefix('torch.')}, and "
-            f"{_gib(free)} are free on {device}; take a smaller dtype, or a device with more memory"
+            f"the weights take {gib(need)} in {str(dtype).removeprefix('torch.')}, and "
+            f"{gib(free)} are free on {device}; take a smaller dtype, or a device with more memory"
         )
-
-
-def chunk_sizes(device: torch.device) -> tuple[int, ...]:
-    """Of the chunks that a prompt may be fed in, the fastest first."""
-    return _CHUNKS.get(device.type, _CPU_CHUNKS)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -87,25 +136,5 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def refusal(
-    config: YocoConfig, dtype: torch.dtype, device: torch.device, length: int, need: Footprint,
-    free: int,
-) -> str:
-    """Says what a run with contexts of `length` tokens lacks, and what would make it fit."""
-    besides = need.states + need.activations
-    per_token = cache_bytes(config, dtype, 1)
-    fitting = max(0, free - besides) // per_token
-    mend = (
-        f"contexts of up to {format_length(fitting)} tokens fit (max_length={fitting})"
-        if fitting
-        else "no context fits"
-    )
-    return (
-        f"contexts of {format_length(length)} tokens need {_gib(need.cache + besides)} beside the "
-        f"weights on {device} ({_gib(need.cache)} for the cache, {_gib(besides)} for states and "
-        f"activations), and {_gib(free)} are free; {mend}, or take a device with more memory"
-    )
-
-
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -38,41 +37,62 @@ class Node:
 
     A leaf holds the rest of its item, with all positions of which predictions are asked; an inner
     node has two children at least, and no such position.
+
+    `size` is of this node and those below.
     """
 
     item: Item
     start: int
     end: int
-    children: tuple[Node, ...] = ()
+    children: tuple[Node, ...]
+    size: Size
 
-    @cached_property
-    def leaves(self) -> int:
-        return sum(child.leaves for child in self.children) or 1
+    @classmethod
+    def over(cls, item: Item, start: int, end: int, children: tuple[Node, ...] = ()) -> Node:
+        sizes = [child.size for child in children]
+        own = Size(end - start, 0, 1) if children else Size(end - start, 1, 0)
+        return cls(item, start, end, children, sum(sizes, own))
 
-    @cached_property
-    def inner(self) -> int:
-        """How many nodes have children: this one and those below."""
-        return sum(child.inner for child in self.children) + bool(self.children)
+    def leaves(self) -> Iterator[Node]:
+        """The items' ends, in order."""
+        if not self.children:
+            yield self
+        for child in self.children:
+            yield from child.leaves()
 
-    @cached_property
-    def total(self) -> int:
-        """Tokens of this node and of those below."""
-        return self.end - self.start + sum(child.total for child in self.children)
+
+@dataclass(frozen=True)
+class Size:
+    """Tokens to feed, leaves, and inner nodes."""
+
+    tokens: int = 0
+    leaves: int = 0
+    inner: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(
+            self.tokens + other.tokens, self.leaves + other.leaves, self.inner + other.inner
+        )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a packed batch: `items` and `tokens` at most, and `states` of inner nodes held at once."""
+    """Of a packed batch: `items` and `tokens` at most, and `room` bytes.
+
+    An inner node takes `state` bytes, since its state is kept; and every node `passing` bytes while
+    it is fed.
+    """
 
     items: int = 1
     tokens: int = 1
-    states: int = 1
+    room: int = 0
+    state: int = 0
+    passing: int = 0
 
-    def allow(self, nodes: Sequence[Node]) -> bool:
+    def allow(self, size: Size) -> bool:
+        kept, fed = size.inner * self.state, (size.inner + size.leaves) * self.passing
         return (
-            sum(node.leaves for node in nodes) <= self.items
-            and sum(node.total for node in nodes) <= self.tokens
-            and sum(node.inner for node in nodes) <= self.states
+            size.leaves <= self.items and size.tokens <= self.tokens and kept + fed <= self.room
         )
 
 
@@ -95,7 +115,7 @@ class Step:
         """How many tokens this step feeds."""
         if self.snapshot:
             return self.nodes[0].end - self.nodes[0].start
-        return sum(node.total for node in self.nodes)
+        return sum(node.size.tokens for node in self.nodes)
 
 
 def merge(sequences: Sequence[Sequence[int] | np.ndarray], firsts: Sequence[int]) -> list[Item]:
@@ -120,17 +140,20 @@ def plan(items: Sequence[Item], limits: Limits) -> list[Step]:
 def _steps(nodes: Sequence[Node], resume: int, limits: Limits) -> Iterator[Step]:
     # With the largest branch last, of a path's snapshots only those are needed at a time below
     # which at least half of the tokens are still to come: few, however deep the tree.
-    batches: list[list[Node]] = []
-    for node in sorted(nodes, key=lambda node: node.total):
-        if batches and limits.allow([*batches[-1], node]):
-            batches[-1].append(node)
+    batches: list[tuple[list[Node], Size]] = []
+    for node in sorted(nodes, key=lambda node: node.size.tokens):
+        if batches and limits.allow(batches[-1][1] + node.size):
+            batch, size = batches[-1]
+            batch.append(node)
+            batches[-1] = batch, size + node.size
         else:
-            batches.append([node])
-    for batch in batches:
-        too_large = batch[0].children and not limits.allow(batch)
-        yield Step(resume, tuple(batch), bool(too_large), batch is batches[-1])
+            batches.append(([node], node.size))
+    for i, (batch, size) in enumerate(batches):
+        (first, *_) = batch
+        too_large = bool(first.children) and not limits.allow(size)
+        yield Step(resume, tuple(batch), too_large, i + 1 == len(batches))
         if too_large:
-            yield from _steps(batch[0].children, batch[0].end, limits)
+            yield from _steps(first.children, first.end, limits)
 
 
 def _grow(
@@ -147,10 +170,10 @@ def _grow(
             branch = shared[end] if branch is None else min(branch, shared[end])
             end += 1
         if branch is None:
-            nodes.append(Node(items[i], base, len(items[i].tokens)))
+            nodes.append(Node.over(items[i], base, len(items[i].tokens)))
         else:
             children = _grow(items, shared, i, end, branch, depth + 1)
-            nodes.append(Node(items[i], base, branch, children))
+            nodes.append(Node.over(items[i], base, branch, children))
         i = end
     return tuple(nodes)
 

@@ -1,13 +1,14 @@
 """The engine against brute force: one full float64 pass per request."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from yoco_eval import engine as module
-from yoco_eval import memory
 from yoco_eval.engine import Engine, GenerateRequest, Sampling, ScoreRequest
+from yoco_eval.memory import fit
 
 
 def collect(method, requests):
@@ -75,14 +76,50 @@ def test_scores_equal_one_full_pass_each(exact, requests, batch_size, chunk):
 
 
 def test_logits_are_never_held_for_a_whole_text(exact, monkeypatch):
-    few = memory.Budget(chunk=1024, logits=10 * exact.config.vocab_size, states=1)
-    monkeypatch.setattr(module, "budget", lambda *args: few)
+    most = 10 * exact.config.vocab_size
+
+    def few(*args, **rest):
+        return replace(fit(*args, **rest), logits=most)
+
+    monkeypatch.setattr(module, "fit", few)
     largest = []
     exact.output_projection.register_forward_hook(lambda *args: largest.append(len(args[2])))
     request = ScoreRequest([1], list(range(90)) * 2)
     (score,), _ = collect(Engine(exact).score, [request])
     assert max(largest) == 10
     assert score.logprob == pytest.approx(score_by_definition(exact, request)[0], abs=1e-9)
+
+
+def test_an_impossible_answer_spoils_no_other(exact):
+    """A logit of minus infinity, in a batch and one by one."""
+    exact.output_projection.register_forward_hook(
+        lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([7]), float("-inf"))
+    )
+    requests = [ScoreRequest([1, 2, a], [a, 5]) for a in (3, 7, 8, 7, 9)]
+    alone, _ = collect(Engine(exact).score, requests)
+    packed, _ = collect(Engine(exact, batch_size=None).score, requests)
+    assert [score.logprob == float("-inf") for score in alone] == [False, True, False, True, False]
+    for a, b in zip(alone, packed, strict=True):
+        assert a.greedy == b.greedy and a.logprob == pytest.approx(b.logprob, abs=1e-9)
+
+
+def test_what_is_computed_is_handed_over_when_a_run_breaks(exact, monkeypatch):
+    """The device runs ahead of the host by one batch; an error in the next one loses none."""
+    predict, calls = exact.predict, []
+
+    def breaking(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(*args)
+
+    monkeypatch.setattr(exact, "predict", breaking)
+    requests = [ScoreRequest([a] * 20, [1]) for a in range(4)]
+    scores = []
+    with pytest.raises(KeyboardInterrupt):
+        for score in Engine(exact).score(requests, lambda n: None, lambda n: None):
+            scores.append(score)
+    assert len(scores) == 2
 
 
 def test_only_asked_positions_enter_the_cross_decoder(exact):

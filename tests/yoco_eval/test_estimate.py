@@ -8,7 +8,6 @@ from yoco_eval import estimate as module
 from yoco_eval import memory
 from yoco_eval.cli import main
 from yoco_eval.estimate import estimate, print_estimate
-from yoco_eval.model.footprint import footprint
 from yoco_eval.model.shapes import SHAPES
 
 CPU = torch.device("cpu")
@@ -23,13 +22,13 @@ def speeds(monkeypatch):
 
 @pytest.fixture
 def free(monkeypatch):
-    return lambda size: monkeypatch.setattr(module, "free_bytes", lambda device: size)
+    return lambda size: monkeypatch.setattr(memory, "free_bytes", lambda device: size)
 
 
 def test_figures_follow_from_the_shape(free):
     free(10**12)
     result = estimate(SHAPES["3b"], torch.bfloat16, CPU, 2**20)
-    assert result.fits and result.chunk == memory.chunk_sizes(CPU)[0]
+    assert result.fit.fits
     # 1.6e9 weights multiply every token; 2 operations each.
     assert result.prefill_seconds == pytest.approx(2 * 1.6e9 * 2**20 / 1e12, rel=0.01)
     # 3.1e9 weights, and 4 KiB for each token and cross-decoder layer.
@@ -38,14 +37,24 @@ def test_figures_follow_from_the_shape(free):
 
 
 def test_what_fits_is_said(free, capsys):
-    free(8 * 2**30)
+    free(9 * 2**30)
     result = estimate(SHAPES["3b"], torch.bfloat16, CPU, 2**20)
-    assert not result.fits and 2**17 < result.fitting < 2**19
-    memory_then = footprint(SHAPES["3b"], torch.bfloat16, result.fitting, result.chunk)
-    assert memory_then.total <= 8 * 2**30
+    longest = result.fit.longest
+    assert not result.fit.fits and 2**17 < longest < 2**19
+    assert estimate(SHAPES["3b"], torch.bfloat16, CPU, longest).fit.fits
     print_estimate(result, "3b", CPU, Console(width=80))
     shown = capsys.readouterr().out
-    assert f"texts of up to {result.fitting} tokens do" in shown and "weights" in shown
+    assert f"texts of up to {longest} tokens do" in shown and "weights" in shown
+
+
+def test_a_full_device_leaves_the_times_out(monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(module, "_product_rate", full)
+    assert main(["plan", "--shape", "3b", "--length", "64k", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "activations" in shown and "Prefill" not in shown
 
 
 @pytest.mark.parametrize("what", [["--shape", "3b"], ["--pretrained", "demo-64k"]])

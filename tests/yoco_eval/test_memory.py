@@ -1,15 +1,18 @@
 """Budgets: the fastest chunk that fits, and refusals with the figures that help."""
 
 import re
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from yoco_eval import memory
-from yoco_eval.engine import Engine, GenerateRequest
+from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest
 from yoco_eval.lm import YocoLM
-from yoco_eval.memory import budget, check_weights
-from yoco_eval.model.footprint import footprint, state_bytes
+from yoco_eval.memory import CHUNKS, check_weights, fit
+from yoco_eval.model import Yoco, YocoConfig
 from yoco_eval.model.shapes import SHAPES
 
 CONFIG, GPU, BF16 = SHAPES["3b"], torch.device("cuda"), torch.bfloat16
@@ -22,37 +25,34 @@ def free(monkeypatch):
     return lambda size: monkeypatch.setattr(memory, "free_bytes", lambda device: size)
 
 
-def need(length, chunk):
-    """Beside the weights, with the share that stays unused."""
-    parts = footprint(CONFIG, BF16, length + chunk, chunk, chunk * 4096)
-    return (parts.total - parts.weights) / 0.95
-
-
 def test_the_largest_chunk_that_fits(free):
     free(70 * GIB)
-    assert budget(CONFIG, BF16, GPU, 2**20).chunk == 12672
-    for chunk in (8448, 264):
-        free(int(need(2**20, chunk)) + 1000)
-        assert budget(CONFIG, BF16, GPU, 2**20).chunk == chunk
-    assert budget(CONFIG, BF16, GPU, 1000, chunk=300).chunk == 300
+    whole = fit(CONFIG, BF16, GPU, 2**20, loaded=True)
+    assert whole.fits and whole.chunk == CHUNKS["cuda"][0]
+    free(round(4.8 * GIB))
+    less = fit(CONFIG, BF16, GPU, 2**20, loaded=True)
+    assert less.fits and less.chunk in CHUNKS["cuda"][1:]
+    assert fit(CONFIG, BF16, GPU, 1000, chunk=300).chunk == 300
 
 
-def test_states_fill_the_memory_that_is_left(free):
-    size = state_bytes(CONFIG, BF16)
-    free(int(need(1024, 12672) + 100 * 2 * size / 0.95) + 1000)
-    assert budget(CONFIG, BF16, GPU, 1024).states == 101
+def test_no_more_is_set_aside_than_there_are_tokens(free):
+    free(70 * GIB)
+    small = fit(CONFIG, BF16, GPU, 4096, chunk=2**20, loaded=True, tokens=9000)
+    assert small.chunk == 9000 and small.need < GIB
 
 
 def test_a_refusal_names_what_fits(free):
     free(3 * GIB)
+    refused = fit(CONFIG, BF16, GPU, 2**20, loaded=True)
     with pytest.raises(ValueError, match=r"need 4\.\d\d GiB beside the weights on cuda") as error:
-        budget(CONFIG, BF16, GPU, 2**20)
-    fitting = int(re.search(r"max_length=(\d+)", str(error.value))[1])
-    assert 2**19 < fitting < 2**20
-    budget(CONFIG, BF16, GPU, fitting - 264)
+        refused.check(GPU)
+    longest = int(re.search(r"max_length=(\d+)", str(error.value))[1])
+    assert 2**19 < longest < 2**20
+    fit(CONFIG, BF16, GPU, longest, loaded=True).check(GPU)
+    assert not fit(CONFIG, BF16, GPU, longest + 1000, loaded=True).fits
     free(100)
     with pytest.raises(ValueError, match="no context fits"):
-        budget(CONFIG, BF16, GPU, 2**20)
+        fit(CONFIG, BF16, GPU, 2**20, loaded=True).check(GPU)
 
 
 def test_the_engine_refuses_before_it_computes(exact, free):
@@ -63,6 +63,62 @@ def test_the_engine_refuses_before_it_computes(exact, free):
     assert not begun
 
 
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("sliding_window", [None, 1, 256])
+def test_packed_batches_stay_within_the_memory(sliding_window, monkeypatch):
+    """Many short questions after one long text; each brings a state or a window with it."""
+    config = YocoConfig(
+        dim=128, n_layers=4, hidden_dim=128, n_self_heads=2, n_attn_heads=2, n_attn_kv_heads=1,
+        vocab_size=100, sliding_window=sliding_window,
+    )
+    torch.manual_seed(0)
+    model = Yoco(config).requires_grad_(False)
+    stem = torch.randint(100, (300,)).tolist()
+    requests = [
+        ScoreRequest([*stem, q, p] + [q] * 15, [a])
+        for q in range(99) for p in (1, 2) for a in (3, 4)
+    ]
+    need = fit(config, torch.float32, model.device, 350, loaded=True, tokens=10**6).need
+    left = 16 * 2**20
+    monkeypatch.setattr(memory, "free_bytes", lambda device: round((need + left) / 0.95))
+    results, peaks = [], []
+    for batch_size in (1, None):
+        with Live() as live:
+            scored = Engine(model, batch_size).score(requests, lambda n: None, lambda n: None)
+            results.append(dict(scored))
+        peaks.append(live.peak)
+    assert peaks[1] < peaks[0] + left
+    for index, score in results[0].items():
+        assert results[1][index].logprob == pytest.approx(score.logprob, abs=1e-3)
+
+
 def test_weights_are_refused_before_they_are_loaded(free):
     free(8 * GIB)
     check_weights(CONFIG, BF16, GPU)
@@ -71,7 +127,3 @@ def test_weights_are_refused_before_they_are_loaded(free):
     free(1000)
     with pytest.raises(ValueError, match="the weights take"):
         YocoLM(device="cpu")
-
-
-def test_free_memory_of_this_machine():
-    assert memory.free_bytes(torch.device("cpu")) > 2**20

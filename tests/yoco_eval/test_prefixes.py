@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from yoco_eval.prefixes import Limits, merge, plan
+from yoco_eval.prefixes import Limits, Size, merge, plan
 
 
 def run(steps, limits):
@@ -22,11 +22,12 @@ def run(steps, limits):
             snapshots.pop()
         if step.snapshot:
             (node,) = step.nodes
-            assert node.children and not limits.allow(step.nodes)
+            assert node.children and not limits.allow(node.size)
             snapshots.append((node.end, follow(node, fed)))
             held = max(held, len(snapshots))
         else:
-            assert limits.allow(step.nodes) or not step.nodes[0].children
+            size = sum((node.size for node in step.nodes), Size())
+            assert limits.allow(size) or not step.nodes[0].children
             for node in step.nodes:
                 done += complete(node, fed)
     return done, held
@@ -62,7 +63,8 @@ def sequences(seed):
 
 
 @pytest.mark.parametrize(
-    "limits", [Limits(), Limits(4, 64, 1), Limits(1000, 1000, 1000), Limits(1000, 10**6, 3)]
+    "limits",
+    [Limits(), Limits(4, 64, 1, 1), Limits(1000, 1000), Limits(1000, 10**6, room=30, state=9)],
 )
 @pytest.mark.parametrize("seed", range(5))
 def test_plans_are_sound_and_complete(seed, limits):
@@ -84,17 +86,17 @@ def test_four_answers_cost_one_context():
     context = list(range(100))
     answers = [(context + [200 + a, 7], 99) for a in range(4)]
     assert cost(answers) == 99 + 4 * 3
-    assert cost(answers, Limits(4, 200, 1)) == 99 + 4 * 3
+    assert cost(answers, Limits(4, 200)) == 99 + 4 * 3
 
 
 def test_unlike_questions_are_fed_together():
     questions = [([q] * 50 + [a, 1], 49) for q in range(10) for a in range(4)]
     items = merge(*zip(*questions, strict=True))
-    (step,) = plan(items, Limits(40, 1000, 10))
+    (step,) = plan(items, Limits(40, 1000, room=60, state=1, passing=1))
     assert len(step.nodes) == 10 and step.tokens == 10 * (49 + 4 * 3)
-    assert len(plan(items, Limits(39, 1000, 10))) == 2
-    assert len(plan(items, Limits(40, 609, 10))) == 2
-    assert len(plan(items, Limits(40, 1000, 9))) == 2
+    assert len(plan(items, Limits(39, 1000))) == 2
+    assert len(plan(items, Limits(40, 609))) == 2
+    assert len(plan(items, Limits(40, 1000, room=59, state=1, passing=1))) == 2
 
 
 def test_equal_inputs_are_fed_once():
@@ -106,8 +108,8 @@ def test_few_shot_prefix_is_fed_once():
     shots = list(range(1000))
     questions = [(shots + [5000 + q] * 30 + [a], 1029) for q in range(10) for a in range(4)]
     assert cost(questions) == 1000 + 10 * (29 + 4 * 2)
-    assert cost(questions, Limits(40, 400, 40)) == 1000 + 10 * (29 + 4 * 2)
-    assert len(plan(merge(*zip(*questions, strict=True)), Limits(40, 400, 40))) == 2
+    assert cost(questions, Limits(40, 400)) == 1000 + 10 * (29 + 4 * 2)
+    assert len(plan(merge(*zip(*questions, strict=True)), Limits(40, 400))) == 2
 
 
 def test_needles_at_all_depths_share_what_is_before_them():
@@ -126,6 +128,13 @@ def test_deep_trees_need_few_snapshots():
     assert sum(step.tokens for step in steps) < 100_000 + 200 * 20
     done, held = run(steps, Limits())
     assert len(done) == 200 and held <= 2
+
+
+def test_trees_deeper_than_the_call_stack():
+    pairs = [(list(range(n)), n - 1) for n in range(1, 20_000, 20)]
+    for limits in (Limits(), Limits(1000, 300), Limits(1000, 10**9)):
+        done, _ = run(plan(merge(*zip(*pairs, strict=True)), limits), limits)
+        assert len(done) == 1000
 
 
 def test_branches_are_far_between():
