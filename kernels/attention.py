@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import run_triton, use_triton
 from .rotary import rotate
 from .sequences import Sequences, Span, Spans
 
@@ -41,7 +41,7 @@ def cache_attention(
     if use_triton(q, keys, values):
         from .attention_triton import cache_attention as fast
 
-        return fast(q, keys, values, spans, angles)
+        return run_triton(fast, q, keys, values, spans, angles)
     return cache_attention_reference(q, keys, values, spans, angles)
 
 
@@ -137,7 +137,7 @@ def decode_attention(
     if use_triton(q, keys, values):
         from .attention_triton import decode_attention as fast
 
-        return fast(q, keys, values, length, angles)
+        return run_triton(fast, q, keys, values, length, angles)
     return decode_attention_reference(q, keys, values, length, angles)
 
 
@@ -179,7 +179,7 @@ def sliding_window_attention(
     if use_triton(q, k, v):
         from .attention_triton import sliding_window_attention as fast
 
-        return fast(q, k, v, window, sequences, past, angles, keep)
+        return run_triton(fast, q, k, v, window, sequences, past, angles, keep)
     return sliding_window_attention_reference(q, k, v, window, sequences, past, angles, keep)
 
 

@@ -8,8 +8,6 @@ Bytes and operations, with R = T * Hq rows of queries, and element size e:
   again n * 4 * D bytes per row.
 - Window: 4 * D operations per row and key in reach, R * (window + 1) of them at most, the limit;
   the pass that rotates and packs keys and values reads and writes each once, 4 * T * H * D * e.
-
-Within one head, byte and element offsets are 32-bit: N * D < 2^31.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from .attention import Angles, cells, query_runs
+from .launch import padded, programs
 from .rotary import rotate
 from .sequences import Sequences, Span, Spans
 
@@ -50,14 +49,6 @@ def _config(block_m: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dim > 128:
         return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 2}
     return {"BLOCK_N": 64, "num_warps": warps, "num_stages": 3}
-
-
-@cache
-def _programs(device: torch.device) -> int:
-    """Programs that a memory-bound launch should have: two per multiprocessor, all at once."""
-    if device.type != "cuda":
-        return 16
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # -- what the kernels share ------------------------------------------------------------------------
@@ -90,10 +81,16 @@ def _step(
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, from `start`, of an online softmax in powers of two."""
-    slot = start + tl.arange(0, BLOCK_N)
+    """One block of keys, from `start`, of an online softmax in powers of two.
+
+    The block's offset is 64-bit, those within it 32-bit: a head's keys may be over 2^31 numbers.
+    """
+    block = tl.arange(0, BLOCK_N)
+    slot = start + block
     dims = tl.arange(0, D_PAD)
-    at = slot[:, None] * ROW + dims[None, :]
+    at = block[:, None] * ROW + dims[None, :]
+    keys += tl.cast(start, tl.int64) * ROW
+    values += tl.cast(start, tl.int64) * ROW
     if MASKED:  # what lies beyond `end` may be NaN and is not loaded
         loaded = (slot < end)[:, None] & (dims < D)[None, :]
         k = tl.load(keys + at, mask=loaded, other=0.0)
@@ -213,7 +210,7 @@ def _merge(partial: Tensor, norms: Tensor, out: Tensor, rows: Tensor, entries: T
     _, heads, block_m, dim = partial.shape
     _merge_kernel[rows.shape[0], heads](
         partial, norms, out, rows, entries,
-        HEADS=heads, GROUP=out.shape[1] // heads, D=dim, D_PAD=triton.next_power_of_2(dim),
+        HEADS=heads, GROUP=out.shape[1] // heads, D=dim, D_PAD=padded(dim),
         BLOCK_M=block_m, CHUNK=8 if most <= 8 else 64, num_warps=2 if most <= 8 else 8,
     )  # fmt: skip
 
@@ -227,7 +224,7 @@ def _query_constants(q: Tensor, keys: Tensor, angles: Angles | None) -> dict:
         "HEADS": keys.shape[0],
         "GROUP": q.shape[1] // keys.shape[0],
         "D": dim,
-        "D_PAD": triton.next_power_of_2(dim),
+        "D_PAD": padded(dim),
         "ROTATE": angles is not None,
     }
 
@@ -373,12 +370,12 @@ def _plan(
     )
     walks = [walk for unit in units for walk in _row_blocks(*unit, group, block_m)]
     block_n = _config(block_m, dim, dtype)["BLOCK_N"]
-    programs = _programs(device) // (2 if block_m >= 128 else 1)
+    at_once = programs(device) // (2 if block_m >= 128 else 1)
     # All pieces should take about as long as each other, and be as many as fit on the GPU at once;
     # rounding down, since one more would wait for all the others. Where that rounds too coarsely,
     # they are as many as fit four times, if merging a piece costs little beside walking it.
-    share = sum(walk.keys for walk in walks) * heads / programs
-    coarse = 4 * len(walks) * heads > programs
+    share = sum(walk.keys for walk in walks) * heads / at_once
+    coarse = 4 * len(walks) * heads > at_once
     tasks = []
     for walk in walks:
         pieces = int(min(walk.keys / share + 0.01, walk.keys / (4 * block_n)))
@@ -545,7 +542,7 @@ def decode_attention(
     heads, capacity, dim = keys.shape
     block_m = max(16, triton.next_power_of_2(q.shape[1] // heads))
     config = _config(block_m, dim, q.dtype)
-    pieces = min(_programs(q.device) // heads, -(-capacity // (4 * config["BLOCK_N"])))
+    pieces = min(programs(q.device) // heads, -(-capacity // (4 * config["BLOCK_N"])))
     pieces = max(1, pieces)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     partial = _float32(q, pieces, heads, block_m, dim)
@@ -628,7 +625,7 @@ def sliding_window_attention(
     _pack_kernel[packed.shape[1],](
         k, v, cos, sin, k if past is None else past.contiguous(), plan.sources, packed[0],
         packed[1], WINDOW=window, K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), HEADS=heads,
-        HEADS_PAD=triton.next_power_of_2(heads), D=dim, D_PAD=triton.next_power_of_2(dim),
+        HEADS_PAD=triton.next_power_of_2(heads), D=dim, D_PAD=padded(dim),
         ROTATE=angles is not None, num_warps=4,
     )  # fmt: skip
     following = None
@@ -653,7 +650,7 @@ def sliding_window_attention(
         _window_kernel[plan.tasks.shape[0], heads](
             q, cos, sin, packed[0], packed[1], out, plan.tasks,
             SCALE=math.log2(math.e) * dim**-0.5, WINDOW=window, STRIDE=q.stride(0), HEADS=heads,
-            D=dim, D_PAD=triton.next_power_of_2(dim), ROTATE=angles is not None, BLOCK_M=block_m,
+            D=dim, D_PAD=padded(dim), ROTATE=angles is not None, BLOCK_M=block_m,
             **_config(block_m, dim, q.dtype),
         )  # fmt: skip
     return out, following

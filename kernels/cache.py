@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import run_triton, use_triton
 from .rotary import rotate
 
 
@@ -29,7 +29,7 @@ def store_keys_values(
     if use_triton(k, v, keys, values):
         from .cache_triton import store_keys_values as fast
 
-        fast(k, v, angles, keys, values, first)
+        run_triton(fast, k, v, angles, keys, values, first)
     else:
         store_keys_values_reference(k, v, angles, keys, values, first)
 

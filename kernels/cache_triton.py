@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_triton import load_rotated
+from .launch import padded
 
 _BLOCK = 16  # tokens per program
 
@@ -28,7 +29,7 @@ def store_keys_values(
     length, heads, dim = k.shape
     _store_kernel[triton.cdiv(length, _BLOCK), heads](
         k, v, *angles, keys, values, first, length, keys.stride(0) // dim,
-        K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), D=dim, D_PAD=triton.next_power_of_2(dim),
+        K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), D=dim, D_PAD=padded(dim),
         BLOCK=_BLOCK, ON_DEVICE=isinstance(first, torch.Tensor), num_warps=4,
     )  # fmt: skip
 

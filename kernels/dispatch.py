@@ -1,14 +1,21 @@
-"""The one rule by which an operation runs as a Triton kernel or as its PyTorch reference."""
+"""The one rule by which an operation runs as a Triton kernel or as its PyTorch reference.
+
+A function that has both asks `use_triton`, and calls the Triton version through `run_triton`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Result = TypeVar("Result")
 
 
 def use_triton(*tensors: Tensor) -> bool:
@@ -20,6 +27,12 @@ def use_triton(*tensors: Tensor) -> bool:
     if not all(x.is_cuda and x.dtype in _DTYPES for x in tensors) or not _has_triton():
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def run_triton(fast: Callable[..., Result], x: Tensor, *args: Any) -> Result:
+    """fast(x, *args) while x's GPU is the current one, on which Triton launches wherever x is."""
+    with torch.cuda.device_of(x):
+        return fast(x, *args)
 
 
 @cache

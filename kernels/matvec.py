@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import run_triton, use_triton
 from .norm import rms_norm
 from .swiglu import swiglu
 
@@ -31,7 +31,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-
     if len(x) == 1 and use_triton(x, norm_weight, weight):
         from .matvec_triton import norm_linear as fast
 
-        return fast(x, norm_weight, weight, eps)
+        return run_triton(fast, x, norm_weight, weight, eps)
     return F.linear(rms_norm(x, norm_weight, eps), weight)
 
 
@@ -49,7 +49,7 @@ def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: floa
     if len(x) == 1 and use_triton(x, norm_weight, weight):
         from .matvec_triton import norm_swiglu_linear as fast
 
-        return fast(x, norm_weight, weight, eps)
+        return run_triton(fast, x, norm_weight, weight, eps)
     return swiglu(F.linear(rms_norm(x, norm_weight, eps), weight))
 
 
@@ -72,5 +72,5 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     if len(x) == 1 and use_triton(x, weight, residual):
         from .matvec_triton import linear_add_ as fast
 
-        return fast(x, weight, residual)
+        return run_triton(fast, x, weight, residual)
     return residual.addmm_(x, weight.t())

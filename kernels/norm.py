@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import run_triton, use_triton
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     if use_triton(x) if weight is None else use_triton(x, weight):
         from .norm_triton import rms_norm as fast
 
-        return fast(x, weight, eps)
+        return run_triton(fast, x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 

@@ -13,6 +13,10 @@ state [B, H, Dk, Dv] (None stands for zeros); outputs [B, H, T, Dv] in v's dtype
 What a layer calls is `gated_retention`, over sequences packed on one token axis, and, for one token
 of each, `gated_retention_step`: they also rotate, scale, take the gate's logarithm, normalise and
 apply the swish gate. On a GPU both are Triton kernels (`retention_triton`).
+
+Scores, states and sums may exceed float16's range. Float16 inputs are therefore multiplied as
+float32 ones, on a GPU without its tensor cores: their prefill is slower than bfloat16's. An output
+asked for without the norm may still be infinite in float16.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import run_triton, use_triton
 from .norm import rms_norm_reference
 from .rotary import rotate
 from .sequences import Sequences
@@ -62,7 +66,11 @@ def gated_retention(
     if use_triton(q, k, v, gate):
         from .retention_triton import gated_retention as fast
 
-        return fast(q, k, v, gate, sequences, states, angles, swish, eps, keep)
+        dtype = q.dtype
+        if dtype == torch.float16:
+            q, k, v, swish = (x if x is None else x.float() for x in (q, k, v, swish))
+        out, last = run_triton(fast, q, k, v, gate, sequences, states, angles, swish, eps, keep)
+        return out.to(dtype), last
     return gated_retention_reference(q, k, v, gate, sequences, states, angles, swish, eps, keep)
 
 
@@ -82,7 +90,7 @@ def gated_retention_reference(
     if angles is not None:
         q, k = rotate(q, angles), rotate(k, angles)
     k = _wide(k) * q.shape[-1] ** -0.5
-    inputs = (q, k, v, retention_log_gate(gate))
+    inputs = (q, k, _wide(v), retention_log_gate(gate))
     if states is not None and sequences.sources is not None:
         states = states[list(sequences.sources)]
 
@@ -108,8 +116,7 @@ def gated_retention_reference(
         out = torch.cat(outputs)[torch.cat(tokens).argsort()]
         last = torch.cat(lasts)[torch.tensor(members).argsort().to(q.device)]
 
-    if swish is not None:
-        out = F.silu(swish) * rms_norm_reference(out, eps=eps)
+    out = out.to(q.dtype) if swish is None else _norm_swish(out, swish, eps)
     return out, last if keep else None
 
 
@@ -148,7 +155,7 @@ def gated_retention_step(
     if use_triton(q, k, v, gate):
         from .retention_triton import gated_retention_step as fast
 
-        return fast(q, k, v, gate, state, angles, swish, eps)
+        return run_triton(fast, q, k, v, gate, state, angles, swish, eps)
     return gated_retention_step_reference(q, k, v, gate, state, angles, swish, eps)
 
 
@@ -167,8 +174,13 @@ def gated_retention_step_reference(
     k = _wide(k) * q.shape[-1] ** -0.5
     state *= retention_log_gate(gate).exp()[..., None, None]
     state += k[..., :, None] * _wide(v)[..., None, :]
-    out = (_wide(q)[..., None, :] @ state).squeeze(-2).to(q.dtype)
-    return F.silu(swish) * rms_norm_reference(out, eps=eps)
+    out = (_wide(q)[..., None, :] @ state).squeeze(-2)
+    return _norm_swish(out, swish, eps)
+
+
+def _norm_swish(out: Tensor, swish: Tensor, eps: float) -> Tensor:
+    """silu(swish) * RMSNorm(out), in swish's dtype; out is not rounded to it before the norm."""
+    return F.silu(swish) * rms_norm_reference(out, eps=eps).to(swish.dtype)
 
 
 def retention_log_gate(gate: Tensor) -> Tensor:

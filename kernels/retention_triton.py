@@ -25,8 +25,6 @@ units of log(2), so that exp2 takes them as they are.
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -34,13 +32,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import in_units, padded, programs
 from .rotary import rotate
 from .sequences import Sequences
 
-PROGRAMS_PER_PROCESSOR = 2  # of each kernel, where the segments' lengths allow it
 MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
 _SCAN_BLOCK = 1024
-_NORM_ROWS = 16  # heads to a program of `_norm_swish`
+_NORM_ROWS = 16  # rows, one per token and head, to a program of `_norm_swish`
 _STEP_NUMBERS = 16384  # of the state that a program of `_step` holds at a time
 
 
@@ -56,7 +54,11 @@ def gated_retention(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`retention.gated_retention` on the GPU."""
+    """`retention.gated_retention` on the GPU.
+
+    Scores, states as operands and the sums before the norm are rounded to q's dtype, in whose range
+    they must be.
+    """
     length, heads, dim = q.shape
     q, k, v = _packed_heads(q), _packed_heads(k), _packed_heads(v)
     swish = None if swish is None else _packed_heads(swish)
@@ -77,11 +79,11 @@ def gated_retention(
 
     if angles is not None:
         q, k = rotate(q, angles, in_place=True), rotate(k, angles, in_place=True)
-    unit, (q_row, k_row, v_row) = _row_strides(q, k, v)
+    unit, (q_row, k_row, v_row) = in_units(q.stride(0), k.stride(0), v.stride(0))
     shared = {
         "HEADS": heads,
         "DIM": dim,
-        "PADDED": max(16, triton.next_power_of_2(dim)),
+        "PADDED": padded(dim),
         "UNIT": unit,
         "CHUNK": config.chunk,
         "BLOCK": config.block,
@@ -93,9 +95,10 @@ def gated_retention(
             k, v, gate, table, starts, decays, k_row, v_row, gate.stride(0),
             **shared, num_warps=config.sum_warps, num_stages=config.sum_stages,
         )  # fmt: skip
-        _scan_segments[(triton.cdiv(dim * dim, _SCAN_BLOCK) * heads, scanned)](
+        blocks = triton.cdiv(dim * dim, _SCAN_BLOCK)
+        _scan_segments[(blocks * heads * scanned,)](
             table, states, starts, decays, segments,
-            HEADS=heads, SIZE=dim * dim, BLOCK=_SCAN_BLOCK,
+            HEADS=heads, SIZE=dim * dim, BLOCK=_SCAN_BLOCK, BLOCKS=blocks,
         )  # fmt: skip
     _retain[(tiles * heads * segments,)](
         q, k, v, gate, table, states, starts, out, last,
@@ -124,13 +127,13 @@ def gated_retention_step(
     batch, heads, dim = q.shape
     q, k, v, swish = (_packed_heads(x) for x in (q, k, v, swish))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    padded = triton.next_power_of_2(dim)
-    _step[(heads, batch)](
+    columns = triton.next_power_of_2(dim)
+    _step[(heads * batch,)](
         q, k, v, gate, *angles, swish, state, out,
         q.stride(0), k.stride(0), v.stride(0), swish.stride(0), gate.stride(0), eps,
-        HEADS=heads, DIM=dim, PADDED=padded,
-        PAIRS=max(1, min(padded // 2, _STEP_NUMBERS // 2 // padded)),
-        num_warps=8 if padded >= 128 else 4,
+        HEADS=heads, DIM=dim, PADDED=columns,
+        PAIRS=max(1, min(columns // 2, _STEP_NUMBERS // 2 // columns)),
+        num_warps=8 if columns >= 128 else 4,
     )  # fmt: skip
     return out
 
@@ -155,17 +158,7 @@ def _config(dim: int, dtype: torch.dtype) -> _Config:
         return _Config(16, 16 if dim > 128 else 32, 4, 2, 4, 2)
     if dim > 128:
         return _Config(64, 64, 8, 2, 8, 2)
-    block = max(16, triton.next_power_of_2(dim))
-    return _Config(64, block, 8 if dim > 64 else 4, 3, 4, 2)
-
-
-@cache
-def _programs(device: torch.device) -> int:
-    """How many programs to cut the work for."""
-    if device.type != "cuda":
-        return 16
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return PROGRAMS_PER_PROCESSOR * processors
+    return _Config(64, padded(dim), 8 if dim > 64 else 4, 3, 4, 2)
 
 
 def _segments(sequences: Sequences, rows: int, chunk: int) -> tuple[int, int, Tensor]:
@@ -179,8 +172,7 @@ def _segments(sequences: Sequences, rows: int, chunk: int) -> tuple[int, int, Te
         - then for each sequence of several segments: its first segment, the end of those that are
           not its last, the state that it continues, 0.
     """
-    programs = _programs(sequences.device)
-    target = max(MIN_SEGMENT, sequences.total * rows / programs)
+    target = max(MIN_SEGMENT, sequences.total * rows / programs(sequences.device))
     inner, last, scans = [], [], []
     for i, length in enumerate(sequences.lengths):
         source = i if sequences.sources is None else sequences.sources[i]
@@ -202,17 +194,6 @@ def _segments(sequences: Sequences, rows: int, chunk: int) -> tuple[int, int, Te
 def _packed_heads(x: Tensor) -> Tensor:
     """x [T, H, D], copied unless its heads lie side by side in each row."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
-def _row_strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
-    """A power of two that divides all row strides, and the strides in units of it.
-
-    Triton learns of an integer argument only whether 16 divides it; a projection's rows are often
-    a multiple of 8 numbers apart, and need to be read 8 at a time.
-    """
-    strides = [0 if x is None else x.stride(0) for x in tensors]
-    unit = math.gcd(16, *strides)
-    return unit, [stride // unit for stride in strides]
 
 
 @triton.jit
@@ -316,12 +297,13 @@ def _scan_segments(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,  # DIM * DIM
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of a state
 ):
     """Replaces each segment's sum by the state after that segment."""
     head = tl.program_id(0) % HEADS
-    at = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) // HEADS % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     mask = at < SIZE
-    row = table_ptr + (scans + tl.program_id(1)) * 4
+    row = table_ptr + (scans + tl.program_id(0) // (HEADS * BLOCKS)) * 4
     if states_ptr is not None:
         source = tl.load(row + 2).to(tl.int64)
         state = tl.load(states_ptr + (source * HEADS + head) * SIZE + at, mask=mask, other=0.0)
@@ -469,8 +451,8 @@ def _step(
     PAIRS: tl.constexpr,
 ):
     """One head of one sequence; PAIRS pairs of channels, two rows of the state each, at a time."""
-    head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    sequence = (tl.program_id(0) // HEADS).to(tl.int64)
     dtype = out_ptr.dtype.element_ty
     value = tl.arange(0, PADDED)
     here = value < DIM

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import run_triton, use_triton
 
 
 def rotary_angles(
@@ -59,7 +59,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor], in_place: bool = False) -> 
     if use_triton(x, *angles):
         from .rotary_triton import rotate as fast
 
-        return fast(x, angles, in_place)
+        return run_triton(fast, x, angles, in_place)
     return rotate_reference(x, angles)
 
 

@@ -7,12 +7,12 @@ the matrix product before has written, they are still in the L2 cache.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import in_units
 
 _ROWS, _HEADS = 8, 8  # tokens, and at most so many heads, to a program
 
@@ -23,14 +23,13 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor], in_place: bool) -> Tensor:
     if x.stride(2) != 1:
         x = x.contiguous()
     out = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    # Triton learns of an integer argument only whether 16 divides it; rows a multiple of 8 numbers
-    # apart are to be read 8 at a time, too.
-    unit = math.gcd(16, x.stride(0), x.stride(1), out.stride(0), out.stride(1))
+    unit, strides = in_units(x.stride(0), x.stride(1), out.stride(0), out.stride(1))
     group = max(n for n in range(1, _HEADS + 1) if heads % n == 0)
-    _rotate_heads[(heads // group, triton.cdiv(tokens, _ROWS))](
-        x, *angles, out, tokens,
-        *(stride // unit for stride in (x.stride(0), x.stride(1), out.stride(0), out.stride(1))),
+    groups = heads // group
+    _rotate_heads[(triton.cdiv(tokens, _ROWS) * groups,)](
+        x, *angles, out, tokens, *strides,
         DIM=dim, PADDED=triton.next_power_of_2(dim), UNIT=unit, ROWS=_ROWS, GROUP=group,
+        GROUPS=groups,
     )  # fmt: skip
     return out
 
@@ -50,9 +49,10 @@ def _rotate_heads(
     PADDED: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr,  # heads of a program
+    GROUPS: tl.constexpr,
 ):
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // GROUPS
     row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     channel = tl.arange(0, PADDED)[None, :]
     pair = tl.arange(0, PADDED // 2)[None, :]
@@ -63,7 +63,7 @@ def _rotate_heads(
     x_ptr += row * (x_row * UNIT) + channel
     out_ptr += row * (out_row * UNIT) + channel
     for i in tl.static_range(GROUP):
-        head = tl.program_id(0) * GROUP + i
+        head = tl.program_id(0) % GROUPS * GROUP + i
         x = tl.load(x_ptr + head * (x_head * UNIT), mask=mask)
         even, odd = tl.split(tl.reshape(x.to(tl.float32), ROWS, PADDED // 2, 2))
         out = tl.interleave(even * cos - odd * sin, even * sin + odd * cos).to(x.dtype)

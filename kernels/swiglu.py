@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import run_triton, use_triton
 
 
 def swiglu(h: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def swiglu(h: Tensor) -> Tensor:
     if use_triton(h):
         from .swiglu_triton import swiglu as fast
 
-        return fast(h)
+        return run_triton(fast, h)
     return swiglu_reference(h)
 
 

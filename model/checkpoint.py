@@ -86,7 +86,11 @@ def resolve_checkpoint(name: str | Path) -> Path:
 
 
 def load_config(path: str | Path) -> YocoConfig:
-    """Reads the configuration of a checkpoint of any layout alone, without its weights.
+    """Reads the configuration of a checkpoint of any layout alone.
+
+    Weights stay unread where a `config.json` or `params.json` holds it. A fairseq checkpoint holds
+    it beside the weights and is unpickled as a whole: fairseq files are mapped into memory, so that
+    weights are not read from the disk, but those of PyTorch before 1.6 are read entirely.
 
     Raises:
         CheckpointError: as `load_checkpoint`, for faults that show without the weights.

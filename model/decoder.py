@@ -13,13 +13,19 @@ _WARM_UPS = 2  # steps before the capture, in which kernels are compiled and tab
 class Decoder:
     """Feeds one token after the other to a model whose memory stays where it is.
 
+    Make it, start it and step it under one setting of `torch.inference_mode` or `torch.no_grad`:
+    what was made under the former cannot be written to outside of it. A graph reads the weights
+    where they lie when it is captured; after replacing or moving them, make another decoder.
+
     Args:
         begin: sets the model's memory to where decoding starts and returns the position there,
             which is the number of tokens that it remembers.
         step: feeds a token [1] at a position [1], both int64 on the device, and returns the logits
-            [vocab_size] of the next one. It reads nothing back to the host.
+            [vocab_size] of the next one.
         capacity: how many tokens the memory has room for.
         device: of the model.
+        graph: whether to replay steps as a CUDA graph, captured at the first `start`. For a `step`
+            that launches the same work every time and reads nothing back to the host.
 
     Attributes:
         token: int64 [1] on the device, the token that the next `step` feeds. A step leaves the
@@ -33,19 +39,25 @@ class Decoder:
         step: Callable[[Tensor, Tensor], Tensor],
         capacity: int,
         device: torch.device,
+        graph: bool,
     ) -> None:
         self._begin, self._step, self._capacity = begin, step, capacity
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self.length = 0
         self.logits: Tensor | None = None
+        self._capturing = graph
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, token: int) -> None:
-        """Goes to where the model's memory is; `token` is fed first."""
+        """Goes to where the model's memory is; `token` is fed first.
+
+        Raises:
+            ValueError: the model's memory is full.
+        """
         self.length = self._begin()
         self._check_room()
-        if self._graph is None and self.token.is_cuda:
+        if self._capturing and self._graph is None:
             self._capture()
         self._position.fill_(self.length)
         self.token.fill_(token)

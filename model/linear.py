@@ -1,4 +1,8 @@
-"""Linear maps of one input whose weights lie one behind the other, for a single matrix product."""
+"""Linear maps and the embedding, and maps of one input stacked for a single matrix product.
+
+On the meta device modules leave their weights alone: there is nothing to set, and PyTorch would
+load its compiler to find that out.
+"""
 
 from __future__ import annotations
 
@@ -8,44 +12,75 @@ from torch import Tensor, nn
 _ALIGNMENT = 8  # rows are padded to a multiple, so that every row of the output starts aligned
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+def linear(inputs: int, outputs: int) -> Linear:
     """A linear map without bias; nothing in the model has one."""
-    return nn.Linear(inputs, outputs, bias=False)
+    return Linear(inputs, outputs, bias=False)
 
 
-class Stack:
+class Stack(nn.Module):
     """The weights of several linear maps of one input as one matrix.
 
-    The maps keep their weights as parameters under their own names: after `allocate` these are
-    views of the one matrix, before it the matrix is put together whenever it is asked for.
+    The maps keep their weights as parameters under their own names. Without gradients these are
+    views of the one matrix, which nothing else holds: wherever they were moved, converted, copied
+    or replaced, they are brought together again when the matrix is next asked for.
     """
 
-    def __init__(self, *linears: nn.Linear) -> None:
-        self._linears = linears
-        self._whole: Tensor | None = None
-        rows = sum(part.out_features for part in linears)
-        self._sizes = [part.out_features for part in linears] + [-rows % _ALIGNMENT]
+    def __init__(self, *linears: nn.Linear, alignment: int = _ALIGNMENT) -> None:
+        super().__init__()
+        self._linears = linears  # in a tuple, hence not submodules: they have names elsewhere
+        sizes = [part.out_features for part in linears]
+        self._sizes = [*sizes, -sum(sizes) % alignment]
+        self._shape = (sum(self._sizes), linears[0].in_features)
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Gives the maps new weights, not yet set, within one matrix."""
-        columns = self._linears[0].in_features
-        self._whole = torch.empty(sum(self._sizes), columns, device=device, dtype=dtype)
-        self._whole[sum(self._sizes[:-1]) :].zero_()
-        for part, weight in zip(self._linears, self._whole.split(self._sizes), strict=False):
-            part.weight = nn.Parameter(weight, requires_grad=False)
+        whole = torch.empty(self._shape, device=device, dtype=dtype)
+        *views, padding = whole.split(self._sizes)
+        padding.zero_()
+        for part, view in zip(self._linears, views, strict=True):
+            part.weight = nn.Parameter(view, requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
-        """[outputs of all maps, padded to a multiple of 8; inputs]"""
-        first = self._linears[0].weight
-        # A copied or moved model has weights of its own again; gradients belong to the maps.
-        whole = self._whole
-        if whole is not None and whole.data_ptr() == first.data_ptr() and not first.requires_grad:
-            return whole
+        """[outputs of all maps, padded to a multiple of the alignment; inputs]"""
         weights = [part.weight for part in self._linears]
-        if self._sizes[-1]:
-            weights.append(first.new_zeros(self._sizes[-1], first.shape[1]))
-        return torch.cat(weights)
+        if any(weight.requires_grad for weight in weights):
+            return self._joined(weights)  # through which gradients reach the maps
+        if not self._stacked(weights):
+            with torch.inference_mode(False):  # the parameters outlive it
+                whole = self._joined(weights)
+                for weight, view in zip(weights, whole.split(self._sizes), strict=False):
+                    weight.data = view
+        return weights[0].as_strided(self._shape, (self._shape[1], 1))
+
+    def _joined(self, weights: list[Tensor]) -> Tensor:
+        padding = weights[0].new_zeros(self._sizes[-1], self._shape[1])
+        return torch.cat((*weights, padding))
+
+    def _stacked(self, weights: list[Tensor]) -> bool:
+        """Whether the weights lie one behind the other in memory of the matrix's size.
+
+        What has an address within that memory is a view of it.
+        """
+        memory = weights[0].untyped_storage()
+        address = memory.data_ptr()
+        for weight in weights:
+            if weight.data_ptr() != address:
+                return False
+            address += weight.nbytes
+        return memory.nbytes() == self._shape[0] * self._shape[1] * weights[0].itemsize
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
         """The output [T, rows] of the matrix product, cut into the maps' own: views."""
@@ -55,9 +90,8 @@ class Stack:
 def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Gives a model that was built on the meta device weights, not yet set and stacked."""
     for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Stack):
-                value.allocate(device, dtype)
+        if isinstance(module, Stack):
+            module.allocate(device, dtype)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:

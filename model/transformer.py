@@ -18,13 +18,14 @@ from torch.nn.attention.bias import causal_lower_right
 
 from yoco_eval.kernels.attention import cache_attention, decode_attention
 from yoco_eval.kernels.cache import store_keys_values
+from yoco_eval.kernels.dispatch import use_triton
 from yoco_eval.kernels.matvec import linear_add, norm_linear
 from yoco_eval.kernels.rotary import rotary_angles, rotate
 from yoco_eval.kernels.sequences import Span, Spans
 
 from .config import YocoConfig
 from .decoder import Decoder
-from .linear import Stack, allocate, linear
+from .linear import Embedding, Stack, allocate, linear
 from .yoco import Angles, DecoderLayer, RMSNorm
 
 _MANY_QUERIES = 1024  # from here on the library's attention is the faster one
@@ -111,7 +112,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
             DecoderLayer(config, Attention(config)) for _ in range(config.n_layers)
         )
@@ -173,7 +174,11 @@ class Transformer(nn.Module):
     def decoder(self, cache: TransformerCache) -> Decoder:
         """Decodes after the text in the cache, in whose buffers the new keys and values go."""
         return Decoder(
-            lambda: cache.length, partial(self._step, cache=cache), cache.capacity, self.device
+            lambda: cache.length,
+            partial(self._step, cache=cache),
+            cache.capacity,
+            self.device,
+            graph=use_triton(cache.keys, self.embed_tokens.weight),
         )
 
     def _step(self, token: Tensor, position: Tensor, cache: TransformerCache) -> Tensor:

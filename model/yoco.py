@@ -24,6 +24,7 @@ from yoco_eval.kernels.attention import (
     window_step,
 )
 from yoco_eval.kernels.cache import store_keys_values
+from yoco_eval.kernels.dispatch import use_triton
 from yoco_eval.kernels.matvec import linear_add, norm_linear, norm_swiglu_linear
 from yoco_eval.kernels.norm import rms_norm
 from yoco_eval.kernels.retention import gated_retention, gated_retention_step
@@ -33,9 +34,14 @@ from yoco_eval.kernels.sequences import Sequences, Span, Spans
 from .cache import Cache, SelfState
 from .config import YocoConfig
 from .decoder import Decoder
-from .linear import Stack, allocate, linear
+from .linear import Embedding, Stack, allocate, linear
 
 Angles = tuple[Tensor, Tensor]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What models are evaluated in on a device: bfloat16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +61,8 @@ class FeedForward(nn.Module):
         self.fc1 = linear(config.dim, config.hidden_dim)
         self.gate = linear(config.dim, config.hidden_dim)
         self.fc2 = linear(config.hidden_dim, config.dim)
-        self.stack = Stack(self.fc1, self.gate)
+        # Two equal halves, as SwiGLU cuts them: no padding behind the second.
+        self.stack = Stack(self.fc1, self.gate, alignment=1)
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
         hidden = norm_swiglu_linear(x, norm, self.stack.weight, self.eps)
@@ -173,15 +180,16 @@ class SelfDecoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, mixer(config)) for _ in range(config.n_layers // 2)
         )
-        self._angles = partial(
-            rotary_angles, head_dim=config.self_head_dim, theta=config.rope_theta
-        )
+        self.head_dim, self.theta = config.self_head_dim, config.rope_theta
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        return rotary_angles(positions, self.head_dim, self.theta, dtype)
 
     def forward(
         self, x: Tensor, sequences: Sequences, state: SelfState, keep: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         """x: [T, dim], tokens that follow `state`. Returns the output and the layers' states."""
-        angles = self._angles(sequences.positions, dtype=x.dtype)
+        angles = self.angles(sequences.positions, x.dtype)
         states = []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             x, layer_state = layer.mix(x, angles, sequences, layer_state, keep)
@@ -191,7 +199,7 @@ class SelfDecoder(nn.Module):
 
     def step(self, x: Tensor, position: Tensor, memory: list) -> Tensor:
         """One token, x [1, dim]; `memory` as `Yoco.decoder` makes it, changed in place."""
-        angles = self._angles(position, dtype=x.dtype)
+        angles = self.angles(position, x.dtype)
         for layer, part in zip(self.layers, memory, strict=True):
             rest = (part, position) if isinstance(part, tuple) else (part,)
             x = layer.step(x, angles, *rest)
@@ -210,9 +218,10 @@ class CrossDecoder(nn.Module):
             DecoderLayer(config, CrossAttention(config)) for _ in range(config.n_layers // 2)
         )
         self.stack = Stack(self.k_proj, self.v_proj)
-        self.angles = partial(
-            rotary_angles, head_dim=config.attn_head_dim, theta=config.rope_theta
-        )
+        self.theta = config.rope_theta
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        return rotary_angles(positions, self.head_dim, self.theta, dtype)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Shared keys (not rotated yet) and values [T, kv_heads, head_dim] of x [T, dim]."""
@@ -234,7 +243,7 @@ class Yoco(nn.Module):
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.self_decoder = SelfDecoder(config)
         self.cross_decoder = CrossDecoder(config)
         self.layer_norm = RMSNorm(config.dim)
@@ -268,7 +277,7 @@ class Yoco(nn.Module):
         Args:
             path: folder or file of the checkpoint.
             device: default: the GPU if there is one, else the CPU.
-            dtype: default: bfloat16 on an NVIDIA or AMD GPU, float32 elsewhere.
+            dtype: default: that of `default_dtype`.
 
         Raises:
             CheckpointError: nothing there, or not a YOCO checkpoint, or an unsafe or damaged one.
@@ -276,7 +285,7 @@ class Yoco(nn.Module):
         from .checkpoint import load_checkpoint  # which needs this module for the expected shapes
 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or default_dtype(device)
         config, weights = load_checkpoint(path)
         model = cls.empty(config, device, dtype)
         for name, parameter in model.named_parameters():
@@ -299,12 +308,17 @@ class Yoco(nn.Module):
 
         Returns:
             [B, T - first, vocab_size].
+
+        Raises:
+            ValueError: there is no token.
         """
         batch, length = input_ids.shape
+        if not input_ids.numel():
+            raise ValueError(f"input_ids [{batch}, {length}] holds no token; give one at least")
         sequences = Sequences((length,) * batch, (0,) * batch, input_ids.device)
         x, _ = self.self_decode(input_ids.flatten(), sequences, self.initial_state(), keep=False)
         keys, values = self.cross_decoder.keys_values(x)
-        angles = self.cross_decoder.angles(sequences.positions, dtype=x.dtype)
+        angles = self.cross_decoder.angles(sequences.positions, x.dtype)
         asked = (sequences.positions >= first).nonzero().squeeze(-1)
         asked_angles = tuple(part[asked] for part in angles)
         keys, values = (
@@ -362,7 +376,7 @@ class Yoco(nn.Module):
         first = cache.extend(len(input_ids))
         x, state = self.self_decode(input_ids, sequences, state, keep)
         keys, values = self.cross_decoder.keys_values(x)
-        angles = self.cross_decoder.angles(sequences.positions, dtype=x.dtype)
+        angles = self.cross_decoder.angles(sequences.positions, x.dtype)
         store_keys_values(keys, values, angles, cache.keys, cache.values, first)
         return x, state
 
@@ -388,7 +402,7 @@ class Yoco(nn.Module):
         Returns:
             The normalised output [T, dim], ready for `output_projection`.
         """
-        angles = self.cross_decoder.angles(positions, dtype=x.dtype)
+        angles = self.cross_decoder.angles(positions, x.dtype)
         x = self.cross_decoder(
             x, lambda q: cache_attention(q, cache.keys, cache.values, spans, angles)
         )
@@ -398,7 +412,8 @@ class Yoco(nn.Module):
         """Logits [vocab_size] after the last token that was fed, whose output x [1, dim] is."""
         length = cache.state.length
         positions = torch.full((1,), length - 1, device=x.device)
-        output = self.predict(x, positions, cache, Spans((Span(0, 1, 0, length, True),)))
+        # `predict` may write to its input, which here is still the caller's.
+        output = self.predict(x.clone(), positions, cache, Spans((Span(0, 1, 0, length, True),)))
         return self.output_projection(output)[0]
 
     def decoder(self, cache: Cache) -> Decoder:
@@ -429,14 +444,18 @@ class Yoco(nn.Module):
             return cache.state.length
 
         return Decoder(
-            begin, partial(self._step, cache=cache, memory=memory), cache.capacity, self.device
+            begin,
+            partial(self._step, cache=cache, memory=memory),
+            cache.capacity,
+            self.device,
+            graph=use_triton(cache.keys, self.embed_tokens.weight),
         )
 
     def _step(self, token: Tensor, position: Tensor, cache: Cache, memory: list) -> Tensor:
         """Logits [vocab_size] after a token [1] at a position [1] of the cache's text."""
         x = math.sqrt(self.config.dim) * self.embed_tokens(token)
         x = self.self_decoder.step(x, position, memory)
-        angles = self.cross_decoder.angles(position, dtype=x.dtype)
+        angles = self.cross_decoder.angles(position, x.dtype)
         keys, values = self.cross_decoder.keys_values(x)
         store_keys_values(keys, values, angles, cache.keys, cache.values, position)
         length = position + 1

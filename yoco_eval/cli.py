@@ -1,4 +1,4 @@
-"""The command line, `yoco-eval`: reports of lm-eval's results, profiles, checkpoints converted."""
+"""The command line, `yoco-eval`: reports of lm-eval's results, costs, checkpoints converted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yoco_eval import __version__
+from yoco_eval.devices import DTYPES
 from yoco_eval.lengths import parse_length, parse_lengths
 
 if TYPE_CHECKING:
@@ -165,8 +166,11 @@ def _measure_profile(args: argparse.Namespace) -> Profile:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yoco-eval",
-        description="Reports of lm-eval's results, and checkpoints of YOCO models converted. "
-        "The evaluation itself is lm-eval's: lm_eval --model yoco --tasks yoco_needle ...",
+        description="Reports of lm-eval's results, the cost of long contexts, and checkpoints of\n"
+        "YOCO models converted.",
+        epilog="The evaluation itself is lm-eval's:\n"
+        "  lm_eval --model yoco --tasks yoco_needle ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"yoco-eval {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -235,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _command(
         commands,
         "plan",
-        "say what a run would need, without running it: memory by parts, and bounds on its time",
+        "say what a run would need, without running it: memory, bounds on its time",
         """
   yoco-eval plan --shape 3b --length 1m
   yoco-eval plan --pretrained yoco-3b-1m/ --length 256k --device cuda:1""",
@@ -320,7 +324,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_where(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
+        choices=("auto", *DTYPES),
         default="auto",
         help="auto: bfloat16 on a GPU, float32 elsewhere",
     )

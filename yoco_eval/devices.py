@@ -1,15 +1,13 @@
-"""Devices and dtypes as users name them."""
+"""Devices and dtypes as users name them. PyTorch is imported only once one is looked up."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")  # as PyTorch names them
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -18,6 +16,8 @@ def find_device(name: str = "auto") -> torch.device:
     Raises:
         ValueError: it cannot be used.
     """
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -28,13 +28,17 @@ def find_device(name: str = "auto") -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name; "auto": bfloat16 on a GPU, float32 elsewhere.
+    """The dtype of a name in `DTYPES`; "auto": what models are evaluated in on the device.
 
     Raises:
         ValueError: there is no such name.
     """
+    import torch
+
+    from yoco_eval.model.yoco import default_dtype
+
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return default_dtype(device)
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return getattr(torch, name)

@@ -33,7 +33,7 @@ from yoco_eval.reports.profile import (
 )
 
 from .devices import find_device, find_dtype
-from .memory import chunk_sizes
+from .memory import CHUNKS, free_bytes
 
 # Fed before the clock starts: kernels are compiled and chosen meanwhile.
 WARM_UP_TOKENS = {"cpu": 64, "cuda": 65536}
@@ -100,6 +100,7 @@ def run_profile(
 
     def yoco() -> Yoco:
         if shape is None:
+            _check_room(Yoco, config, where, kind)
             return Yoco.from_pretrained(pretrained, where, kind)
         return _random(Yoco, config, where, kind)
 
@@ -112,7 +113,7 @@ def run_profile(
 
     if on_gpu:
         torch.cuda.set_device(where)  # where kernels are launched and events recorded
-    chunk, rows = chunk_sizes(where)[0], []
+    chunk, rows = CHUNKS.get(where.type, CHUNKS["cpu"])[0], []
     for row in profile(builders, lengths, where, patience, chunk):
         rows.append(row)
         report(row)
@@ -155,12 +156,16 @@ def profile(
         outcome, model = MEASURED, None
         try:
             model = build()
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
             outcome = OUT_OF_MEMORY
         for length in lengths:
             if outcome == MEASURED and expected_seconds(measured, length) > patience:
                 outcome = OUT_OF_PATIENCE
             sizes = _sizes(model, length) if model is not None else {}
+            if outcome == MEASURED and sizes["cache_bytes"] > free_bytes(device):
+                outcome = OUT_OF_MEMORY
             row = None
             if outcome == MEASURED:
                 try:
@@ -168,7 +173,9 @@ def profile(
                         name, length, MEASURED, **sizes, **_measure(model, length, patience, chunk)
                     )
                     measured.append(row)
-                except torch.OutOfMemoryError:
+                except (MemoryError, RuntimeError) as error:
+                    if not _out_of_memory(error):
+                        raise
                     outcome = OUT_OF_MEMORY
                 except _OutOfPatience:
                     outcome = OUT_OF_PATIENCE
@@ -274,9 +281,28 @@ def _sizes(model: Model, length: int) -> dict[str, int]:
 
 
 def _random(model_class, config, device: torch.device, dtype: torch.dtype) -> Model:
+    _check_room(model_class, config, device, dtype)
     model = model_class.empty(config, device, dtype)
     set_random_weights(model, SEED)
     return model
+
+
+def _check_room(model_class, config, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises MemoryError if the weights do not fit.
+
+    To be asked first: memory that a CPU does not have can be allocated there, and using it ends
+    the process.
+    """
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in model_class(config).parameters())
+    if count * dtype.itemsize > free_bytes(device):
+        raise MemoryError
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error means that; for CPUs PyTorch has no class of it, but words."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "can't allocate memory" in str(error)
 
 
 def _versions(on_gpu: bool) -> dict[str, str]:

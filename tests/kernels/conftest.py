@@ -14,6 +14,14 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(autouse=True)
+def returned_memory():
+    """Gives a card's memory back after each test: some take most of it, and tests run side by side."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(params=["float32", "float16", "bfloat16"])
 def dtype(request, device) -> torch.dtype:
     """Of a kernel's inputs."""

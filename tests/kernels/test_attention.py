@@ -206,7 +206,7 @@ def test_window_step_follows_a_prompt(window, prompt):
 
 ON_GPU = torch.cuda.is_available()
 LENGTHS = [1, 63, 65, 1000, 32769] if ON_GPU else [1, 63, 1000]
-HEAD_SIZES = [32, 48, 64, 96, 128, 256] if ON_GPU else [32, 48]
+HEAD_SIZES = [4, 8, 32, 48, 64, 96, 128, 256] if ON_GPU else [8, 48]
 LONG = 5000 if ON_GPU else 700
 
 
@@ -281,6 +281,28 @@ def test_triton_cache_attention_needs_no_angles(device, triton_kernels):
         triton_kernels.cache_attention(q, keys, values, spans),
         cache_attention_reference(q, keys, values, spans),
     )
+
+
+@pytest.mark.skipif(not ON_GPU or torch.cuda.mem_get_info()[0] < 10e9, reason="needs 10 GB")
+def test_triton_reaches_keys_beyond_32_bits(device, triton_kernels):
+    """The last keys of a head of more than 2^31 numbers, and of a second such head."""
+    torch.manual_seed(0)
+    slots, dim, read = 2**24 + 333, 128, 300
+    q = randn(1, 2, dim, dtype=torch.bfloat16, device=device)
+    cache = torch.zeros(2, slots, dim, dtype=torch.bfloat16, device=device)
+    tail = cache[:, -read:]
+    tail.copy_(torch.randn_like(tail))
+    expected = cache_attention_reference(
+        q.double(), tail.double(), tail.double(), Spans((Span(0, 1, 0, read, True),))
+    )
+    spans = Spans((Span(0, 1, slots - read, slots, True),))
+    out = triton_kernels.cache_attention(q, cache, cache, spans)
+    assert (out - expected).norm() < 1e-2 * expected.norm()
+    # Decoding reads the zeros, too: what it must find is the one key that outweighs them all.
+    cache[:, -1] = q[0] * 8
+    length = torch.tensor([slots], device=device)
+    out = triton_kernels.decode_attention(q, cache, cache, length)
+    assert (out[0] - cache[:, -1]).norm() < 1e-2 * out.norm()
 
 
 def test_a_shared_prefix_is_read_once(triton_kernels):

@@ -7,7 +7,7 @@ from yoco_eval.kernels.cache import store_keys_values_reference
 from yoco_eval.kernels.rotary import rotary_angles, rotate
 
 LENGTHS = [1, 63, 65, 1000, 32769] if torch.cuda.is_available() else [1, 65]
-HEAD_SIZES = [32, 48, 64, 96, 128, 256] if torch.cuda.is_available() else [32, 48]
+HEAD_SIZES = [4, 8, 32, 48, 64, 96, 128, 256] if torch.cuda.is_available() else [8, 48]
 FIRST = 7
 
 

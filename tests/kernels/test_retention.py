@@ -270,7 +270,7 @@ def test_triton_options(triton_version, close, dtype, device, changes):
     compare(triton_version, close, packed([200, 7], 1, 64, dtype, device) | changes)
 
 
-@pytest.mark.parametrize("dim", [16, 128, 256])
+@pytest.mark.parametrize("dim", [4, 8, 16, 128, 256])
 def test_triton_small_and_large_heads(triton_version, close, dtype, device, dim):
     compare(triton_version, close, packed([129], 1, dim, dtype, device, states=1))
 
@@ -286,7 +286,7 @@ def test_triton_extreme_gates(triton_version, close, dtype, device, gate):
     compare(triton_version, close, args | {"gate": torch.full_like(args["gate"], gate)})
 
 
-@pytest.mark.parametrize("dim", [32, 48, 64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [4, 8, 32, 48, 64, 96, 128, 256])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_triton_step(triton_version, close, dtype, device, dim, batch):
     args = packed([1] * batch, 3, dim, dtype, device, states=batch)
@@ -325,5 +325,31 @@ def test_dispatch(monkeypatch):
 
     args = packed([4])
     monkeypatch.setattr(retention, "use_triton", lambda *tensors: True)
-    monkeypatch.setattr(retention_triton, "gated_retention", lambda *given: given)
-    assert all(a is b for a, b in zip(gated_retention(**args), args.values(), strict=True))
+    given = []
+    monkeypatch.setattr(
+        retention_triton, "gated_retention", lambda *a: given.extend(a) or (a[0], None)
+    )
+    assert gated_retention(**args) == (args["q"], None)
+    assert all(a is b for a, b in zip(given, args.values(), strict=True))
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "triton"])
+def test_sums_beyond_the_range_of_float16(kernels, device, monkeypatch):
+    """Inputs within the range, and outputs, but not what lies between them."""
+    if kernels:
+        pytest.importorskip("triton")
+    monkeypatch.setattr(retention, "use_triton", lambda *tensors: kernels)
+    for lengths in ([100, 30], [1, 1]):
+        args = packed(lengths, dtype=torch.float16, device=device, states=2)
+        args |= {name: 300 * args[name] for name in "qkv"}
+        args["states"] = 1e6 * args["states"]
+        wide = in_float64(args)
+        expected, expected_last = gated_retention_reference(**wide)
+        if lengths == [1, 1]:
+            last = args["states"].clone()
+            out = gated_retention_step(**step_arguments(args), state=last)
+        else:
+            out, last = gated_retention(**args)
+        assert out.dtype == torch.float16 and last.dtype == torch.float32
+        assert (out - expected).norm() < 1e-2 * expected.norm()
+        assert (last - expected_last).norm() < 1e-2 * expected_last.norm()

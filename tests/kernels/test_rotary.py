@@ -76,9 +76,14 @@ def test_a_cuda_graph_may_hold_the_angles():
     assert cos[0, 0].item() == pytest.approx(math.cos(7), abs=1e-5)
 
 
+SHAPES = [(1, 2), (9, 4), (9, 8), (33, 32), (70, 48), (5, 128), (3, 256)]  # tokens, channels
+if torch.cuda.is_available():
+    SHAPES += [(600_000, 2)]  # more blocks than the second axis of a launch takes
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("heads", [3, 24])
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 2), (33, 32), (70, 48), (5, 128), (3, 256)])
+@pytest.mark.parametrize(("tokens", "dim"), SHAPES)
 def test_triton_version(tokens, dim, heads, in_place, dtype, device, close):
     triton_version = pytest.importorskip("yoco_eval.kernels.rotary_triton")
     torch.manual_seed(0)

@@ -84,3 +84,21 @@ def test_packed_sequences(pair):
     for rest, source, part in zip(rests, sources, logits.split([5, 70, 1]), strict=True):
         whole = torch.cat((texts[source], rest))[None]
         assert_near(part, exact(whole, first=len(texts[source]))[0], fast.dtype)
+
+
+@torch.inference_mode()
+def test_float64_runs_the_references(published, ids):
+    """Which read lengths on the host, so that no graph can hold them."""
+    exact = Yoco.from_pretrained(published, device="cpu", dtype=torch.float64)
+    model = Yoco.from_pretrained(published, device="cuda", dtype=torch.float64)
+    cache, logits = model.new_cache(len(ids)), []
+    model.prefill(ids[:200].cuda(), cache)
+    decoder = model.decoder(cache)
+    decoder.start(int(ids[200]))
+    for token in [*ids[201:], 0]:
+        decoder.step()
+        logits.append(decoder.logits.clone())
+        decoder.token.fill_(token)
+    torch.testing.assert_close(
+        torch.stack(logits).cpu(), exact(ids[None])[0, 200:], rtol=0, atol=1e-9
+    )

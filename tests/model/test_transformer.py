@@ -69,8 +69,9 @@ def test_prefill_in_chunks(model, expected, chunk):
     cache = model.new_cache(50)
     for start in range(0, 50, chunk):
         x = model.prefill(IDS[start : start + chunk], cache)
-        logits = model.predict_last(x[-1:], cache)
-        torch.testing.assert_close(logits, expected[cache.length - 1], rtol=0, atol=1e-9)
+        for _ in range(2):  # asking changes nothing
+            logits = model.predict_last(x[-1:], cache)
+            torch.testing.assert_close(logits, expected[cache.length - 1], rtol=0, atol=1e-9)
     assert expected.std() > 0.1  # else the comparison says little
 
 

@@ -1,11 +1,17 @@
 """The model: reference logits, and that every way of feeding a text gives the same."""
 
 import copy
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from yoco_eval.model import Sequences, Span, Spans, Yoco
+from yoco_eval.model import Sequences, Span, Spans, Yoco, YocoConfig
 
 
 @pytest.fixture
@@ -103,9 +109,16 @@ def test_logits_after_the_last_token(exact, expected):
     ids = expected["input_ids"][0, :70]
     cache = exact.new_cache(70)
     x = exact.prefill(ids, cache)
-    torch.testing.assert_close(
-        exact.predict_last(x[-1:], cache), exact(ids[None])[0, -1], rtol=0, atol=1e-9
-    )
+    expected = exact(ids[None])[0, -1]
+    for _ in range(2):  # asking changes nothing
+        logits = exact.predict_last(x[-1:], cache)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+def test_no_tokens_have_no_logits(exact):
+    for texts, length in ((1, 0), (0, 5)):
+        with pytest.raises(ValueError, match=rf"input_ids \[{texts}, {length}\] holds no token"):
+            exact(torch.empty(texts, length, dtype=torch.int64))
 
 
 def test_early_exit_changes_no_logit(exact, expected):
@@ -141,21 +154,125 @@ def test_cache_holds_one_layer_of_keys_and_values(exact):
         exact.prefill(torch.arange(11), cache)
 
 
-def test_stacked_weights_take_no_memory_of_their_own(exact):
-    layer = exact.self_decoder.layers[0]
-    for stack, first in (
+def storages(model):
+    """Address and bytes of each piece of memory that the weights lie in."""
+    memory = [weight.untyped_storage() for weight in model.parameters()]
+    return {part.data_ptr(): part.nbytes() for part in memory}
+
+
+def stacks(model):
+    layer = model.self_decoder.layers[0]
+    return (
         (layer.ffn.stack, layer.ffn.fc1), (layer.mixer.stack, layer.mixer.q_proj),
-        (exact.cross_decoder.stack, exact.cross_decoder.k_proj),
-    ):
-        assert stack.weight.data_ptr() == first.weight.data_ptr()
-    moved = copy.deepcopy(exact).float()
-    torch.testing.assert_close(
-        moved(torch.arange(9)[None]).double(), exact(torch.arange(9)[None]), rtol=0, atol=1e-4
+        (model.cross_decoder.stack, model.cross_decoder.k_proj),
     )
+
+
+@pytest.mark.parametrize("change", [lambda m: m, copy.deepcopy, lambda m: m.float()])
+@pytest.mark.parametrize("inference", [False, True])
+def test_stacked_weights_take_no_memory_of_their_own(exact, change, inference):
+    """Also after they were copied or converted, and used."""
+    ids, names = torch.arange(9)[None], list(exact.state_dict())
+    logits, before = exact(ids), storages(exact)
+    model = change(exact)
+    with torch.inference_mode(inference):
+        torch.testing.assert_close(model(ids).double(), logits, rtol=0, atol=1e-4)
+    for stack, first in stacks(model):
+        assert stack.weight.data_ptr() == first.weight.data_ptr() == stack.weight.data_ptr()
+    after = storages(model)
+    assert len(after) == len(before)
+    assert sum(after.values()) == sum(before.values()) * model.dtype.itemsize // 8
+    assert list(model.state_dict()) == names
+    assert not any(weight.is_inference() for weight in model.parameters())
+
+
+def test_a_converted_model_frees_what_it_was(exact):
+    exact(torch.arange(9)[None])
+    old = [weakref.ref(stack.weight.untyped_storage()) for stack, _ in stacks(exact)]
+    assert all(memory() is not None for memory in old)
+    exact.half()
+    assert all(memory() is None for memory in old)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_a_replaced_weight_is_used(exact, name):
+    """Set anew, or assigned from a state dict: as if it had been copied into place."""
+    ids = torch.arange(9)[None]
+    full, key = exact(ids), f"self_decoder.layers.0.mixer.{name}.weight"
+    new = torch.randn_like(exact.state_dict()[key])
+    expected = copy.deepcopy(exact)
+    expected.get_parameter(key).copy_(new)
+    expected = expected(ids)
+    assert (expected - full).abs().max() > 1e-3
+    for change in (
+        lambda m: setattr(
+            m.get_submodule(key.rpartition(".")[0]), "weight",
+            nn.Parameter(new.clone(), requires_grad=False),
+        ),
+        lambda m: m.load_state_dict({key: new.clone()}, strict=False, assign=True),
+    ):
+        model = copy.deepcopy(exact)
+        model(ids)
+        change(model)
+        torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-9)
+
+
+def test_any_width_of_the_feed_forward_layers(exact):
+    """Also one whose stacked maps have no multiple of 8 rows."""
+    torch.manual_seed(0)
+    model = Yoco(replace(exact.config, hidden_dim=45)).double().requires_grad_(False)
+    layer = model.self_decoder.layers[0].ffn
+    x, ones = torch.randn(3, exact.config.dim).double(), torch.ones(exact.config.dim).double()
+    z = x * (x.square().mean(-1, keepdim=True) + exact.config.norm_eps).rsqrt()
+    hidden = F.silu(layer.fc1(z)) * layer.gate(z)
+    expected = x + layer.fc2(hidden)
+    torch.testing.assert_close(layer(x, ones), expected, rtol=0, atol=1e-9)
+
+
+def test_the_rotary_base_can_be_set_anew(exact, expected):
+    """Training extends the context so; the saved configuration must then mean the same model."""
+    ids = expected["input_ids"][:, :60]
+    config = replace(exact.config, rope_theta=3e5)
+    extended = Yoco(config).double().requires_grad_(False)
+    extended.load_state_dict(exact.state_dict())
+    before = exact(ids)
+    exact.self_decoder.theta = exact.cross_decoder.theta = 3e5
+    torch.testing.assert_close(exact(ids), extended(ids), rtol=0, atol=1e-9)
+    assert (exact(ids) - before).abs().max() > 1e-3
+
+
+def test_a_new_model_is_initialised():
+    config = YocoConfig(
+        dim=32, n_layers=2, hidden_dim=48, n_self_heads=2, n_attn_heads=4, n_attn_kv_heads=2,
+        vocab_size=50,
+    )
+    torch.manual_seed(0)
+    model = Yoco(config)
+    torch.manual_seed(0)
+    embedding, first = nn.Embedding(50, 32), nn.Linear(32, 32, bias=False)
+    assert torch.equal(model.embed_tokens.weight, embedding.weight)
+    assert torch.equal(model.self_decoder.layers[0].mixer.q_proj.weight, first.weight)
+
+
+def test_evaluating_on_a_cpu_imports_no_compiler():
+    """They would take longer to import than all else that a short run does."""
+    code = (
+        "import sys, numpy as np\n"
+        "from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest\n"
+        "from yoco_eval.model import Yoco\n"
+        "engine, ids = Engine(Yoco.from_pretrained('demo-64k', device='cpu')), np.arange(9)\n"
+        "nothing = lambda tokens: None\n"
+        "assert len(list(engine.score([ScoreRequest(ids, ids)], nothing, nothing))) == 1\n"
+        "assert len(list(engine.generate([GenerateRequest(ids, 3)], nothing, nothing))) == 1\n"
+        "sys.exit(str({'triton', 'torch._dynamo'} & set(sys.modules) or ''))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stderr.strip() == ""
 
 
 def test_gradients_reach_every_parameter(exact):
     """Training with early exit: the loss of the last tokens trains the self-decoder, too."""
+    exact(torch.arange(9)[None])  # after which the weights lie in stacks
     exact.train().requires_grad_(True)
     exact(torch.arange(90)[None], first=80).square().mean().backward()
     for name, parameter in exact.named_parameters():

@@ -182,6 +182,12 @@ def test_profile_by_default(measured):
     }
 
 
+@pytest.mark.parametrize("name", ["auto", "bfloat16", "float16", "float32", "float64"])
+def test_every_dtype_can_be_asked_for(measured, name):
+    assert main(["profile", "--shape", "3b", "--lengths", "1k", "--dtype", name]) == 0
+    assert measured[0][1]["dtype"] == name
+
+
 def test_profile_refusals(measured, tmp_path, capsys):
     assert refused(capsys, "profile", "--shape", "7b") == "shape '7b' is unknown"
     assert refused(capsys, "profile", "--pretrained", "bad") == "bad: damaged"
@@ -224,6 +230,7 @@ def test_help_and_version(capsys):
         (["heatmap", "--help"], "yoco-eval heatmap results/ -o needle.png"),
         (["convert", "--help"], "yoco-eval convert YOCO-3B-1M/ yoco-3b-1m/"),
         (["profile", "--help"], "yoco-eval profile --read profile.json -o profile.svg"),
+        (["plan", "--help"], "yoco-eval plan --shape 3b --length 1m"),
     ]:
         with pytest.raises(SystemExit) as stop:
             main(argv)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from yoco_eval import profile as profiling
+from yoco_eval.model import Yoco
 from yoco_eval.model.shapes import SHAPES
+from yoco_eval.model.transformer import Transformer
 from yoco_eval.profile import ProfileError, expected_seconds, profile, run_profile
 from yoco_eval.reports.profile import ProfileRow
 
@@ -15,10 +17,10 @@ CPU = torch.device("cpu")
 
 
 class Model:
-    """Records what it is fed. `limit`: the longest cache there is memory for."""
+    """Records what it is fed. `limit`: the longest cache there is memory for, else `error`."""
 
-    def __init__(self, limit=10**9, delay=0.0):
-        self.limit, self.delay = limit, delay
+    def __init__(self, limit=10**9, delay=0.0, error=torch.OutOfMemoryError):
+        self.limit, self.delay, self.error = limit, delay, error
         self.config, self.device = SimpleNamespace(vocab_size=7), CPU
         self.weight = torch.zeros(10)
         self.fed = []
@@ -29,7 +31,7 @@ class Model:
 
     def new_cache(self, capacity):
         if capacity > self.limit:
-            raise torch.OutOfMemoryError
+            raise self.error
         self.fed.append([])
         part = torch.zeros(2, capacity, 3)
         return SimpleNamespace(keys=part, values=part, capacity=capacity)
@@ -70,8 +72,16 @@ def test_rows():
     assert model.steps == 2 * (4 + 1 + 4 + 16)
 
 
-def test_out_of_memory():
-    model = Model(limit=250)
+def cpu_error():
+    """What a CPU's allocation raises when it asks for 8 EiB."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), MemoryError(), cpu_error()])
+def test_out_of_memory(error):
+    model = Model(limit=250, error=error)
     rows = run([100, 300, 600], A=model, B=Model())
     assert [row.outcome for row in rows[:3]] == ["measured", "out of memory", "out of memory"]
     assert rows[1].cache_bytes == 48 * 320 and rows[1].weights_bytes == 40
@@ -79,13 +89,44 @@ def test_out_of_memory():
     assert [row.outcome for row in rows[3:]] == ["measured"] * 3  # another model may fit
 
 
-def test_weights_that_do_not_fit():
+def test_other_errors_are_told():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run([300], A=Model(limit=250, error=RuntimeError("shapes cannot be multiplied")))
+
+
+def test_a_cache_larger_than_the_free_memory_is_not_tried(monkeypatch):
+    """A CPU would allocate it, and end the process where it is written."""
+    monkeypatch.setattr(profiling, "free_bytes", lambda device: 48 * 200)
+    model = Model()
+    rows = run([100, 300], A=model)
+    assert [row.outcome for row in rows] == ["measured", "out of memory"]
+    assert rows[1].cache_bytes == 48 * 320
+    assert max(map(sum, model.fed)) == 100
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), MemoryError(), cpu_error()])
+def test_weights_that_do_not_fit(error):
     def build():
-        raise torch.OutOfMemoryError
+        raise error
 
     rows = list(profile({"A": build}, [100, 200], CPU, 60.0, 100))
     assert [row.outcome for row in rows] == ["out of memory"] * 2
     assert rows[0].weights_bytes is None and rows[0].cache_bytes is None
+
+
+@pytest.mark.parametrize("source", ["shape", "pretrained"])
+def test_weights_that_do_not_fit_are_not_loaded(source, checkpoint, small_model, monkeypatch):
+    def fail(*args):
+        pytest.fail("loaded")
+
+    for model_class, maker in ((Yoco, "empty"), (Yoco, "from_pretrained"), (Transformer, "empty")):
+        monkeypatch.setattr(model_class, maker, fail)
+    count = sum(weight.numel() for weight in small_model.parameters())
+    monkeypatch.setattr(profiling, "free_bytes", lambda device: count)  # half of what they take
+    monkeypatch.setitem(SHAPES, "tiny", small_model.config)
+    name = {"shape": "tiny", "pretrained": str(checkpoint)}[source]
+    settings = {source: name, "against": "transformer", "device": "cpu", "dtype": "bfloat16"}
+    assert {row.outcome for row in run_profile([50], **settings).rows} == {"out of memory"}
 
 
 def test_out_of_patience_while_it_runs():
@@ -122,7 +163,7 @@ def checkpoint(small_model, tmp_path):
 
 
 def test_a_checkpoint_against_a_transformer(checkpoint, monkeypatch):
-    monkeypatch.setattr(profiling, "chunk_sizes", lambda device: (64, 32))
+    monkeypatch.setitem(profiling.CHUNKS, "cpu", (64, 32))
     seen = []
     result = run_profile(
         [100, 200], pretrained=str(checkpoint), against="transformer", device="cpu",
