@@ -16,7 +16,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def returned_memory():
-    """Gives a card's memory back after each test: some take most of it, and tests run side by side."""
+    """Gives a card's memory back: some tests take most of it, and others run beside them."""
     yield
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
