@@ -20,7 +20,7 @@ from .sequences import Sequences, Span, Spans
 
 Angles = tuple[Tensor, Tensor]
 
-_MASK_ELEMENTS = 1 << 25  # queries are taken in blocks so that no mask is larger than this
+_SCORES = 1 << 25  # queries are taken in blocks so that no more scores exist at a time
 
 
 def cache_attention(
@@ -51,11 +51,10 @@ def cache_attention_reference(
     """`cache_attention`, run after run of queries that read the same spans."""
     if angles is not None:
         q = rotate(q, angles)
-    group = q.shape[1] // keys.shape[0]
     outputs = []
     for first, end, run in query_runs(spans):
         total = sum(span.end_key - span.first_key for span in run)
-        block = max(1, _MASK_ELEMENTS // (total * group))
+        block = max(1, _SCORES // (total * q.shape[1]))
         for start in range(first, end, block):
             stop = min(start + block, end)
             cut = [cut_span(span, start, stop) for span in run]

@@ -30,7 +30,7 @@ from torch.nn.attention.bias import causal_lower_right
 from .attention import Angles, cells, query_runs
 from .launch import padded, programs
 from .rotary import rotate
-from .sequences import Sequences, Span, Spans
+from .sequences import Sequences, Span, Spans, to_device
 
 _UNLIMITED = 1 << 30  # shift of a key range that every query reads whole
 _LONG_TEXT = 1024  # queries of a single causal span from which library kernels take over
@@ -243,10 +243,7 @@ def _to_device(tables: list[Tensor], device: torch.device) -> list[Tensor]:
     """Integer tables as int32 on the device, in one copy that waits for nothing."""
     sizes = [-(-table.numel() // 4) * 4 for table in tables]  # each starts at 16 bytes
     padded = [F.pad(t.flatten(), (0, s - t.numel())) for t, s in zip(tables, sizes, strict=True)]
-    host = torch.cat(padded).int()
-    if device.type == "cuda":
-        host = host.pin_memory()
-    parts = host.to(device, non_blocking=True).split(sizes)
+    parts = to_device(torch.cat(padded).int(), device).split(sizes)
     return [p[: t.numel()].view(t.shape) for p, t in zip(parts, tables, strict=True)]
 
 

@@ -18,13 +18,18 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Result = TypeVar("Result")
 
 
+def triton_takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton versions take tensors of this dtype there: on a GPU, and not float64."""
+    return device.type == "cuda" and dtype in _DTYPES and _has_triton()
+
+
 def use_triton(*tensors: Tensor) -> bool:
     """Whether the Triton version takes these tensors.
 
-    It does on a GPU, for bfloat16, float16 and float32; but not where gradients are asked for,
-    since the kernels have no backward pass.
+    It does where `triton_takes` says so, but not where gradients are asked for, since the kernels
+    have no backward pass.
     """
-    if not all(x.is_cuda and x.dtype in _DTYPES for x in tensors) or not _has_triton():
+    if not all(triton_takes(x.device, x.dtype) for x in tensors):
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .launch import in_units, padded, programs
 from .rotary import rotate
-from .sequences import Sequences
+from .sequences import Sequences, to_device
 
 MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
 _SCAN_BLOCK = 1024
@@ -188,7 +188,7 @@ def _segments(sequences: Sequences, rows: int, chunk: int) -> tuple[int, int, Te
         if count > 1:
             scans.append((begin, len(inner), source, 0))
     table = torch.tensor(inner + last + scans, dtype=torch.int32)
-    return len(inner), len(scans), table.to(sequences.device, non_blocking=True)
+    return len(inner), len(scans), to_device(table, sequences.device)
 
 
 def _packed_heads(x: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x, from the host, without waiting for what a GPU is doing."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Packing:
     """What all layers of a pass need to know of the sequences that it feeds, and tables made of it.
@@ -58,7 +63,7 @@ class Sequences(Packing):
         lengths = torch.tensor(self.lengths)
         before = lengths.cumsum(0) - lengths
         shift = (torch.tensor(self.starts) - before).repeat_interleave(lengths)
-        return (torch.arange(self.total) + shift).to(self.device)
+        return to_device(torch.arange(self.total) + shift, self.device)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

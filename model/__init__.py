@@ -1,6 +1,6 @@
 """The YOCO model: configuration, layers, caches, checkpoints in and out."""
 
-from yoco_eval.kernels.sequences import Sequences, Span, Spans
+from yoco_eval.kernels.sequences import Sequences, Span, Spans, to_device
 
 from .cache import Cache, SelfState
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -20,4 +20,5 @@ __all__ = [
     "YocoConfig",
     "load_checkpoint",
     "save_checkpoint",
+    "to_device",
 ]

@@ -95,7 +95,7 @@ class Decoder:
             self._position.fill_(self._begin())
         torch.cuda.current_stream(self.token.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._advance()
         self._graph = graph
         self._begin()  # the steps above have changed the states

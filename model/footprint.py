@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from yoco_eval.kernels.dispatch import triton_takes
+
 from .config import YocoConfig
 from .yoco import Yoco
 
 # What PyTorch's matrix library keeps for itself on a GPU, and small tensors.
 _OVERHEAD = 64 << 20
+_GPU = torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def footprint(
     length: int,
     chunk: int,
     logits: int = 0,
-    fused: bool = True,
+    device: torch.device = _GPU,
 ) -> Footprint:
     """The peak of feeding a text of `length` tokens, `chunk` at a time, and decoding after it.
 
@@ -50,13 +53,13 @@ def footprint(
         length: tokens that the cache has room for.
         chunk: tokens fed at a time.
         logits: how many logits exist at a time where many positions are scored.
-        fused: whether Triton kernels run; their references hold more at a time.
+        device: on which it runs. Where Triton kernels do, less exists at a time.
     """
     return Footprint(
         weights=weight_bytes(config, dtype),
         cache=cache_bytes(config, dtype, length),
         states=3 * state_bytes(config, dtype),
-        activations=_activation_bytes(config, dtype, min(chunk, length), logits, fused),
+        activations=_activation_bytes(config, dtype, min(chunk, length), logits, device),
     )
 
 
@@ -80,24 +83,30 @@ def state_bytes(config: YocoConfig, dtype: torch.dtype) -> int:
     return config.n_layers // 2 * layer
 
 
-def passing_bytes(config: YocoConfig, dtype: torch.dtype, fused: bool = True) -> int:
+def passing_bytes(
+    config: YocoConfig, dtype: torch.dtype, device: torch.device = _GPU
+) -> int:
     """What each sequence of a packed batch takes beside its tokens while it passes a layer.
 
     That is the window before it and the two together, or what becomes of its state; the references
     hold several stages of that at a time.
     """
-    return (4 if fused else 10) * state_bytes(config, dtype) // (config.n_layers // 2)
+    stages = 4 if triton_takes(device, dtype) else 10
+    return stages * state_bytes(config, dtype) // (config.n_layers // 2)
 
 
 def _activation_bytes(
-    config: YocoConfig, dtype: torch.dtype, chunk: int, logits: int, fused: bool
+    config: YocoConfig, dtype: torch.dtype, chunk: int, logits: int, device: torch.device
 ) -> int:
     """The widest point of a layer, beside its input; numbers per token, unless said otherwise."""
     dim, hidden = config.dim, config.hidden_dim
     projected = 3 * dim if config.sliding_window else 4 * dim + config.n_self_heads
     mixer = projected + dim  # the norm's output before, the mixer's after it
-    if not fused:  # rotated and widened copies, and the states between chunks of 64 tokens
+    if not triton_takes(device, dtype):
+        # Rotated and widened copies, and the states between chunks of 64 tokens.
         mixer += 8 * dim + dim * config.self_head_dim // 32
+    elif dtype == torch.float16 and not config.sliding_window:
+        mixer += 8 * dim  # retention runs in float32
     feed_forward = 2 * hidden + max(dim, hidden)
     angles = config.self_head_dim + config.attn_head_dim
     layer = chunk * (dim + angles + max(mixer, feed_forward)) * dtype.itemsize

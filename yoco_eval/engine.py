@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yoco_eval.model import Decoder, SelfState, Sequences, Span, Spans, Yoco
+from yoco_eval.model import Decoder, SelfState, Sequences, Span, Spans, Yoco, to_device
 
 from .memory import Fit, fit
 from .prefixes import Item, Limits, Node, Step, merge, plan
@@ -93,8 +93,6 @@ class Engine:
         self, model: Yoco, batch_size: int | None = 1, prefill_chunk: int | None = None
     ) -> None:
         self.model, self.batch_size, self.prefill_chunk = model, batch_size, prefill_chunk
-        if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)  # Triton launches on the current device
 
     @torch.inference_mode()
     def score(
@@ -181,7 +179,7 @@ class Engine:
             loaded=True,
             tokens=sum(lengths),
         )
-        fitted.check(model.device)
+        fitted.check()
         return fitted
 
     def _walk(
@@ -217,6 +215,7 @@ class Engine:
         leaves = [leaf for node in step.nodes for leaf in node.leaves()]
         positions = np.concatenate([np.arange(leaf.item.first, leaf.end) for leaf in leaves])
         x = torch.cat([outputs[leaf] for leaf in leaves])
+        del outputs
         spans = Spans(tuple(_spans(step, places)))
         yield self.model.predict(x, walk.ids(positions), walk.cache, spans)
         progress(step.tokens)
@@ -314,16 +313,16 @@ class _Scores:
         order = np.argsort(positions, kind="stable")
         found = _gather(model, positions[order], tokens[order], outputs, most)
         # Back to the requests' order, in which each has its own stretch to sum.
-        back, lengths = torch.from_numpy(np.argsort(order)), torch.tensor(lengths)
-        sums = torch.segment_reduce(
-            found[back.to(found.device)], "sum", lengths=lengths.to(found.device)
-        )
+        back = to_device(torch.from_numpy(np.argsort(order)), found.device)
+        lengths = to_device(torch.tensor(lengths), found.device)
+        # Checked lengths would be read back from the device, and wait for it.
+        sums = torch.segment_reduce(found[back], "sum", lengths=lengths, unsafe=True)
         self._ready, self._sums = None, sums
         if sums.is_cuda:
             self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
             self._sums.copy_(sums, non_blocking=True)
             self._ready = torch.cuda.Event()
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(sums.device))
 
     def read(self) -> Iterator[tuple[int, Score]]:
         """(index of the request, its score) of each request, once they are there."""
@@ -350,7 +349,7 @@ def _gather(
     """
     found, start = [], 0
     rows = max(1, most // model.config.vocab_size)
-    pairs = torch.from_numpy(np.stack((positions, tokens))).to(model.device)
+    pairs = to_device(torch.from_numpy(np.stack((positions, tokens))), model.device)
     for output in outputs:
         for block in output.split(rows):
             logits = model.output_projection(block)
@@ -392,7 +391,7 @@ class _Walk:
         self._snapshots = [self.cache.state]
 
     def ids(self, tokens: np.ndarray) -> Tensor:
-        return torch.from_numpy(tokens).to(self._model.device)
+        return to_device(torch.from_numpy(tokens), self._model.device)
 
     def go_back(self, length: int, last: bool) -> None:
         """Back to the snapshot after `length` tokens, which is dropped if this is the last time."""

@@ -14,7 +14,7 @@ from yoco_eval.model import YocoConfig
 from yoco_eval.model.footprint import decode_bytes, prefill_operations
 
 from .lengths import format_length
-from .memory import Fit, fit
+from .memory import Fit, fit, out_of_memory
 
 GIB = 2**30
 _SECONDS = 0.3  # for which each of the device's two speeds is measured
@@ -50,8 +50,9 @@ def estimate(
         rate = _product_rate(config, dtype, device, min(fitted.chunk, _TOKENS))
         prefill = prefill_operations(config, length) / rate
         decode = _copy_rate(device) / decode_bytes(config, dtype, length)
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
     return Estimate(fitted, prefill, decode)
 
 

@@ -39,7 +39,7 @@ class Fit:
         need: what of it is still to be allocated.
         free: bytes that may be allocated.
         longest: the longest context, in tokens, that fits; 0 if none does.
-        fused: whether Triton kernels run.
+        device: of which memory.
     """
 
     length: int
@@ -49,7 +49,7 @@ class Fit:
     need: int
     free: int
     longest: int
-    fused: bool
+    device: torch.device
 
     @property
     def fits(self) -> bool:
@@ -62,10 +62,10 @@ class Fit:
             tokens=self.chunk,
             room=(self.free - self.need) // 2,
             state=state_bytes(config, dtype),
-            passing=passing_bytes(config, dtype, self.fused),
+            passing=passing_bytes(config, dtype, self.device),
         )
 
-    def check(self, device: torch.device) -> None:
+    def check(self) -> None:
         """Raises ValueError, with the figures and what would fit, unless this does."""
         if self.fits:
             return
@@ -75,9 +75,11 @@ class Fit:
             if self.longest
             else "no context fits"
         )
+        if self.chunk > min(_chunks(self.device)):
+            mend += f" with a prefill_chunk of {self.chunk}, and longer ones with a smaller one"
         raise ValueError(
             f"contexts of {format_length(self.length)} tokens need {gib(self.need)} beside the "
-            f"weights on {device} ({gib(self.memory.cache)} for the cache, {gib(besides)} for "
+            f"weights on {self.device} ({gib(self.memory.cache)} for the cache, {gib(besides)} for "
             f"states and activations), and {gib(self.free)} are free; {mend}, or take a device "
             "with more memory"
         )
@@ -101,17 +103,19 @@ def fit(
         tokens: of all contexts together, of which a batch cannot have more; default: `length`.
     """
     free = int(free_bytes(device) * _MARGIN)
-    sizes = (chunk,) if chunk else CHUNKS.get(device.type, CHUNKS["cpu"])
-    fused = device.type == "cuda"
-    for size in sizes:
+    for size in (chunk,) if chunk else _chunks(device):
         size = max(1, min(size, tokens or length))
         # A packed batch of a chunk's size may lie behind what its texts share.
-        memory = footprint(config, dtype, length + size, size, size * _LOGITS, fused)
+        memory = footprint(config, dtype, length + size, size, size * _LOGITS, device)
         need = memory.total - (memory.weights if loaded else 0)
         if need <= free:
             break
     longest = (free - need + memory.cache) // cache_bytes(config, dtype, 1) - size
-    return Fit(length, size, size * _LOGITS, memory, need, free, max(0, longest), fused)
+    return Fit(length, size, size * _LOGITS, memory, need, free, max(0, longest), device)
+
+
+def _chunks(device: torch.device) -> tuple[int, ...]:
+    return CHUNKS.get(device.type, CHUNKS["cpu"])
 
 
 def check_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -134,6 +138,14 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error means that; beside PyTorch's own class of it, allocators have words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def gib(size: int) -> str:

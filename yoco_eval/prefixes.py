@@ -18,6 +18,7 @@ _WORTHWHILE = 16
 # sequence, are taken for one.
 _DEPTH = 200
 
+
 @dataclass(frozen=True)
 class Item:
     """A sequence to feed, on behalf of all requests that have it.
@@ -29,6 +30,20 @@ class Item:
     tokens: np.ndarray
     first: int
     requests: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Tokens to feed, leaves, and inner nodes."""
+
+    tokens: int = 0
+    leaves: int = 0
+    inner: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(
+            self.tokens + other.tokens, self.leaves + other.leaves, self.inner + other.inner
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,20 +74,6 @@ class Node:
             yield self
         for child in self.children:
             yield from child.leaves()
-
-
-@dataclass(frozen=True)
-class Size:
-    """Tokens to feed, leaves, and inner nodes."""
-
-    tokens: int = 0
-    leaves: int = 0
-    inner: int = 0
-
-    def __add__(self, other: Size) -> Size:
-        return Size(
-            self.tokens + other.tokens, self.leaves + other.leaves, self.inner + other.inner
-        )
 
 
 @dataclass(frozen=True)

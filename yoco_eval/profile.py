@@ -33,7 +33,7 @@ from yoco_eval.reports.profile import (
 )
 
 from .devices import find_device, find_dtype
-from .memory import CHUNKS, free_bytes
+from .memory import CHUNKS, free_bytes, out_of_memory
 
 # Fed before the clock starts: kernels are compiled and chosen meanwhile.
 WARM_UP_TOKENS = {"cpu": 64, "cuda": 65536}
@@ -157,7 +157,7 @@ def profile(
         try:
             model = build()
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             outcome = OUT_OF_MEMORY
         for length in lengths:
@@ -174,7 +174,7 @@ def profile(
                     )
                     measured.append(row)
                 except (MemoryError, RuntimeError) as error:
-                    if not _out_of_memory(error):
+                    if not out_of_memory(error):
                         raise
                     outcome = OUT_OF_MEMORY
                 except _OutOfPatience:
@@ -297,12 +297,6 @@ def _check_room(model_class, config, device: torch.device, dtype: torch.dtype) -
         count = sum(weight.numel() for weight in model_class(config).parameters())
     if count * dtype.itemsize > free_bytes(device):
         raise MemoryError
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an error means that; for CPUs PyTorch has no class of it, but words."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or "can't allocate memory" in str(error)
 
 
 def _versions(on_gpu: bool) -> dict[str, str]:

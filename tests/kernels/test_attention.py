@@ -87,7 +87,7 @@ PACKED = tuple(Span(4 * i, 4 * i + 4, 6 * i + 1, 6 * i + 5, True) for i in range
 @pytest.mark.parametrize("mask_elements", [1, 300, 1 << 25])
 @pytest.mark.parametrize("spans", [SHARED_PREFIX, PACKED, (Span(0, 9, 2, 20, True),)])
 def test_cache_attention(heads, mask_elements, spans, monkeypatch):
-    monkeypatch.setattr(attention, "_MASK_ELEMENTS", mask_elements)
+    monkeypatch.setattr(attention, "_SCORES", mask_elements)
     torch.manual_seed(1)
     spans = Spans(spans)
     q = randn(spans.spans[-1].end_query, heads[0], 8)

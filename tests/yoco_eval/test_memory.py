@@ -45,14 +45,17 @@ def test_a_refusal_names_what_fits(free):
     free(3 * GIB)
     refused = fit(CONFIG, BF16, GPU, 2**20, loaded=True)
     with pytest.raises(ValueError, match=r"need 4\.\d\d GiB beside the weights on cuda") as error:
-        refused.check(GPU)
+        refused.check()
     longest = int(re.search(r"max_length=(\d+)", str(error.value))[1])
     assert 2**19 < longest < 2**20
-    fit(CONFIG, BF16, GPU, longest, loaded=True).check(GPU)
+    fit(CONFIG, BF16, GPU, longest, loaded=True).check()
     assert not fit(CONFIG, BF16, GPU, longest + 1000, loaded=True).fits
+    greedy = fit(CONFIG, BF16, GPU, 10000, chunk=2**17, loaded=True, tokens=10**7)
+    with pytest.raises(ValueError, match="longer ones with a smaller one"):
+        greedy.check()
     free(100)
     with pytest.raises(ValueError, match="no context fits"):
-        fit(CONFIG, BF16, GPU, 2**20, loaded=True).check(GPU)
+        fit(CONFIG, BF16, GPU, 2**20, loaded=True).check()
 
 
 def test_the_engine_refuses_before_it_computes(exact, free):
