@@ -35,14 +35,23 @@ class Stack(nn.Module):
     The maps keep their weights as parameters under their own names. Without gradients these are
     views of the one matrix, which nothing else holds: wherever they were moved, converted, copied
     or replaced, they are brought together again when the matrix is next asked for.
+
+    Args:
+        owner: the module that has the maps.
+        names: of the maps in it.
     """
 
-    def __init__(self, *linears: nn.Linear, alignment: int = _ALIGNMENT) -> None:
+    def __init__(self, owner: nn.Module, *names: str, alignment: int = _ALIGNMENT) -> None:
         super().__init__()
-        self._linears = linears  # in a tuple, hence not submodules: they have names elsewhere
-        sizes = [part.out_features for part in linears]
+        self._owner = (owner,)  # in a tuple, hence not a submodule
+        self._names = names
+        sizes = [part.out_features for part in self._linears]
         self._sizes = [*sizes, -sum(sizes) % alignment]
-        self._shape = (sum(self._sizes), linears[0].in_features)
+        self._shape = (sum(self._sizes), self._linears[0].in_features)
+
+    @property
+    def _linears(self) -> list[nn.Linear]:
+        return [getattr(self._owner[0], name) for name in self._names]
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Gives the maps new weights, not yet set, within one matrix."""
@@ -59,11 +68,19 @@ class Stack(nn.Module):
         if any(weight.requires_grad for weight in weights):
             return self._joined(weights)  # through which gradients reach the maps
         if not self._stacked(weights):
-            with torch.inference_mode(False):  # the parameters outlive it
-                whole = self._joined(weights)
-                for weight, view in zip(weights, whole.split(self._sizes), strict=False):
-                    weight.data = view
+            weights = self._restacked(weights)
         return weights[0].as_strided(self._shape, (self._shape[1], 1))
+
+    def _restacked(self, weights: list[Tensor]) -> list[Tensor]:
+        """Moves the maps' weights into one matrix."""
+        with torch.inference_mode(False):  # they outlive it
+            views = self._joined(weights).split(self._sizes)
+            for part, view in zip(self._linears, views, strict=False):
+                if part.weight.is_inference():  # which cannot be given other data
+                    part.weight = nn.Parameter(view, requires_grad=False)
+                else:
+                    part.weight.data = view
+        return [part.weight for part in self._linears]
 
     def _joined(self, weights: list[Tensor]) -> Tensor:
         padding = weights[0].new_zeros(self._sizes[-1], self._shape[1])

@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.k_proj = linear(config.dim, config.n_kv_heads * config.head_dim)
         self.v_proj = linear(config.dim, config.n_kv_heads * config.head_dim)
         self.out_proj = linear(config.dim, config.dim)
-        self.stack = Stack(self.q_proj, self.k_proj, self.v_proj)
+        self.stack = Stack(self, "q_proj", "k_proj", "v_proj")
 
     def forward(
         self, x: Tensor, norm: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]

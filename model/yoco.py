@@ -62,7 +62,7 @@ class FeedForward(nn.Module):
         self.gate = linear(config.dim, config.hidden_dim)
         self.fc2 = linear(config.hidden_dim, config.dim)
         # Two equal halves, as SwiGLU cuts them: no padding behind the second.
-        self.stack = Stack(self.fc1, self.gate, alignment=1)
+        self.stack = Stack(self, "fc1", "gate", alignment=1)
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
         hidden = norm_swiglu_linear(x, norm, self.stack.weight, self.eps)
@@ -80,7 +80,7 @@ class GatedRetention(nn.Module):
         self.g_proj = linear(config.dim, config.dim)
         self.gt_proj = linear(config.dim, config.n_self_heads)
         self.out_proj = linear(config.dim, config.dim)
-        self.stack = Stack(self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gt_proj)
+        self.stack = Stack(self, "q_proj", "k_proj", "v_proj", "g_proj", "gt_proj")
 
     def project(self, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         y = norm_linear(x, norm, self.stack.weight, self.eps)
@@ -113,7 +113,7 @@ class SlidingWindowAttention(nn.Module):
         self.k_proj = linear(config.dim, config.dim)
         self.v_proj = linear(config.dim, config.dim)
         self.out_proj = linear(config.dim, config.dim)
-        self.stack = Stack(self.q_proj, self.k_proj, self.v_proj)
+        self.stack = Stack(self, "q_proj", "k_proj", "v_proj")
 
     def project(self, x: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
         parts = self.stack.split(norm_linear(x, norm, self.stack.weight, self.eps))
@@ -217,7 +217,7 @@ class CrossDecoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, CrossAttention(config)) for _ in range(config.n_layers // 2)
         )
-        self.stack = Stack(self.k_proj, self.v_proj)
+        self.stack = Stack(self, "k_proj", "v_proj")
         self.theta = config.rope_theta
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:

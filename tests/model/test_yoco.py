@@ -277,3 +277,21 @@ def test_gradients_reach_every_parameter(exact):
     exact(torch.arange(90)[None], first=80).square().mean().backward()
     for name, parameter in exact.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_stacked_weights_follow_a_replaced_map(exact):
+    ids = torch.arange(9)[None]
+    before = exact(ids)
+    ffn = exact.self_decoder.layers[0].ffn
+    ffn.fc1 = torch.nn.Linear(exact.config.dim, exact.config.hidden_dim, bias=False).double()
+    ffn.fc1.requires_grad_(False)
+    assert not torch.allclose(exact(ids), before)
+
+
+def test_a_model_made_under_inference_mode(published):
+    """Its weights take no part in autograd, and cannot be given other memory in place."""
+    with torch.inference_mode():
+        model = Yoco.from_pretrained(published, device="cpu", dtype=torch.float64)
+        wide = model(torch.arange(9)[None])
+        narrow = copy.deepcopy(model).float()(torch.arange(9)[None])
+    torch.testing.assert_close(narrow.double(), wide, rtol=0, atol=1e-4)
