@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -64,9 +65,13 @@ def footprint(
 
 
 def weight_bytes(config: YocoConfig, dtype: torch.dtype) -> int:
+    return _weights(config) * dtype.itemsize
+
+
+@cache
+def _weights(config: YocoConfig) -> int:
     with torch.device("meta"):
-        parameters = Yoco(config).parameters()
-    return sum(parameter.numel() for parameter in parameters) * dtype.itemsize
+        return sum(parameter.numel() for parameter in Yoco(config).parameters())
 
 
 def cache_bytes(config: YocoConfig, dtype: torch.dtype, length: int) -> int:

@@ -25,7 +25,8 @@ class UserError(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (default: sys.argv) and returns its exit code.
 
-    0: done. 2: an error of the user's, told in one line on stderr. 130: interrupted.
+    0: done. 1: a plan does not fit. 2: an error of the user's, told in one line on stderr. 130:
+    interrupted.
     """
     args = _parser().parse_args(argv)
     notes = logging.StreamHandler()
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     logger = logging.getLogger("yoco_eval")
     logger.addHandler(notes)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (UserError, OSError) as error:
         print(f"yoco-eval: error: {'; '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
@@ -41,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         logger.removeHandler(notes)
-    return 0
 
 
 def _length(text: str) -> int:
@@ -125,7 +125,7 @@ def _profile(args: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _plan(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from yoco_eval.devices import find_device, find_dtype
@@ -141,6 +141,7 @@ def _plan(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(error) from error
     print_estimate(result, args.shape or args.pretrained, device, Console(highlight=False))
+    return 0 if result.fit.fits else 1
 
 
 def _measure_profile(args: argparse.Namespace) -> Profile:

@@ -70,19 +70,30 @@ def print_estimate(result: Estimate, name: str, device: torch.device, console: C
     console.print()
     if fitted.fits:
         console.print(f"It fits, fed {fitted.chunk} tokens at a time.")
-    elif fitted.longest:
-        console.print(
-            f"It does not fit; texts of up to {fitted.longest} tokens do. Take a device with more "
-            "memory, or shorter texts."
-        )
     else:
-        console.print("It does not fit, whatever the length. Take a device with more memory.")
+        up_to = f"texts of up to {fitted.longest} tokens" if fitted.longest else "no text"
+        console.print(
+            f"It does not fit; fed {fitted.chunk} tokens at a time, {up_to} would. Shorter texts, "
+            "a smaller chunk or dtype, or a device with more memory may help."
+        )
     if result.prefill_seconds is not None:
         console.print(
-            f"Prefill takes {result.prefill_seconds:.3g} s at least, what its matrix products "
-            f"take;\ndecoding yields {result.decode_tokens_per_second:.3g} tokens/s at most, what "
-            "memory bandwidth allows."
+            f"Its matrix products alone take about {_duration(result.prefill_seconds)} of prefill, "
+            "and memory\nbandwidth allows about "
+            f"{_three_digits(result.decode_tokens_per_second)} decoded tokens/s, as the device is "
+            "now."
         )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{_three_digits(seconds / size)} {unit}"
+    return f"{_three_digits(seconds)} s"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
 
 
 def _product_rate(

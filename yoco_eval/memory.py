@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import psutil
@@ -71,12 +72,13 @@ class Fit:
             return
         besides = self.memory.states + self.memory.activations
         mend = (
-            f"contexts of up to {self.longest} tokens fit (max_length={self.longest})"
+            f"contexts of up to {self.longest} tokens fit; shorten them, or have them cut by "
+            f"max_length={self.longest}"
             if self.longest
-            else "no context fits"
+            else "none fits"
         )
         if self.chunk > min(_chunks(self.device)):
-            mend += f" with a prefill_chunk of {self.chunk}, and longer ones with a smaller one"
+            mend += f", or lower prefill_chunk={self.chunk}"
         raise ValueError(
             f"contexts of {format_length(self.length)} tokens need {gib(self.need)} beside the "
             f"weights on {self.device} ({gib(self.memory.cache)} for the cache, {gib(besides)} for "
@@ -103,15 +105,20 @@ def fit(
         tokens: of all contexts together, of which a batch cannot have more; default: `length`.
     """
     free = int(free_bytes(device) * _MARGIN)
-    for size in (chunk,) if chunk else _chunks(device):
-        size = max(1, min(size, tokens or length))
+
+    def needs(length: int, most: int) -> tuple[int, Footprint, int]:
+        size = max(1, min(most, tokens or length))
         # A packed batch of a chunk's size may lie behind what its texts share.
         memory = footprint(config, dtype, length + size, size, size * _LOGITS, device)
-        need = memory.total - (memory.weights if loaded else 0)
+        return size, memory, memory.total - (memory.weights if loaded else 0)
+
+    for most in (chunk,) if chunk else _chunks(device):
+        size, memory, need = needs(length, most)
         if need <= free:
             break
-    longest = (free - need + memory.cache) // cache_bytes(config, dtype, 1) - size
-    return Fit(length, size, size * _LOGITS, memory, need, free, max(0, longest), device)
+    beyond = range(1, max(0, free) // cache_bytes(config, dtype, 1) + 2)
+    longest = bisect_right(beyond, free, key=lambda length: needs(length, most)[2])
+    return Fit(length, size, size * _LOGITS, memory, need, free, longest, device)
 
 
 def _chunks(device: torch.device) -> tuple[int, ...]:

@@ -161,11 +161,11 @@ def profile(
                 raise
             outcome = OUT_OF_MEMORY
         for length in lengths:
-            if outcome == MEASURED and expected_seconds(measured, length) > patience:
-                outcome = OUT_OF_PATIENCE
             sizes = _sizes(model, length) if model is not None else {}
-            if outcome == MEASURED and sizes["cache_bytes"] > free_bytes(device):
+            if sizes and sizes["cache_bytes"] > free_bytes(device):
                 outcome = OUT_OF_MEMORY
+            elif outcome == MEASURED and expected_seconds(measured, length) > patience:
+                outcome = OUT_OF_PATIENCE
             row = None
             if outcome == MEASURED:
                 try:
