@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import sys
@@ -14,9 +15,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from yoco_eval.lengths import parse_lengths
 from yoco_eval.reports.files import ResultsError, write_atomically
 
 _FLUSH_BYTES = 1 << 28  # several times any L2 cache
+
+
+def lengths(text: str) -> list[int]:
+    """Context lengths on the command line, such as 64k,...,1m."""
+    try:
+        return parse_lengths(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def require_gpu() -> torch.device:

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
-from common import copy_bandwidth, environment, report, require_gpu, seconds
+from common import copy_bandwidth, environment, lengths, report, require_gpu, seconds
 
-from yoco_eval.lengths import format_length, parse_lengths
+from yoco_eval.lengths import format_length
 from yoco_eval.model import SelfState, Yoco
 from yoco_eval.model.footprint import decode_bytes
 from yoco_eval.model.shapes import SHAPES, set_random_weights
@@ -27,7 +27,9 @@ STEPS = 32
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=parse_lengths, default="64k,512k,1m")
+    parser.add_argument(
+        "--lengths", type=lengths, default="64k,512k,1m", help="in tokens (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
     device = require_gpu()

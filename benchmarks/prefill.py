@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import environment, report, require_gpu, seconds
+from common import environment, lengths, report, require_gpu, seconds
 
-from yoco_eval.lengths import format_length, parse_lengths
+from yoco_eval.lengths import format_length
 from yoco_eval.memory import CHUNKS
 from yoco_eval.model import Yoco
 from yoco_eval.model.shapes import SHAPES, set_random_weights
@@ -29,7 +29,9 @@ GIB = 2**30
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=parse_lengths, default="64k,1m")
+    parser.add_argument(
+        "--lengths", type=lengths, default="64k,1m", help="in tokens (default: %(default)s)"
+    )
     parser.add_argument("--turns", type=int, default=3, help="of each; their median counts")
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()

@@ -170,9 +170,10 @@ def describe_row(row: ProfileRow) -> str:
 def describe(profile: Profile) -> str:
     """The line below the title: the device, the data type, versions, how it was measured."""
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
+    peak = "" if profile.device_bytes else "; peaks of memory are measured on GPUs only"
     return (
         f"{profile.device}, {profile.dtype}, {versions}; "
-        f"prefill {format_length(profile.prefill_chunk)} tokens at a time, decode at batch 1"
+        f"prefill {format_length(profile.prefill_chunk)} tokens at a time, decode at batch 1{peak}"
     )
 
 
