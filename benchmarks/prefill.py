@@ -18,11 +18,11 @@ import torch
 from common import environment, lengths, report, require_gpu, seconds
 
 from yoco_eval.lengths import format_length
-from yoco_eval.memory import CHUNKS
+from yoco_eval.memory import chunk_sizes
 from yoco_eval.model import Yoco
 from yoco_eval.model.shapes import SHAPES, set_random_weights
 
-CHUNK = CHUNKS["cuda"][0]
+CHUNK = chunk_sizes(torch.device("cuda"))[0]
 GIB = 2**30
 
 

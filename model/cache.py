@@ -26,6 +26,11 @@ class SelfState:
     lengths: tuple[int, ...]
     layers: tuple[Tensor | None, ...]
 
+    @classmethod
+    def initial(cls, config: YocoConfig) -> SelfState:
+        """Of one text, before its first token."""
+        return cls((0,), (None,) * (config.n_layers // 2))
+
     @property
     def length(self) -> int:
         """Tokens of the only text."""
@@ -51,7 +56,7 @@ class Cache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.filled = 0
-        self.state = SelfState((0,), (None,) * (config.n_layers // 2))
+        self.state = SelfState.initial(config)
 
     @property
     def capacity(self) -> int:

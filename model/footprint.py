@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import nn
 
 from yoco_eval.kernels.dispatch import triton_takes
 
@@ -65,13 +67,14 @@ def footprint(
 
 
 def weight_bytes(config: YocoConfig, dtype: torch.dtype) -> int:
-    return _weights(config) * dtype.itemsize
+    return count_parameters(Yoco, config) * dtype.itemsize
 
 
 @cache
-def _weights(config: YocoConfig) -> int:
+def count_parameters(model: type[nn.Module], config: Hashable) -> int:
+    """Numbers in all parameters of a model of this class and shape."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Yoco(config).parameters())
+        return sum(parameter.numel() for parameter in model(config).parameters())
 
 
 def cache_bytes(config: YocoConfig, dtype: torch.dtype, length: int) -> int:

@@ -316,7 +316,8 @@ class Yoco(nn.Module):
         if not input_ids.numel():
             raise ValueError(f"input_ids [{batch}, {length}] holds no token; give one at least")
         sequences = Sequences((length,) * batch, (0,) * batch, input_ids.device)
-        x, _ = self.self_decode(input_ids.flatten(), sequences, self.initial_state(), keep=False)
+        initial = SelfState.initial(self.config)
+        x, _ = self.self_decode(input_ids.flatten(), sequences, initial, keep=False)
         keys, values = self.cross_decoder.keys_values(x)
         angles = self.cross_decoder.angles(sequences.positions, x.dtype)
         asked = (sequences.positions >= first).nonzero().squeeze(-1)
@@ -337,9 +338,6 @@ class Yoco(nn.Module):
 
         x = self.cross_decoder(x[asked], attend)
         return self.output_projection(self.normed(x)).unflatten(0, (batch, -1))
-
-    def initial_state(self) -> SelfState:
-        return SelfState((0,), (None,) * (self.config.n_layers // 2))
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for up to `capacity` tokens."""

@@ -77,7 +77,7 @@ class Fit:
             if self.longest
             else "none fits"
         )
-        if self.chunk > min(_chunks(self.device)):
+        if self.chunk > min(chunk_sizes(self.device)):
             mend += f", or lower prefill_chunk={self.chunk}"
         raise ValueError(
             f"contexts of {format_length(self.length)} tokens need {gib(self.need)} beside the "
@@ -112,7 +112,7 @@ def fit(
         memory = footprint(config, dtype, length + size, size, size * _LOGITS, device)
         return size, memory, memory.total - (memory.weights if loaded else 0)
 
-    for most in (chunk,) if chunk else _chunks(device):
+    for most in (chunk,) if chunk else chunk_sizes(device):
         size, memory, need = needs(length, most)
         if need <= free:
             break
@@ -121,7 +121,8 @@ def fit(
     return Fit(length, size, size * _LOGITS, memory, need, free, longest, device)
 
 
-def _chunks(device: torch.device) -> tuple[int, ...]:
+def chunk_sizes(device: torch.device) -> tuple[int, ...]:
+    """Of the chunks that a prompt may be fed in, the fastest first."""
     return CHUNKS.get(device.type, CHUNKS["cpu"])
 
 

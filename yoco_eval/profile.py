@@ -22,6 +22,7 @@ from yoco_eval import __version__
 from yoco_eval.model import Yoco, YocoConfig
 from yoco_eval.model.checkpoint import load_config
 from yoco_eval.model.decoder import Decoder
+from yoco_eval.model.footprint import count_parameters
 from yoco_eval.model.shapes import find_shape, set_random_weights
 from yoco_eval.model.transformer import Transformer, TransformerConfig
 from yoco_eval.reports.profile import (
@@ -33,7 +34,7 @@ from yoco_eval.reports.profile import (
 )
 
 from .devices import find_device, find_dtype
-from .memory import CHUNKS, free_bytes, out_of_memory
+from .memory import chunk_sizes, free_bytes, out_of_memory
 
 # Fed before the clock starts: kernels are compiled and chosen meanwhile.
 WARM_UP_TOKENS = {"cpu": 64, "cuda": 65536}
@@ -113,7 +114,7 @@ def run_profile(
 
     if on_gpu:
         torch.cuda.set_device(where)  # where kernels are launched and events recorded
-    chunk, rows = CHUNKS.get(where.type, CHUNKS["cpu"])[0], []
+    chunk, rows = chunk_sizes(where)[0], []
     for row in profile(builders, lengths, where, patience, chunk):
         rows.append(row)
         report(row)
@@ -293,9 +294,7 @@ def _check_room(model_class, config, device: torch.device, dtype: torch.dtype) -
     To be asked first: memory that a CPU does not have can be allocated there, and using it ends
     the process.
     """
-    with torch.device("meta"):
-        count = sum(weight.numel() for weight in model_class(config).parameters())
-    if count * dtype.itemsize > free_bytes(device):
+    if count_parameters(model_class, config) * dtype.itemsize > free_bytes(device):
         raise MemoryError
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from yoco_eval import profile as profiling
+from yoco_eval.memory import CHUNKS
 from yoco_eval.model import Yoco
 from yoco_eval.model.shapes import SHAPES
 from yoco_eval.model.transformer import Transformer
@@ -163,7 +164,7 @@ def checkpoint(small_model, tmp_path):
 
 
 def test_a_checkpoint_against_a_transformer(checkpoint, monkeypatch):
-    monkeypatch.setitem(profiling.CHUNKS, "cpu", (64, 32))
+    monkeypatch.setitem(CHUNKS, "cpu", (64, 32))
     seen = []
     result = run_profile(
         [100, 200], pretrained=str(checkpoint), against="transformer", device="cpu",
