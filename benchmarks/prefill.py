@@ -1,6 +1,6 @@
 """Prefill of the YOCO-3B shape against its matrix products run alone, and its peak of memory.
 
-    python benchmarks/prefill.py [--lengths 64k,1m] [--output prefill.json]
+    python benchmarks/prefill.py [--lengths 64k,1m] [--chunk 12672]
 
 Both feed the same number of tokens in the same chunks through the same weights, in turns. The
 products alone are the floor of an approach that leaves them to the library: everything else, norms,
@@ -22,7 +22,6 @@ from yoco_eval.memory import chunk_sizes
 from yoco_eval.model import Yoco
 from yoco_eval.model.shapes import SHAPES, set_random_weights
 
-CHUNK = chunk_sizes(torch.device("cuda"))[0]
 GIB = 2**30
 
 
@@ -32,10 +31,12 @@ def main() -> None:
     parser.add_argument(
         "--lengths", type=lengths, default="64k,1m", help="in tokens (default: %(default)s)"
     )
+    parser.add_argument("--chunk", type=int, help="tokens fed at a time (default: as the engine)")
     parser.add_argument("--turns", type=int, default=3, help="of each; their median counts")
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
     device = require_gpu()
+    chunk = args.chunk or chunk_sizes(device)[0]
     config = SHAPES["3b"]
     model = Yoco.empty(config, device, torch.bfloat16)
     set_random_weights(model, 0)
@@ -43,17 +44,17 @@ def main() -> None:
     rows = []
     for length in args.lengths:
         ids = torch.randint(config.vocab_size, (length,), device=device)
-        feed(model, ids[: 4 * CHUNK], length)  # kernels are compiled and chosen
+        feed(model, ids[: 4 * chunk], length, chunk)  # kernels are compiled and chosen
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        feed(model, ids, length)
+        feed(model, ids, length, chunk)
         peak = torch.cuda.max_memory_allocated()
-        products = matrix_products(model)
-        alone(products, 4 * CHUNK)
+        products = matrix_products(model, chunk)
+        alone(products, 4 * chunk)
         prefill, floor = [], []
         for _ in range(args.turns):
             floor.append(seconds(lambda: alone(products, len(ids))))  # noqa: B023, F821
-            prefill.append(seconds(lambda: feed(model, ids, len(ids))))  # noqa: B023
+            prefill.append(seconds(lambda: feed(model, ids, len(ids), chunk)))  # noqa: B023
         del products
         cache = 2 * config.n_attn_kv_heads * config.attn_head_dim * length * 2
         rows.append(
@@ -66,16 +67,19 @@ def main() -> None:
                 "beyond weights and cache GiB": (peak - weights - cache) / GIB,
             }
         )
-    report("Prefill, YOCO-3B shape, bfloat16", rows, environment(), args.output)
+    title = f"Prefill, YOCO-3B shape, bfloat16, {chunk} tokens at a time"
+    report(title, rows, environment(), args.output)
 
 
-def feed(model: Yoco, ids: torch.Tensor, capacity: int) -> None:
+def feed(model: Yoco, ids: torch.Tensor, capacity: int, chunk: int) -> None:
     cache = model.new_cache(capacity)
-    for part in ids.split(CHUNK):
+    for part in ids.split(chunk):
         model.prefill(part, cache)
 
 
-def matrix_products(model: Yoco) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def matrix_products(
+    model: Yoco, chunk: int
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(input, weight, output) of every product that a chunk takes."""
     weights = []
     for layer in model.self_decoder.layers:
@@ -86,15 +90,16 @@ def matrix_products(model: Yoco) -> list[tuple[torch.Tensor, torch.Tensor, torch
     for weight in weights:
         rows, columns = weight.shape
         if columns not in inputs:
-            inputs[columns] = torch.randn(CHUNK, columns, dtype=weight.dtype, device=weight.device)
+            inputs[columns] = torch.randn(chunk, columns, dtype=weight.dtype, device=weight.device)
         if rows not in outputs:
-            outputs[rows] = torch.empty(CHUNK, rows, dtype=weight.dtype, device=weight.device)
+            outputs[rows] = torch.empty(chunk, rows, dtype=weight.dtype, device=weight.device)
     return [(inputs[w.shape[1]], w.t(), outputs[w.shape[0]]) for w in weights]
 
 
 def alone(products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], length: int) -> None:
-    for start in range(0, length, CHUNK):
-        tokens = min(CHUNK, length - start)
+    chunk = max(len(x) for x, _, _ in products)
+    for start in range(0, length, chunk):
+        tokens = min(chunk, length - start)
         for x, weight, out in products:
             torch.mm(x[:tokens], weight, out=out[:tokens])
 
