@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass
 from functools import partial
 from random import Random
 from typing import Any
@@ -20,11 +19,20 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from yoco_eval.lengths import parse_length
-
+from .by_length import metric_list, values_at
 from .evaluated_model import load_tokenizer, max_positions
 from .haystack import load_haystack
 from .prompts import Notes, Prompt, TokenCounter
+from .settings import (
+    count,
+    depths,
+    evenly_spaced,
+    lengths,
+    read_settings,
+    setting,
+    text,
+    whole,
+)
 from .wording import CITIES, INTRODUCTION, NEEDLE, NUMBER_DIGITS, QUESTION
 
 logger = logging.getLogger(__name__)
@@ -46,46 +54,11 @@ class Settings:
         seed: of the synthetic haystack, the cities and the numbers.
     """
 
-    context_lengths: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192, 16384])
-    depths: list[float] = field(default_factory=lambda: _evenly_spaced(11))
-    samples: int = 2
-    haystack: str = "synthetic"
-    seed: int = 0
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> Settings:
-        """Reads the settings among the metadata's other keys.
-
-        Raises:
-            ValueError: one is not what it should be.
-        """
-        known = [*(f.name for f in fields(cls)), "max_seq_lengths"]
-        for key in metadata.keys() - set(known):
-            # Arguments of the model are among them, so only what looks like a slip is one.
-            if close := get_close_matches(key, known, n=1, cutoff=0.85):
-                raise ValueError(f"metadata {key!r} is unknown; did you mean {close[0]!r}?")
-        given = {f.name: metadata[f.name] for f in fields(cls) if metadata.get(f.name) is not None}
-        lengths = "context_lengths"
-        if metadata.get("max_seq_lengths") is not None:
-            if lengths in given:
-                raise ValueError(
-                    "context_lengths and max_seq_lengths are both given; they are two names of one "
-                    "setting, leave one out"
-                )
-            lengths, given["context_lengths"] = "max_seq_lengths", metadata["max_seq_lengths"]
-        if "context_lengths" in given:
-            given["context_lengths"] = _parse_lengths(lengths, given["context_lengths"])
-        if "depths" in given:
-            given["depths"] = _parse_depths(given["depths"])
-        if "samples" in given:
-            given["samples"] = _parse_whole("samples", given["samples"])
-            if given["samples"] < 1:
-                raise ValueError(f"samples: {given['samples']} is below 1; give 1 or more")
-        if "haystack" in given:
-            given["haystack"] = str(given["haystack"])
-        if "seed" in given:
-            given["seed"] = _parse_whole("seed", given["seed"])
-        return cls(**given)
+    context_lengths: list[int] = setting(lengths, [1024, 2048, 4096, 8192, 16384])
+    depths: list[float] = setting(depths, evenly_spaced(11))
+    samples: int = setting(count, 2)
+    haystack: str = setting(text, "synthetic")
+    seed: int = setting(whole, 0)
 
 
 class Needle(ConfigurableTask):
@@ -93,19 +66,16 @@ class Needle(ConfigurableTask):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         metadata = dict(config.get("metadata") or {})
-        self.settings = Settings.from_metadata(metadata)
+        self.settings = read_settings(Settings, metadata)
         metadata |= asdict(self.settings)  # for the results file
-        metrics = {
-            "acc": "mean",
-            **{_length_metric(c): _mean_of_present for c in self.settings.context_lengths},
-            _WORST_CELL: _worst_cell_noting_all(metadata),
-        }
         own = {
             "metadata": metadata,
-            "metric_list": [
-                {"metric": name, "aggregation": aggregation, "higher_is_better": True}
-                for name, aggregation in metrics.items()
-            ],
+            "metric_list": metric_list(
+                "acc",
+                self.settings.context_lengths,
+                acc="mean",
+                **{_WORST_CELL: _worst_cell_noting_all(metadata)},
+            ),
             # Says no more than that the metrics above are not to be looked up: see process_results.
             "process_results": "process_results",
         }
@@ -181,10 +151,7 @@ class Needle(ConfigurableTask):
         length = doc["context_length"]
         return {
             "acc": float(correct),
-            **{
-                _length_metric(c): float(correct) if c == length else None
-                for c in self.settings.context_lengths
-            },
+            **values_at("acc", self.settings.context_lengths, length, float(correct)),
             _WORST_CELL: (length, doc["depth"], correct),
         }
 
@@ -266,17 +233,6 @@ def _excerpt(prompt: Prompt, needle: str) -> str:
     return prompt.text[max(0, begin - _EXCERPT) : begin + len(needle) + _EXCERPT]
 
 
-def _length_metric(context_length: int) -> str:
-    # With leading zeros, because lm-eval sorts its table by name.
-    return f"acc@{context_length:07d}"
-
-
-def _mean_of_present(values: Iterable[float | None]) -> float | str:
-    """The mean of what is not None; "N/A", as lm-eval has it, if nothing is (under --limit)."""
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else "N/A"
-
-
 def _worst_cell_noting_all(metadata: dict[str, Any]) -> Callable[[Iterable[tuple]], float]:
     """An aggregation that gives the lowest accuracy of a cell and leaves all in `metadata`."""
 
@@ -294,62 +250,3 @@ def _worst_cell_noting_all(metadata: dict[str, Any]) -> Callable[[Iterable[tuple
         return min(cell["correct"] / cell["samples"] for cell in cells.values())
 
     return worst_cell
-
-
-def _parse_lengths(name: str, value: Any) -> list[int]:
-    items = _as_list(name, value)
-    try:
-        return sorted({parse_length(item) for item in items})
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _parse_depths(value: Any) -> list[float]:
-    if not isinstance(value, list | tuple):
-        number = _parse_number("depths", value)
-        if isinstance(number, int):
-            if number < 1:
-                raise ValueError(f"depths: a count of {number} is below 1; give 1 or more")
-            return _evenly_spaced(number)
-        value = [number]
-    depths = {float(_parse_number("depths", depth)) for depth in _as_list("depths", value)}
-    for depth in sorted(depths):
-        if not 0 <= depth <= 1:
-            raise ValueError(
-                f"depths: {depth:g} is not within 0 and 1; give a count, such as 5, or shares of "
-                "the haystack, such as [0, 0.5, 1]"
-            )
-    return sorted(depths)
-
-
-def _parse_whole(name: str, value: Any) -> int:
-    number = _parse_number(name, value)
-    if not isinstance(number, int):
-        raise ValueError(f"{name}: {value!r} is not a whole number; give one, such as 3")
-    return number
-
-
-def _parse_number(name: str, value: Any) -> int | float:
-    if not isinstance(value, bool):
-        for kind in (int, float):
-            try:
-                number = kind(str(value))
-            except ValueError:
-                continue
-            return number
-    raise ValueError(f"{name}: {value!r} is not a number; give one, such as 1")
-
-
-def _as_list(name: str, value: Any) -> Sequence[Any]:
-    """A setting's values: of a list, of a text such as "[4k,64k]", or the one value itself."""
-    if isinstance(value, str):
-        value = [item.strip(" '\"") for item in value.strip("[] ").split(",")]
-    elif not isinstance(value, list | tuple):
-        value = [value]
-    if not value:
-        raise ValueError(f"{name}: the list is empty; give one value or more")
-    return value
-
-
-def _evenly_spaced(count: int) -> list[float]:
-    return [i / (count - 1) for i in range(count)] if count > 1 else [0.5]

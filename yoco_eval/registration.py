@@ -2,7 +2,8 @@
 
 lm-eval 0.4.13 finds only the backends and tasks of its own source tree. So a .pth file in
 site-packages calls `install()` when Python starts: a finder on `sys.meta_path` then waits for the
-two modules in which lm-eval lists its backends and its tasks, and adds ours after each has run.
+modules in which lm-eval lists its backends and its tasks and reads its command line, and adds ours
+after each has run.
 Later releases read the entry point `lm_eval.models`, and for them only the tasks are added.
 
 This module is imported whenever Python starts, so it imports nothing but `sys`. By
@@ -11,6 +12,25 @@ included; importing wrapt, which offers post-import hooks ready-made, costs 60 m
 """
 
 import sys
+
+# Keys that a user of the command line gave with --metadata. lm-eval mixes them with --model_args,
+# in which a task cannot tell a slip from another backend's argument.
+given_metadata = frozenset()
+
+
+def _note_metadata(module):
+    """Have the command line's configuration leave the keys of --metadata in `given_metadata`."""
+    from functools import wraps
+
+    process = module.EvaluatorConfig._process_arguments
+
+    @wraps(process)
+    def process_noting(config):
+        global given_metadata
+        given_metadata = frozenset(config.metadata or {})
+        return process(config)
+
+    module.EvaluatorConfig._process_arguments = process_noting
 
 
 def _add_backend(models):
@@ -43,7 +63,11 @@ def _add_tasks(index):
     index.TaskIndex.build = staticmethod(build_with_ours)
 
 
-_HOOKS = {"lm_eval.models": _add_backend, "lm_eval.tasks._index": _add_tasks}
+_HOOKS = {
+    "lm_eval.models": _add_backend,
+    "lm_eval.tasks._index": _add_tasks,
+    "lm_eval.config.evaluate_config": _note_metadata,
+}
 
 
 def _run_hook(module):

@@ -18,6 +18,7 @@ import yoco_eval.tasks
 from yoco_eval.reports.results import load_needle_run
 from yoco_eval.tasks import evaluated_model
 from yoco_eval.tasks.needle import Settings, first_number
+from yoco_eval.tasks.settings import read_settings
 from yoco_eval.tasks.wording import INTRODUCTION
 
 TASKS = Path(yoco_eval.tasks.__file__).parent
@@ -95,7 +96,7 @@ def scores(results):
 
 
 def test_defaults():
-    settings = Settings.from_metadata({"pretrained": "x", "batch_size": 1, "version": 1})
+    settings = read_settings(Settings, {"pretrained": "x", "batch_size": 1, "version": 1})
     assert settings == Settings(
         context_lengths=[1024, 2048, 4096, 8192, 16384],
         depths=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
@@ -117,7 +118,7 @@ def test_defaults():
 )
 @pytest.mark.parametrize("name", ["context_lengths", "max_seq_lengths"])
 def test_context_lengths(name, value, lengths):
-    assert Settings.from_metadata({name: value}).context_lengths == lengths
+    assert read_settings(Settings, {name: value}).context_lengths == lengths
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_context_lengths(name, value, lengths):
     ],
 )
 def test_depths(value, depths):
-    assert Settings.from_metadata({"depths": value}).depths == depths
+    assert read_settings(Settings, {"depths": value}).depths == depths
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""What a user sets of a task through lm-eval's metadata: read, checked, with defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field, fields
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from yoco_eval import registration
+from yoco_eval.lengths import parse_length
+
+T = TypeVar("T")
+
+# All settings of all tasks. The tasks of a run share one --metadata, so that each must know the
+# others' names to tell them from slips.
+NAMES = frozenset(
+    "context_lengths max_seq_lengths depths samples haystack seed needles ask_all data".split()
+)
+# Which model is evaluated and how its tokens are counted: read by `evaluated_model` and lm-eval.
+_OF_THE_MODEL = frozenset(
+    "model pretrained tokenizer revision add_bos_token max_length max_model_len".split()
+)
+
+
+def setting(read: Callable[[str, Any], Any], default: Any) -> Any:
+    """A field of a settings dataclass; `read` takes its name and what the user gave."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"read": read})
+    return field(default=default, metadata={"read": read})
+
+
+def read_settings(kind: type[T], metadata: Mapping[str, Any]) -> T:
+    """An object of the dataclass `kind`, whose fields `setting` made, from a task's metadata.
+
+    `max_seq_lengths`, the name that lm-eval's own long-context tasks use, may stand for
+    `context_lengths`.
+
+    Raises:
+        ValueError: a setting is not what it should be; or a key is no setting of any task.
+    """
+    own = [f.name for f in fields(kind)]
+    _refuse_unknown(own, metadata)
+    given = {name: metadata[name] for name in own if metadata.get(name) is not None}
+    named = {name: name for name in own}
+    if "context_lengths" in own and metadata.get("max_seq_lengths") is not None:
+        if "context_lengths" in given:
+            raise ValueError(
+                "context_lengths and max_seq_lengths are both given; they are two names of one "
+                "setting, leave one out"
+            )
+        given["context_lengths"] = metadata["max_seq_lengths"]
+        named["context_lengths"] = "max_seq_lengths"
+    readers = {f.name: f.metadata["read"] for f in fields(kind)}
+    return kind(**{name: readers[name](named[name], value) for name, value in given.items()})
+
+
+def _refuse_unknown(own: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    known = NAMES | _OF_THE_MODEL
+    mend = f"this task's settings are {', '.join(sorted(own))}"
+    for key in sorted(metadata.keys() - known):
+        # --model_args are among the metadata, whatever the backend takes: of what did not come
+        # from --metadata, only what looks like a slip is one.
+        close = get_close_matches(key, NAMES, n=1, cutoff=0.85)
+        if close:
+            raise ValueError(f"metadata {key!r} is unknown; did you mean {close[0]!r}?")
+        if key in registration.given_metadata:
+            raise ValueError(f"metadata {key!r} is unknown; {mend}")
+
+
+def lengths(name: str, value: Any) -> list[int]:
+    """Numbers of tokens, ascending, without repetitions; "64k" is 65536."""
+    try:
+        return sorted({parse_length(item) for item in listed(name, value)})
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def depths(name: str, value: Any) -> list[float]:
+    """Shares from 0 to 1, ascending; a whole number asks for so many, evenly spaced."""
+    if not isinstance(value, list | tuple):
+        given = number(name, value)
+        if isinstance(given, int):
+            if given < 1:
+                raise ValueError(f"{name}: a count of {given} is below 1; give 1 or more")
+            return evenly_spaced(given)
+        value = [given]
+    shares = sorted({float(number(name, share)) for share in listed(name, value)})
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(
+                f"{name}: {share:g} is not within 0 and 1; give a count, such as 5, or shares of "
+                "the haystack, such as [0, 0.5, 1]"
+            )
+    return shares
+
+
+def whole(name: str, value: Any) -> int:
+    given = number(name, value)
+    if not isinstance(given, int):
+        raise ValueError(f"{name}: {value!r} is not a whole number; give one, such as 3")
+    return given
+
+
+def count(name: str, value: Any) -> int:
+    """A whole number, 1 or more."""
+    given = whole(name, value)
+    if given < 1:
+        raise ValueError(f"{name}: {given} is below 1; give 1 or more")
+    return given
+
+
+def flag(name: str, value: Any) -> bool:
+    truths = {"true": True, "1": True, "false": False, "0": False}
+    if str(value).lower() not in truths:
+        raise ValueError(f"{name}: {value!r} is neither true nor false")
+    return truths[str(value).lower()]
+
+
+def text(name: str, value: Any) -> str:
+    return str(value)
+
+
+def number(name: str, value: Any) -> int | float:
+    if not isinstance(value, bool):
+        for kind in (int, float):
+            try:
+                given = kind(str(value))
+            except ValueError:
+                continue
+            return given
+    raise ValueError(f"{name}: {value!r} is not a number; give one, such as 1")
+
+
+def listed(name: str, value: Any) -> Sequence[Any]:
+    """A setting's values: of a list, of a text such as "[4k,64k]", or the one value itself."""
+    if isinstance(value, str):
+        value = [item.strip(" '\"") for item in value.strip("[] ").split(",")]
+    elif not isinstance(value, list | tuple):
+        value = [value]
+    if not value:
+        raise ValueError(f"{name}: the list is empty; give one value or more")
+    return value
+
+
+def evenly_spaced(count: int) -> list[float]:
+    """`count` shares from 0 to 1; one is in the middle."""
+    return [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
