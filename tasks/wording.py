@@ -18,3 +18,14 @@ Geneva Hamburg Hanoi Havana Helsinki Istanbul Jakarta Johannesburg Karachi Kinsh
 Lisbon London Madrid Manila Melbourne Milan Montreal Moscow Mumbai Munich Nairobi Oslo Paris Prague
 Quito Rome Santiago Seoul Shanghai Singapore Stockholm Sydney Tehran Tokyo Toronto Tunis Vienna
 Warsaw Zurich""".split()
+
+# The passkey prompt of "Landmark Attention", arXiv:2305.16300, which later papers have kept.
+PASSKEY_INTRODUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there.\n"
+)
+PASSKEY_FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+)
+PASSKEY_NEEDLE = "The pass key is {number}. Remember it. {number} is the pass key."
+PASSKEY_QUESTION = "\nWhat is the pass key? The pass key is"

@@ -1,12 +1,13 @@
-"""Trains the bundled demo checkpoint: a small YOCO that finds needles in its own haystack.
+"""Trains the demo checkpoints: a small YOCO that finds needles in its own haystack, stage by stage.
 
-    python training/train_demo.py --out demo            # one GPU, a few minutes
+    python training/train_demo.py --out demo            # one GPU, some minutes
 
-Everything is made here: the haystack and the questions are those of the `yoco_needle` task (other
-seeds, so no evaluation text is trained on), the tokenizer is a byte-level BPE of that text, and the
-model learns on a curriculum of growing contexts, because at long contexts alone it learns nothing.
-Only the questions at the end of a text enter the cross-decoder: early exit pays in training, too.
-Each stage is saved, so that checkpoints of different context lengths can be compared.
+Everything is made here: the haystack and the questions are those of the tasks `yoco_needle` and
+`yoco_multi_needle` (other seeds, so no evaluation text is trained on) with some of `yoco_passkey`,
+the tokenizer is a byte-level BPE of that text, and the model learns on a curriculum of growing
+contexts, because at long contexts alone it learns nothing. Only the questions at the end of a text
+enter the cross-decoder: early exit pays in training, too. Each stage is saved, so that checkpoints
+of different context lengths can be compared. A killed run goes on when it is started again.
 """
 
 from __future__ import annotations
@@ -14,22 +15,36 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast
 
 from yoco_eval.model import Yoco, YocoConfig, save_checkpoint
 from yoco_eval.tasks.haystack import SyntheticHaystack, sentence_starts
-from yoco_eval.tasks.wording import CITIES, INTRODUCTION, NEEDLE, NUMBER_DIGITS, QUESTION
+from yoco_eval.tasks.wording import (
+    CITIES,
+    INTRODUCTION,
+    NEEDLE,
+    NUMBER_DIGITS,
+    PASSKEY_FILLER,
+    PASSKEY_INTRODUCTION,
+    PASSKEY_NEEDLE,
+    PASSKEY_QUESTION,
+    QUESTION,
+)
 from yoco_eval.tokenizers import save_tokenizer
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in the published vocabulary
+SAVE_EVERY = 100  # steps
 
 
 @dataclass(frozen=True)
@@ -53,16 +68,19 @@ class Recipe:
     vocab_size: int = 2048
     dim: int = 256
     n_layers: int = 8
-    hidden_dim: int = 512
+    hidden_dim: int = 128
     haystack_characters: int = 24_000_000
     tokens_per_step: int = 1 << 17
-    needles: int = 6
+    needles: int = 8
+    passkeys: float = 0.15  # share of the texts that are passkey prompts
     shortest: int = 512
     stages: tuple[Stage, ...] = field(
         default=(
             Stage("demo-512", 512, 1e4, 1500, 1e-3, until=0.003),
             Stage("demo-4k", 4096, 1e4, 600, 7e-4, until=0.003),
             Stage("demo-64k", 65536, 6.4e5, 300, 4e-4),
+            Stage("demo-256k", 1 << 18, 5e6, 120, 3e-4),
+            Stage("demo-1m", 1 << 20, 8e7, 80, 2e-4),
         )
     )
 
@@ -146,6 +164,13 @@ class Examples:
             self.needles.append((self._encode(" " + stem), self._encode(stem)))
             self.questions.append(self._encode(QUESTION.format(city=city)))
         assert after == "."
+        sentences = PASSKEY_FILLER.replace(". ", ".|").split("|")
+        # The filler's sentences in the middle of a line, and at the beginning of one.
+        self.filler = [self._encode(" " + sentence) for sentence in sentences]
+        self.first_filler = [self._encode(sentence) for sentence in sentences]
+        self.passkey = [part.rstrip() for part in PASSKEY_NEEDLE.format(number=mark).split(mark)]
+        self.passkey_introduction = self._encode(PASSKEY_INTRODUCTION + "A")[:-1]
+        self.passkey_question = self._encode(PASSKEY_QUESTION)
         longest = max(len(question) for question in self.questions)
         #: tokens at the end of a text that enter the cross-decoder
         self.tail = recipe.needles * (longest + NUMBER_DIGITS + 2) + 1
@@ -190,8 +215,38 @@ class Examples:
         ids = np.concatenate([*parts, self.tokens[rest : rest + filler], tail])
         return ids, np.concatenate([np.zeros(length - len(tail), bool), answers])
 
+    def passkey_example(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `example`, of the passkey's filler; the needle on a line of its own or not."""
+        number = self._number()[:-1]
+        answer = np.concatenate([number, [self.full_stop, self.newline]])
+        starts = np.cumsum([0] + [len(sentence) for sentence in self.filler])
+        cycle = np.tile(np.concatenate(self.filler), length // starts[-1] + 2)
+        room = length - len(self.passkey_introduction) - len(self.passkey_question) - 64
+        place = self.random.integers(max(1, room * len(self.filler) // starts[-1]))
+        own_line = bool(self.random.integers(2))
+
+        def start(sentence: int) -> int:
+            return sentence // len(self.filler) * starts[-1] + starts[sentence % len(self.filler)]
+
+        before, middle, after = self.passkey
+        newline = [[self.newline]] if own_line else []
+        parts = [[self.bos], self.passkey_introduction]
+        if place:
+            parts += [self.first_filler[0], cycle[start(1) : start(place)], *newline]
+        blank = " " if place and not own_line else ""
+        parts += [self._encode(blank + before), number, self._encode(middle), number]
+        parts += [self._encode(after), *newline]
+        if own_line:
+            parts.append(self.first_filler[place % len(self.filler)])
+        rest = start(place + own_line)
+        filler = length - sum(map(len, [*parts, self.passkey_question, answer]))
+        ids = np.concatenate([*parts, cycle[rest : rest + filler], self.passkey_question, answer])
+        return ids, np.arange(length) >= length - len(answer)
+
     def batch(self, length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, answers = zip(*(self.example(length) for _ in range(count)), strict=True)
+        kinds = self.random.random(count) < self.recipe.passkeys
+        made = [self.passkey_example(length) if k else self.example(length) for k in kinds]
+        ids, answers = zip(*made, strict=True)
         return torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(answers))
 
 
@@ -227,7 +282,10 @@ def batch_sizes(recipe: Recipe, context: int) -> list[tuple[int, int]]:
 
 
 def train(recipe: Recipe, out: Path, device: str) -> dict[str, list[float]]:
-    """Trains all stages; saves each to `out`/<stage name>. Returns each stage's loss per step."""
+    """Trains all stages; saves each to `out`/<stage name>. Returns each stage's loss per step.
+
+    What a run of the same recipe has left in `out` is gone on with.
+    """
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
     text = SyntheticHaystack(f"training {recipe.seed}").text(0, recipe.haystack_characters)
@@ -238,12 +296,17 @@ def train(recipe: Recipe, out: Path, device: str) -> dict[str, list[float]]:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, "
           f"{len(examples.tokens):,} tokens of haystack", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    losses: dict[str, list[float]] = {}
+    progress = Progress(out / "training.pt", recipe, model, optimizer, examples)
+    progress.resume()
     for stage in recipe.stages:
+        if stage.name in progress.done:
+            continue
         _extend(model, stage)
+        if stage.context > recipe.tokens_per_step:
+            _recompute_activations(model)
         sizes = batch_sizes(recipe, stage.context)
-        began, history = time.perf_counter(), losses.setdefault(stage.name, [])
-        for step in range(stage.steps):
+        began, history = time.perf_counter(), progress.losses.setdefault(stage.name, [])
+        for step in range(len(history), stage.steps):
             warm = min(1.0, (step + 1) / 50)
             decay = 1 - 0.9 * step / stage.steps
             for group in optimizer.param_groups:
@@ -265,8 +328,76 @@ def train(recipe: Recipe, out: Path, device: str) -> dict[str, list[float]]:
                       f"{time.perf_counter() - began:6.1f} s", flush=True)
             if done:
                 break
+            if len(history) % SAVE_EVERY == 0:
+                progress.save()
         save(model, tokenizer, out / stage.name, recipe)
-    return losses
+        progress.done.append(stage.name)
+        progress.save()
+    return progress.losses
+
+
+class Progress:
+    """All that training goes on from after a kill.
+
+    Attributes:
+        done: names of the stages that are done.
+        losses: of each stage, the loss of each step so far.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        recipe: Recipe,
+        model: Yoco,
+        optimizer: torch.optim.Optimizer,
+        examples: Examples,
+    ) -> None:
+        self.done: list[str] = []
+        self.losses: dict[str, list[float]] = {}
+        self._file, self._recipe = file, json.dumps(asdict(recipe))
+        self._model, self._optimizer, self._examples = model, optimizer, examples
+
+    def resume(self) -> None:
+        """Goes back to what was saved last, if anything was.
+
+        Raises:
+            ValueError: it was saved by another recipe.
+        """
+        if not self._file.exists():
+            return
+        saved = torch.load(self._file, map_location="cpu", weights_only=True)
+        if saved["recipe"] != self._recipe:
+            raise ValueError(f"{self._file} is of another recipe; remove it, or give another --out")
+        self.done, self.losses = saved["done"], saved["losses"]
+        self._model.load_state_dict(saved["model"])
+        self._optimizer.load_state_dict(saved["optimizer"])
+        self._examples.random.bit_generator.state = json.loads(saved["random"])
+        print(f"going on after {sum(map(len, self.losses.values()))} steps", flush=True)
+
+    def save(self) -> None:
+        """Atomically: a kill while it writes leaves what was there."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._file.with_suffix(".tmp")
+        torch.save(
+            {
+                "recipe": self._recipe,
+                "done": self.done,
+                "losses": self.losses,
+                "model": self._model.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "random": json.dumps(self._examples.random.bit_generator.state),
+            },
+            unfinished,
+        )
+        os.replace(unfinished, self._file)
+
+
+def _recompute_activations(model: Yoco) -> None:
+    """Has the backward pass compute each half of a layer again, instead of keeping all of it."""
+    for layer in [*model.self_decoder.layers, *model.cross_decoder.layers]:
+        for name in ("mix", "feed_forward"):
+            half = getattr(type(layer), name).__get__(layer)
+            setattr(layer, name, partial(checkpoint, half, use_reentrant=False))
 
 
 def _extend(model: Yoco, stage: Stage) -> None:

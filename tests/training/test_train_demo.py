@@ -2,10 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from yoco_eval.model import Yoco
 from yoco_eval.tasks.haystack import SyntheticHaystack
+from yoco_eval.tasks.wording import (
+    PASSKEY_FILLER,
+    PASSKEY_INTRODUCTION,
+    PASSKEY_NEEDLE,
+    PASSKEY_QUESTION,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +85,68 @@ def test_examples_are_what_the_tokenizer_makes_of_their_text(script, recipe):
             assert before[-1] in " \n" and after[0] in " \n"
             assert question.strip().endswith(f"is {number}.")
         assert not answers[: -examples.tail].any()
+
+
+def test_passkey_examples_are_what_the_tokenizer_makes_of_their_text(script, recipe):
+    text = SyntheticHaystack("test").text(0, recipe.haystack_characters)
+    tokenizer = script.train_tokenizer(text, recipe.vocab_size)
+    examples = script.Examples(recipe, tokenizer, text)
+    places = set()
+    for _ in range(40):
+        ids, answers = examples.passkey_example(400)
+        assert len(ids) == len(answers) == 400
+        written = tokenizer.decode(ids).removeprefix("<s>")
+        encoded = tokenizer(written).input_ids
+        # Where the filler is cut within a word, its pieces may be other ones.
+        assert encoded[: 400 - 60] == list(ids[: 400 - 60])
+        number = tokenizer.decode(ids[answers]).strip(" .\n")
+        needle = PASSKEY_NEEDLE.format(number=number)
+        assert written.count(needle) == 1
+        assert written.startswith(PASSKEY_INTRODUCTION)
+        assert written.endswith(f"{PASSKEY_QUESTION} {number}.\n")
+        body = written.removeprefix(PASSKEY_INTRODUCTION).partition(PASSKEY_QUESTION)[0]
+        filler = " ".join(body.replace(needle, "").split())
+        assert f"{PASSKEY_FILLER} {PASSKEY_FILLER} {PASSKEY_FILLER}".startswith(filler[:200])
+        places.add(body.index(needle))
+    assert len(places) > 8
+
+
+def test_a_killed_run_goes_on(script, recipe, trained, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(model, *arguments):
+        killing.pop() if killing else None
+        if not killing:
+            raise Killed
+        return answer_loss(model, *arguments)
+
+    answer_loss, killing = script.answer_loss, [None] * 15
+    monkeypatch.setattr(script, "SAVE_EVERY", 10)
+    monkeypatch.setattr(script, "answer_loss", kill)
+    with pytest.raises(Killed):
+        script.train(recipe, tmp_path, "cpu")
+    monkeypatch.setattr(script, "answer_loss", answer_loss)
+    losses = script.train(recipe, tmp_path, "cpu")
+    assert losses["short"] == pytest.approx(trained[0]["short"], rel=1e-3)
+    assert losses["long"] == pytest.approx(trained[0]["long"], rel=1e-2)
+    with pytest.raises(ValueError, match="another recipe"):
+        script.train(script.Recipe(**{**vars(recipe), "seed": 2}), tmp_path, "cpu")
+
+
+def test_recomputed_activations_give_the_same_gradients(script, recipe):
+    torch.manual_seed(0)
+    model = Yoco(recipe.config())
+    ids = torch.randint(recipe.vocab_size, (2, 300))
+    answers = torch.zeros(2, 300, dtype=torch.bool)
+    answers[:, -5:] = True
+
+    def gradients():
+        model.zero_grad()
+        script.answer_loss(model, ids, answers, 20)[0].backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    kept = gradients()
+    script._recompute_activations(model)
+    for a, b in zip(kept, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
