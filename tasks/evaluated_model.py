@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,16 @@ def max_positions(metadata: Mapping[str, Any]) -> int | None:
         if isinstance(config.get(key), int) and config[key] > 0:
             return config[key]
     return None
+
+
+def check_positions(context_lengths: Sequence[int], positions: int | None) -> None:
+    """Raises ValueError if the longest context has more tokens than the model has positions."""
+    longest = max(context_lengths)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"context_lengths: {longest} exceeds the model's {positions} positions; give shorter "
+            f"ones, or allow it with --model_args max_length={longest}"
+        )
 
 
 def _default_checkpoint() -> str:

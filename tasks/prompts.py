@@ -1,15 +1,16 @@
-"""Prompts of an exact number of tokens: an introduction, notes, a needle in them, a question.
+"""Prompts of an exact number of tokens: an introduction, notes, needles in them, a question.
 
-The notes of a sample are tokenised once, and every prompt is cut from them. What the needle adds at
-its place, and how the text ends in the question, is counted on some hundred characters there:
+The notes of a sample are tokenised once, and every prompt is cut from them. What the needles add at
+their places, and how the text ends in the question, is counted on some hundred characters there:
 tokens depend on the text nearby alone, so the count equals that of the whole prompt.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -55,11 +56,23 @@ class TokenCounter:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, its tokens (special ones included), and those before the needle."""
+    """A prompt, its tokens (special ones included), and those before the first given needle."""
 
     text: str
     tokens: int
     needle_position: int
+
+
+class _Edit(NamedTuple):
+    """A needle, with what stands around it, in place of the characters `begin` to `end`.
+
+    Edits sort in the order of the text, those at one place by their depth.
+    """
+
+    begin: int
+    end: int
+    depth: float
+    text: str
 
 
 class Notes:
@@ -70,6 +83,8 @@ class Notes:
         introduction: the text before the haystack; it must end in whitespace.
         haystack: gives the haystack's first so many characters, fewer if it has no more.
         tokens: tokens that are needed; `tokens` of the object tells how many there are.
+        starts: gives the positions in a haystack at which a needle may stand, ascending from 0.
+        own_lines: whether each needle is a line of its own, or else a sentence before another.
     """
 
     def __init__(
@@ -78,8 +93,11 @@ class Notes:
         introduction: str,
         haystack: Callable[[int], str],
         tokens: int,
+        starts: Callable[[str], Sequence[int]] = sentence_starts,
+        own_lines: bool = False,
     ) -> None:
         self._counter = counter
+        self._around = ("\n", "\n") if own_lines else ("", " ")
         needed = tokens + _NEAR  # so that the last tokens do not depend on where the text breaks
         probe = haystack(1 << 14)[: 1 << 14]
         size = needed * len(probe) // max(1, counter.count(probe))
@@ -92,45 +110,71 @@ class Notes:
                 break
             size = size * needed // len(self._ends)
         self._begin = len(introduction)
-        starts = sentence_starts(self._text[self._begin :])
-        self._starts = np.array(starts, dtype=np.int64) + self._begin
+        self._starts = np.array(starts(self._text[self._begin :]), dtype=np.int64) + self._begin
         self._tokens_at_starts = self._kept(self._starts)
 
     @property
     def tokens(self) -> int:
         return len(self._ends)
 
-    def prompt(self, size: int, depth: float, needle: str, question: str, reserve: int) -> Prompt:
-        """A prompt of `size` tokens, or up to `SLACK` tokens shorter.
+    def prompt(
+        self,
+        size: int,
+        needles: Sequence[tuple[float, str]],
+        questions: Sequence[str],
+        reserve: int,
+    ) -> Prompt:
+        """A prompt that ends in the first question, and stays within `size` with any of them.
+
+        With the question of the most tokens it has `size` tokens, or up to `SLACK` fewer.
 
         Args:
-            size: tokens, special ones included; introduction, needle and question must fit.
-            depth: share of the haystack's tokens that come before the needle, 0 to 1.
-            needle: a sentence, put before the sentence that starts nearest to this depth.
-            question: the end of the prompt.
-            reserve: tokens set aside for needle and question. All prompts of one size and reserve
+            size: tokens, special ones included; introduction, needles and question must fit.
+            needles: each a sentence and, before it, the share of the haystack's tokens that come
+                before the needle, 0 to 1: it is put where the nearest sentence starts.
+            questions: ends of the prompt.
+            reserve: tokens set aside for needles and question. All prompts of one size and reserve
                 end their notes at the same place, unless they would be too long or short by this.
         """
         wanted = size - self._counter.special - reserve
-        cut, place, tokens = self._plan(wanted, depth, needle, question)
-        if not size - SLACK <= tokens <= size:
-            wanted = int(self._kept(cut)) + size - tokens
-            cut, place, tokens = self._plan(wanted, depth, needle, question)
-            while tokens > size:
+        cut, edits, tokens = self._plan(wanted, needles, questions)
+        if not size - SLACK <= max(tokens) <= size:
+            wanted = int(self._kept(cut)) + size - max(tokens)
+            cut, edits, tokens = self._plan(wanted, needles, questions)
+            while max(tokens) > size:
                 wanted -= 1
-                cut, place, tokens = self._plan(wanted, depth, needle, question)
-        text = self._text[:place] + self._tail(place, cut, needle, question)
-        return Prompt(text, tokens, self._counter.front + int(self._kept(place)))
+                cut, edits, tokens = self._plan(wanted, needles, questions)
+        first, ordered = edits[0], sorted(edits)
+        position = self._counter.front + int(self._kept(first.begin))
+        if earlier := ordered[: ordered.index(first)]:
+            [before], [bare] = (self._count(cut, some, questions[:1]) for some in (earlier, []))
+            position += before - bare
+        return Prompt(self._edited(0, ordered, cut) + questions[0], tokens[0], position)
 
-    def _plan(self, wanted: int, depth: float, needle: str, question: str) -> tuple[int, int, int]:
-        """Where notes of about so many tokens end, where the needle goes, the prompt's tokens."""
+    def _plan(
+        self, wanted: int, needles: Sequence[tuple[float, str]], questions: Sequence[str]
+    ) -> tuple[int, list[_Edit], list[int]]:
+        """Where notes of about so many tokens end, the needles, each question's prompt's tokens."""
         cut = self._cut(wanted)
-        place = self._place(cut, depth)
-        return cut, place, self._count(place, cut, needle, question)
+        edits = [self._edit(cut, depth, sentence) for depth, sentence in needles]
+        return cut, edits, self._count(cut, sorted(edits), questions)
 
-    def _tail(self, place: int, cut: int, needle: str, question: str) -> str:
-        blank = " " if place < cut else ""
-        return needle + blank + self._text[place:cut] + question
+    def _edit(self, cut: int, depth: float, sentence: str) -> _Edit:
+        before, after = self._around
+        place = self._place(cut, depth)
+        # A line ends before the blank that a sentence would have followed.
+        blank = bool(before) and self._text[place - 1] == " "
+        return _Edit(place - blank, place, depth, f"{before}{sentence}{after}")
+
+    def _edited(self, begin: int, edits: Sequence[_Edit], end: int) -> str:
+        """The text from `begin` to `end` with the edits, which are in the order of the text."""
+        parts = []
+        for edit in edits:
+            parts += [self._text[begin : edit.begin], edit.text]
+            begin = edit.end
+        if edits and begin == end:  # nothing follows that the needle must be kept apart from
+            parts[-1] = parts[-1].removesuffix(self._around[1])
+        return "".join([*parts, self._text[begin:end]])
 
     def _kept(self, position):
         """The number of tokens that end at or before the position(s)."""
@@ -161,18 +205,20 @@ class Notes:
         words = list(re.finditer(r"(?<=\s)\S", self._text[begin:position]))
         return begin + words[-1].start() if words else position
 
-    def _count(self, place: int, cut: int, needle: str, question: str) -> int:
-        """The tokens of the prompt, special ones included."""
-        count, text, special = self._counter.count, self._text, self._counter.special
-        if cut - place <= 2 * _NEAR:
-            begin = max(0, place - _NEAR)
-            end = text[begin:place] + self._tail(place, cut, needle, question)
-            return special + self._before(begin) + count(end)
-        begin = max(0, place - _NEAR)
-        before, after = text[begin:place], text[place : place + _NEAR]
-        added = count(f"{before}{needle} {after}") - count(before + after)
-        begin = cut - _NEAR
-        return special + added + self._before(begin) + count(text[begin:cut] + question)
+    def _count(self, cut: int, edits: Sequence[_Edit], questions: Sequence[str]) -> list[int]:
+        """The tokens of the prompt with each of the questions, special ones included."""
+        count, tokens, near = self._counter.count, self._counter.special, []
+        # Edits near each other, or near the question, are counted together.
+        for edit in [*edits, _Edit(cut, cut, 1, "")]:
+            if near and edit.begin - near[-1].end > 2 * _NEAR:
+                begin, end = max(0, near[0].begin - _NEAR), near[-1].end + _NEAR
+                tokens += count(self._edited(begin, near, end)) - count(self._text[begin:end])
+                near = []
+            near.append(edit)
+        begin, near = max(0, near[0].begin - _NEAR), near[:-1]
+        tokens += self._before(begin)
+        text = self._edited(begin, near, cut)
+        return [tokens + count(text + question) for question in questions]
 
     def _before(self, begin: int) -> int:
         """What to add to the tokens of a text that begins at `begin` to count it from the start.

@@ -136,6 +136,9 @@ def test_errors_are_the_last_line():
     run = lm_eval("--model_args", "pretrained=/nowhere")
     assert run.returncode != 0
     assert "/nowhere: no such checkpoint" in run.stderr.splitlines()[-1]
+    run = lm_eval(grid={**GRID, "colour": "blue"})
+    assert run.returncode != 0
+    assert "metadata 'colour' is unknown; this task's" in run.stderr.splitlines()[-1]
 
 
 @pytest.fixture

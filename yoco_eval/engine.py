@@ -17,7 +17,7 @@ from torch import Tensor
 from yoco_eval.model import Decoder, SelfState, Sequences, Span, Spans, Yoco, to_device
 
 from .memory import Fit, fit
-from .prefixes import Item, Limits, Node, Step, merge, plan
+from .prefixes import Item, Limits, Node, Step, merge, nest, plan
 
 TokenIds = Sequence[int] | np.ndarray
 Progress = Callable[[int], object]
@@ -107,11 +107,9 @@ class Engine:
         for index, request in enumerate(requests):
             if len(request.continuation) == 0:
                 yield index, Score(0.0, True)
-        asked = [index for index, request in enumerate(requests) if len(request.continuation)]
-        sequences = [
-            np.concatenate((requests[i].context, requests[i].continuation[:-1])) for i in asked
-        ]
-        items = merge(sequences, [len(requests[i].context) - 1 for i in asked])
+        asked = [(i, request) for i, request in enumerate(requests) if len(request.continuation)]
+        sequences = [np.concatenate((r.context, r.continuation[:-1])) for _, r in asked]
+        items = nest(merge(sequences, [len(request.context) - 1 for _, request in asked]))
         fitted = self._fit(items)
         limits = fitted.limits(self.batch_size, self.model.config, self.model.dtype)
         steps = plan(items, limits)
@@ -121,13 +119,11 @@ class Engine:
             for step, walk in self._walk(steps, fitted.chunk, progress):
                 packed = len(step.nodes) > 1 or limits.allow(step.nodes[0].size)
                 outputs = self._outputs_packed if packed else self._outputs_long
-                answers = [
-                    [(asked[r], requests[asked[r]].continuation) for r in leaf.item.requests]
-                    for node in step.nodes
-                    for leaf in node.leaves()
-                ]
                 scores = _Scores(
-                    self.model, answers, outputs(step, walk, progress), fitted.logits
+                    self.model,
+                    list(_answers(step, asked)),
+                    outputs(step, walk, progress),
+                    fitted.logits,
                 )
                 # On a GPU, a batch's scores are read when the next one has been launched, so that
                 # the device does not wait for the host to prepare it.
@@ -288,11 +284,25 @@ def _spans(step: Step, places: Mapping[Node, int]) -> Iterator[Span]:
         yield Span(0, query, 0, step.resume, causal=False)
 
 
+def _answers(
+    step: Step, asked: Sequence[tuple[int, ScoreRequest]]
+) -> Iterator[tuple[int, int, TokenIds]]:
+    """Of each request that a step serves: its index, where among the step's outputs the
+    predictions of its continuation begin, and the continuation."""
+    start = 0
+    for node in step.nodes:
+        for leaf in node.leaves():
+            for index, request in map(asked.__getitem__, leaf.item.requests):
+                skipped = len(request.context) - 1 - leaf.item.first
+                yield index, start + skipped, request.continuation
+            start += leaf.end - leaf.item.first
+
+
 class _Scores:
     """Scores of requests on their way from the device.
 
     Args:
-        answers: of each item, the indices and continuations of the requests that it serves.
+        answers: from `_answers`.
         outputs: the model's output [T, dim] at a time, for the items' asked positions in order.
         most: how many logits may exist at a time.
     """
@@ -300,16 +310,14 @@ class _Scores:
     def __init__(
         self,
         model: Yoco,
-        answers: Sequence[Sequence[tuple[int, TokenIds]]],
+        answers: Sequence[tuple[int, int, TokenIds]],
         outputs: Iterator[Tensor],
         most: int,
     ) -> None:
-        starts = np.cumsum([0] + [len(item[0][1]) for item in answers])
-        flat = [(start, *r) for start, item in zip(starts, answers, strict=False) for r in item]
-        self._indices = [index for _, index, _ in flat]
-        lengths = [len(tokens) for _, _, tokens in flat]
-        positions = np.concatenate([start + np.arange(len(tokens)) for start, _, tokens in flat])
-        tokens = np.concatenate([np.asarray(tokens, dtype=np.int64) for _, _, tokens in flat])
+        self._indices = [index for index, _, _ in answers]
+        lengths = [len(tokens) for _, _, tokens in answers]
+        positions = np.concatenate([start + np.arange(len(tokens)) for _, start, tokens in answers])
+        tokens = np.concatenate([np.asarray(tokens, dtype=np.int64) for _, _, tokens in answers])
         order = np.argsort(positions, kind="stable")
         found = _gather(model, positions[order], tokens[order], outputs, most)
         # Back to the requests' order, in which each has its own stretch to sum.

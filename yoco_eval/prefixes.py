@@ -23,8 +23,8 @@ _DEPTH = 200
 class Item:
     """A sequence to feed, on behalf of all requests that have it.
 
-    `tokens` is int64 [n]; predictions are asked of the positions from `first` on. `requests` are
-    the caller's indices.
+    `tokens` is int64 [n]; predictions are asked of the positions from `first` on, of all or some of
+    them for each request. `requests` are the caller's indices.
     """
 
     tokens: np.ndarray
@@ -132,8 +132,39 @@ def merge(sequences: Sequence[Sequence[int] | np.ndarray], firsts: Sequence[int]
     return items
 
 
+def nest(items: Sequence[Item]) -> list[Item]:
+    """The items (from `merge`), but what another one continues becomes part of that one.
+
+    An item is continued by one that begins with all of its tokens and asks for the next position
+    or an earlier one: no position is asked for that was not. The `first` of the two is the lower
+    one, from which each request knows its own positions.
+    """
+    nested: list[Item] = []
+    # In this order, what an item is the beginning of comes just before it.
+    for item in sorted(items, key=lambda item: _sortable(item.tokens), reverse=True):
+        if nested and _continues(nested[-1], item):
+            longer = nested.pop()
+            first = min(longer.first, item.first)
+            item = Item(longer.tokens, first, item.requests + longer.requests)
+        nested.append(item)
+    return sorted(
+        nested,
+        key=lambda item: (_sortable(item.tokens[: item.first]), _sortable(item.tokens)),
+    )
+
+
+def _continues(longer: Item, item: Item) -> bool:
+    size = len(item.tokens)
+    return longer.first <= size and np.array_equal(longer.tokens[:size], item.tokens)
+
+
+def _sortable(tokens: np.ndarray) -> bytes:
+    return tokens.astype(">u4").tobytes()  # big-endian bytes sort as the numbers do
+
+
 def plan(items: Sequence[Item], limits: Limits) -> list[Step]:
-    """Steps that feed all `items` (from `merge`), those that share a prefix one after the other."""
+    """Steps that feed all `items` (from `merge`, perhaps `nest`), those that share a prefix one
+    after the other."""
     shared = [0] + [_common(a, b) for a, b in zip(items, items[1:], strict=False)]
     return list(_steps(_grow(items, shared, 0, len(items), 0, 0), 0, limits))
 

@@ -1,16 +1,20 @@
-"""Tokenizers of the kinds in use, trained on a little text."""
+"""Tokenizers of the kinds in use, trained on a little text, and models that answer."""
 
+import base64
 import json
 import random
 
 import pytest
+from lm_eval.api.model import LM
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel, TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from yoco_eval.tasks.evaluated_model import load_tokenizer
 from yoco_eval.tasks.haystack import SyntheticHaystack
 from yoco_eval.tasks.wording import CITIES, QUESTION
+from yoco_eval.tokenizers import from_tiktoken
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -71,8 +75,19 @@ def sentencepiece(corpus):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
+def tiktoken(corpus, file):
+    """As the published models': ranks in a file, texts split as cl100k_base does."""
+    trained = byte_level(corpus).backend_tokenizer
+    byte = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    ranks = sorted((rank, token) for token, rank in trained.get_vocab(False).items())
+    tokens = (bytes(byte[letter] for letter in token) for _, token in ranks)
+    lines = (f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens))
+    file.write_text("\n".join(lines))
+    return from_tiktoken(file)
+
+
 @pytest.fixture(scope="session")
-def tokenizers():
+def tokenizers(tmp_path_factory):
     """Tokenizers by kind."""
     text = SyntheticHaystack("tests").text(0, 100_000)[:100_000]
     numbers = random.Random(0).choices(range(100_000), k=500)
@@ -83,4 +98,55 @@ def tokenizers():
         "byte-level": byte_level(corpus),
         "unigram": unigram(corpus),
         "sentencepiece": sentencepiece(corpus),
+        "tiktoken": tiktoken(corpus, tmp_path_factory.mktemp("ranks") / "small.tiktoken"),
     }
+
+
+@pytest.fixture(scope="session")
+def hf_model(tmp_path_factory, tokenizers):
+    """Folder of a small random Llama with a tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizers["sentencepiece"].save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizers["sentencepiece"]),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=600,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+class Answerer(LM):
+    """Answers each prompt by a function, and keeps what it was asked."""
+
+    tokenizer_name = "answerer"
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+        self.asked = []
+
+    def generate_until(self, requests, disable_tqdm=False):
+        self.asked += [request.args[0] for request in requests]
+        return [self.answer(request.args[0]) for request in requests]
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        raise NotImplementedError
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        raise NotImplementedError
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        turns = [f"<{turn['role']}>\n{turn['content']}\n" for turn in chat_history]
+        return "".join(turns) + "<assistant>\n" * add_generation_prompt
+
+    def chat_template(self, chat_template=False):
+        return "answerer's"
+
+
+@pytest.fixture(scope="session")
+def answerer():
+    return Answerer

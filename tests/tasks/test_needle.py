@@ -17,7 +17,8 @@ from lm_eval.utils import make_table
 import yoco_eval.tasks
 from yoco_eval.reports.results import load_needle_run
 from yoco_eval.tasks import evaluated_model
-from yoco_eval.tasks.needle import Settings, first_number
+from yoco_eval.tasks.needle import Settings
+from yoco_eval.tasks.needle_grid import first_number
 from yoco_eval.tasks.settings import read_settings
 from yoco_eval.tasks.wording import INTRODUCTION
 
@@ -107,56 +108,9 @@ def test_defaults():
 
 
 @pytest.mark.parametrize(
-    ("value", "lengths"),
-    [
-        (4096, [4096]),
-        ("64k", [65536]),
-        (["1m", "64K", "4096", 8192, 4096], [4096, 8192, 65536, 1048576]),
-        ("[4k,64k]", [4096, 65536]),
-        ((1, 2), [1, 2]),
-    ],
-)
-@pytest.mark.parametrize("name", ["context_lengths", "max_seq_lengths"])
-def test_context_lengths(name, value, lengths):
-    assert read_settings(Settings, {name: value}).context_lengths == lengths
-
-
-@pytest.mark.parametrize(
-    ("value", "depths"),
-    [
-        (1, [0.5]),
-        (2, [0, 1]),
-        ("3", [0, 0.5, 1]),
-        (0.25, [0.25]),
-        ([1, 0, "0.5", 0.5], [0, 0.5, 1]),
-        ([1], [1]),
-    ],
-)
-def test_depths(value, depths):
-    assert read_settings(Settings, {"depths": value}).depths == depths
-
-
-@pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"context_lengths": "long"}, "context_lengths: 'long' is not a length"),
-        ({"context_lengths": [4096, 0]}, "context_lengths: 0 is not a length"),
-        ({"context_lengths": -5}, "context_lengths: -5 is not a length"),
-        ({"context_lengths": 1.5}, "context_lengths: 1.5 is not a length"),
-        ({"context_lengths": True}, "context_lengths: True is not a length"),
-        ({"context_lengths": []}, "context_lengths: the list is empty"),
-        ({"max_seq_lengths": ["4x"]}, "max_seq_lengths: '4x' is not a length"),
-        ({"context_lengths": 1, "max_seq_lengths": 1}, "two names of one setting"),
         ({"depths": [0.5, 1.5]}, "depths: 1.5 is not within 0 and 1"),
-        ({"depths": [-0.1]}, "depths: -0.1 is not within 0 and 1"),
-        ({"depths": ["nan"]}, "depths: nan is not within 0 and 1"),
-        ({"depths": 0}, "depths: a count of 0 is below 1"),
-        ({"depths": "deep"}, "depths: 'deep' is not a number"),
-        ({"depths": []}, "depths: the list is empty"),
-        ({"samples": 0}, "samples: 0 is below 1"),
-        ({"samples": 2.5}, "samples: 2.5 is not a whole number"),
-        ({"samples": True}, "samples: True is not a number"),
-        ({"seed": "x"}, "seed: 'x' is not a number"),
         ({"context_lengths": 50}, "context_lengths: 50 is too short"),
         ({"context_lengths": ["64k", "128k"]}, "131072 exceeds the model's 65536 positions"),
         ({"context_lengths": 2048, "max_length": 1024}, "exceeds the model's 1024 positions"),
@@ -224,16 +178,6 @@ def test_the_budget_of_gen_kwargs_is_kept(name):
     tokenizer = evaluated_model.load_tokenizer({})
     for instance in task.instances:
         assert 512 - 16 <= len(tokenizer(instance.args[0]).input_ids) + 100 <= 512
-
-
-@pytest.mark.parametrize(
-    ("slip", "meant"),
-    [("sample", "samples"), ("context_length", "context_lengths"), ("depth", "depths")],
-)
-def test_slips_in_the_names_of_settings(slip, meant):
-    with pytest.raises(ValueError, match=f"'{slip}' is unknown; did you mean '{meant}'"):
-        load(**{slip: 3})
-    load(context_lengths=[512], samples=1, max_length=600, dtype="auto", batch_size=1)
 
 
 def test_same_prompts_on_every_machine():
@@ -418,25 +362,6 @@ def test_system_instruction_and_chat_template_fit_too(tokenizers, options):
 
 
 # Other backends
-
-
-@pytest.fixture(scope="module")
-def hf_model(tmp_path_factory, tokenizers):
-    """A small random Llama with a tokenizer beside it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("model")
-    tokenizers["sentencepiece"].save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizers["sentencepiece"]),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=600,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
 
 
 def test_hugging_face_backend(hf_model, caplog):

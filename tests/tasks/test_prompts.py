@@ -1,6 +1,7 @@
 """Prompts have exactly the tokens they say, and needles stand where the depth says."""
 
 import random
+from functools import partial
 
 import pytest
 
@@ -10,7 +11,7 @@ from yoco_eval.tasks.haystack import SyntheticHaystack, TextHaystack
 from yoco_eval.tasks.prompts import SLACK, Notes, TokenCounter
 from yoco_eval.tasks.wording import CITIES, INTRODUCTION, NEEDLE, QUESTION
 
-KINDS = ["demo", "byte-level", "unigram", "sentencepiece"]
+KINDS = ["demo", "byte-level", "unigram", "sentencepiece", "tiktoken"]
 DEPTHS = [0, 0.03, 0.5, 0.97, 1]
 ROUGH = ["word", "Don't ", "  ", "\n", "\n\n", "\t", ". ", "! ", ", ", "123", "4", "é", "日本語"]
 ROUGH += ["。", "🙂", "\r\n", "a", "B", "http://x.y/z?", "</b>", " ", " ", " "]
@@ -49,9 +50,52 @@ def test_every_prompt_has_the_tokens_it_says(tokenizers, kind, source):
         sizes = [*range(shortest, shortest + 20), 777, 2048, 16384 if city == "Rome" else 5001]
         for size in sizes:
             for depth in DEPTHS:
-                prompt = notes.prompt(size, depth, needle, question, reserve)
+                prompt = notes.prompt(size, [(depth, needle)], [question], reserve)
                 assert tokens(tokenizer, prompt.text) == prompt.tokens
                 assert size - SLACK <= prompt.tokens <= size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("source", "own_lines"),
+    [(source, False) for source in HAYSTACKS] + [("synthetic", True), ("rough", True)],
+)
+def test_several_needles_and_questions(tokenizers, kind, source, own_lines):
+    """Some at one place, some near each other or the end."""
+    tokenizer = tokenizers[kind]
+    counter = TokenCounter(tokenizer)
+    text = partial(HAYSTACKS[source].text, 1)
+    notes = Notes(counter, INTRODUCTION, text, 4096, own_lines=own_lines)
+    pairs = [needle_and_question(city, number=10000 + i) for i, city in enumerate(CITIES[:8])]
+    needles = list(zip([0.4, 1, 0, 0.41, 0.98, 0, 0.7, 1], [n for n, _ in pairs], strict=True))
+    questions = [question for _, question in pairs]
+    for size in (500, 4000):
+        prompt = notes.prompt(size, needles, questions, 300)
+        assert prompt.text.endswith(questions[0])
+        body = prompt.text.removesuffix(questions[0])
+        counts = [tokens(tokenizer, body + question) for question in questions]
+        assert counts[0] == prompt.tokens
+        assert size - SLACK <= max(counts) <= size
+        places = [body.index(needle) for _, needle in needles]
+        by_depth = sorted(range(8), key=lambda i: needles[i][0])
+        assert places == [sorted(places)[by_depth.index(i)] for i in range(8)]
+        for place, (_, needle) in zip(places, needles, strict=True):
+            after = prompt.text[place + len(needle) :]
+            assert after.startswith("\n" if own_lines else (" ", "\n\nQuestion"))
+            if own_lines or source == "synthetic":
+                assert body[place - 1] in ("\n" if own_lines else " \n")
+        before = body[: places[0]].rstrip(" ")
+        assert abs(tokens(tokenizer, before) - prompt.needle_position) <= 2
+
+
+@pytest.mark.parametrize("kind", ["demo", "byte-level", "tiktoken"])
+def test_text_comes_back_from_its_tokens(tokenizers, kind):
+    tokenizer, text = tokenizers[kind], partial(HAYSTACKS["rough"].text, 1)
+    notes = Notes(TokenCounter(tokenizer), INTRODUCTION, text, 4096)
+    needle, question = needle_and_question("Lima")
+    prompt = notes.prompt(4096, [(0.3, needle), (0.6, needle)], [question], 60).text
+    ids = tokenizer(prompt, verbose=False).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +108,7 @@ def test_needle_stands_at_its_depth(tokenizers, kind):
     reserve = counter.count(needle) + counter.count(question)
     introduction = counter.count(INTRODUCTION)
     for depth in DEPTHS:
-        prompt = notes.prompt(8192, depth, needle, question, reserve)
+        prompt = notes.prompt(8192, [(depth, needle)], [question], reserve)
         begin = prompt.text.index(needle)
         before, after = prompt.text[:begin], prompt.text[begin + len(needle) :]
         # The position is that of the needle in the tokens of the prompt ...
@@ -76,8 +120,10 @@ def test_needle_stands_at_its_depth(tokenizers, kind):
         assert before == INTRODUCTION or before.endswith((". ", ".\n"))
         # and the sentence follows.
         assert after.startswith(" ") and after[1].isupper()
-    assert notes.prompt(8192, 0, needle, question, reserve).text.startswith(INTRODUCTION + needle)
-    last = notes.prompt(8192, 1, needle, question, reserve).text
+    assert notes.prompt(8192, [(0, needle)], [question], reserve).text.startswith(
+        INTRODUCTION + needle
+    )
+    last = notes.prompt(8192, [(1, needle)], [question], reserve).text
     assert "." not in last[last.index(needle) + len(needle) : -len(question) - 1]
 
 
@@ -88,7 +134,7 @@ def test_text_without_sentences_has_needles_between_words(tokenizers):
     notes = Notes(counter, INTRODUCTION, lambda _: text, 4096)
     needle, question = needle_and_question("Lima")
     for depth in DEPTHS:
-        prompt = notes.prompt(4096, depth, needle, question, 30)
+        prompt = notes.prompt(4096, [(depth, needle)], [question], 30)
         before, after = prompt.text.split(needle)
         assert abs(prompt.needle_position / 4050 - depth) < 0.02
         assert before[-1].isspace() and after[0] == " "
@@ -102,7 +148,7 @@ def test_prompts_of_a_sample_share_their_notes(tokenizers):
     texts = []
     for size, depth in [(2000, 0.2), (4000, 0.2), (4000, 0.9)]:
         needle, question = needle_and_question("Lima", number=round(10000 + size * depth))
-        text = notes.prompt(size, depth, needle, question, 34).text
+        text = notes.prompt(size, [(depth, needle)], [question], 34).text
         assert text.endswith(question)
         texts.append(text.removesuffix(question).replace(needle + " ", ""))
     shorter, longer, deeper = texts
@@ -111,8 +157,8 @@ def test_prompts_of_a_sample_share_their_notes(tokenizers):
     # A longer context elsewhere in the grid changes nothing here.
     more = Notes(counter, INTRODUCTION, lambda size: haystack.text(0, size), 9000)
     needle, question = needle_and_question("Lima")
-    assert more.prompt(4000, 0.5, needle, question, 34) == notes.prompt(
-        4000, 0.5, needle, question, 34
+    assert more.prompt(4000, [(0.5, needle)], [question], 34) == notes.prompt(
+        4000, [(0.5, needle)], [question], 34
     )
 
 
@@ -130,7 +176,7 @@ def test_prompts_are_mostly_encoded_when_their_notes_are(tokenizers, monkeypatch
     notes = Notes(counter, INTRODUCTION, lambda size: haystack.text(0, size), 1 << 16)
     needle, question = needle_and_question("Lima")
     for depth in (0.2, 0.8):
-        prompt = notes.prompt(1 << 16, depth, needle, question, 34)
+        prompt = notes.prompt(1 << 16, [(depth, needle)], [question], 34)
         encoded.clear()
         backend = Encoder(load_tokenizer({}))
         assert len(backend.encode(prompt.text)) + counter.special == prompt.tokens
@@ -138,7 +184,7 @@ def test_prompts_are_mostly_encoded_when_their_notes_are(tokenizers, monkeypatch
 
 
 def test_special_tokens_are_counted(tokenizers):
-    expected = {"demo": (1, 1), "byte-level": (0, 0), "unigram": (1, 2), "sentencepiece": (1, 1)}
+    expected = {kind: (1, 1) for kind in KINDS} | {"byte-level": (0, 0), "unigram": (1, 2)}
     for kind, counts in expected.items():
         counter = TokenCounter(tokenizers[kind])
         assert (counter.front, counter.special) == counts

@@ -3,12 +3,14 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from yoco_eval import engine as module
 from yoco_eval.engine import Engine, GenerateRequest, Sampling, ScoreRequest
 from yoco_eval.memory import fit
+from yoco_eval.model import Yoco, YocoConfig
 
 
 def collect(method, requests):
@@ -75,7 +77,28 @@ def test_scores_equal_one_full_pass_each(exact, requests, batch_size, chunk):
     assert fed < sum(len(r.context) + len(r.continuation) for r in requests) / 2
 
 
-def test_logits_are_never_held_for_a_whole_text(exact, monkeypatch):
+@pytest.fixture
+def buckets():
+    """A text whose stretches are each asked for as the continuation of what is before them."""
+    rng = random.Random(3)
+    text = [rng.randrange(96) for _ in range(400)]
+    cuts = [1, 2, 60, 200, 201, 400]
+    pairs = zip(cuts, cuts[1:], strict=False)
+    return [ScoreRequest(text[:begin], text[begin:end]) for begin, end in pairs]
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(1, None), (1, 64), (None, 1000)])
+def test_stretches_of_a_text_are_fed_once(exact, buckets, batch_size, chunk):
+    other_end = ScoreRequest(buckets[2].context, [1])
+    requests = [other_end, *reversed(buckets)]
+    scores, fed = collect(Engine(exact, batch_size, chunk).score, requests)
+    assert fed == 399  # the last token is only predicted
+    for request, score in zip(requests, scores, strict=True):
+        logprob, greedy = score_by_definition(exact, request)
+        assert score.logprob == pytest.approx(logprob, abs=1e-9) and score.greedy == greedy
+
+
+def test_logits_are_never_held_for_a_whole_text(exact, buckets, monkeypatch):
     most = 10 * exact.config.vocab_size
 
     def few(*args, **rest):
@@ -84,10 +107,36 @@ def test_logits_are_never_held_for_a_whole_text(exact, monkeypatch):
     monkeypatch.setattr(module, "fit", few)
     largest = []
     exact.output_projection.register_forward_hook(lambda *args: largest.append(len(args[2])))
-    request = ScoreRequest([1], list(range(90)) * 2)
-    (score,), _ = collect(Engine(exact).score, [request])
+    scores, _ = collect(Engine(exact, prefill_chunk=64).score, buckets)
     assert max(largest) == 10
-    assert score.logprob == pytest.approx(score_by_definition(exact, request)[0], abs=1e-9)
+    for request, score in zip(buckets, scores, strict=True):
+        logprob, _ = score_by_definition(exact, request)
+        assert score.logprob == pytest.approx(logprob, abs=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_scoring_a_long_text_takes_little_more_memory_than_its_prefill():
+    """All logits of this text, 24 GiB, would be many times that."""
+    config = YocoConfig(
+        dim=1024, n_layers=8, hidden_dim=2816, n_self_heads=8, n_attn_heads=8, n_attn_kv_heads=4,
+        vocab_size=100288, rope_theta=5e6,
+    )
+    with torch.device("cuda"):
+        engine = Engine(Yoco(config).bfloat16().requires_grad_(False).eval())
+    text = np.random.default_rng(0).integers(config.vocab_size, size=2**17, dtype=np.int32)
+    ends = [8, *(1024 << i for i in range(8))]
+    buckets = [ScoreRequest(text[:a], text[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+
+    def peak(method, requests):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        _, fed = collect(method, requests)
+        assert fed in (len(text), len(text) - 1)
+        return torch.cuda.max_memory_allocated()
+
+    prefill = peak(engine.generate, [GenerateRequest(text, 0)])
+    assert peak(engine.score, buckets) < 2 * prefill
+    torch.cuda.empty_cache()
 
 
 def test_an_impossible_answer_spoils_no_other(exact):

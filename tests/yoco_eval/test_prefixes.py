@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from yoco_eval.prefixes import Limits, Size, merge, plan
+from yoco_eval.prefixes import Limits, Size, merge, nest, plan
 
 
 def run(steps, limits):
@@ -76,6 +76,57 @@ def test_plans_are_sound_and_complete(seed, limits):
     fed = {index: item for item in done for index in item.requests}
     for index, (tokens, first) in enumerate(wanted):
         assert list(fed[index].tokens) == tokens and fed[index].first == first
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(1000, 1000)])
+@pytest.mark.parametrize("seed", range(20))
+def test_nested_items_ask_for_the_same_positions(seed, limits):
+    """Every request has an item that begins with its tokens; nobody's positions are anyone's."""
+    wanted = sequences(seed) + buckets(seed)
+    apart = merge(*zip(*wanted, strict=True))
+    items = nest(apart)
+    done, _ = run(plan(items, limits), limits)
+    assert len(done) == len(items) < len(apart)
+    assert sorted(i for item in items for i in item.requests) == list(range(len(wanted)))
+    for item in items:
+        asked = set()
+        for tokens, first in map(wanted.__getitem__, item.requests):
+            assert list(item.tokens[: len(tokens)]) == tokens
+            asked |= set(range(first, len(tokens)))
+        assert asked == set(range(item.first, len(item.tokens)))
+    assert sum(step.tokens for step in plan(items, Limits())) <= sum(
+        step.tokens for step in plan(apart, Limits())
+    )
+
+
+def buckets(seed):
+    """Texts cut into buckets, each a request that continues the one before; some are missing."""
+    rng = random.Random(f"buckets/{seed}")
+    result = []
+    for _ in range(4):
+        text = [rng.randrange(3) for _ in range(300)]
+        cuts = sorted(rng.sample(range(1, 300), 6))
+        pairs = [(text[: end - 1], begin - 1) for begin, end in zip(cuts, cuts[1:], strict=False)]
+        result += rng.sample(pairs, rng.choice([3, 5]))
+    return result
+
+
+def test_buckets_of_a_text_are_one_item():
+    text = list(range(1000))
+    cuts = [5, 100, 101, 400, 1000]
+    pairs = [(text[: end - 1], begin - 1) for begin, end in zip(cuts, cuts[1:], strict=False)]
+    (item,) = nest(merge(*zip(*reversed(pairs), strict=True)))
+    assert list(item.tokens) == text[:-1] and item.first == 4
+    assert sorted(item.requests) == [0, 1, 2, 3]
+
+
+def test_a_gap_keeps_items_apart():
+    """What lies between two requests' positions is not asked for, and would cost a prediction."""
+    text = list(range(1000))
+    far, near = (text, 501), (text, 500)
+    assert len(nest(merge(*zip((text[:500], 10), far, strict=True)))) == 2
+    assert len(nest(merge(*zip((text[:500], 10), near, strict=True)))) == 1
+    assert len(nest(merge(*zip((text[:499] + [0], 10), near, strict=True)))) == 2
 
 
 def cost(pairs, limits=Limits()):  # noqa: B008, it is immutable

@@ -1,0 +1,311 @@
+"""What the needle tasks share: a grid of context lengths and depths, something hidden at each.
+
+lm-eval hands the settings over in the task's metadata, where --metadata and --model_args meet. The
+documents say what was asked; the prompts, up to megabytes each, stay beside them on the task.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import datasets
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
+
+from .by_length import metric_list, values_at
+from .evaluated_model import check_positions, load_tokenizer, max_positions
+from .haystack import sentence_starts
+from .prompts import Notes, Prompt, TokenCounter
+from .settings import count, depths, evenly_spaced, lengths, read_settings, setting, whole
+from .wording import NUMBER_DIGITS
+
+logger = logging.getLogger(__name__)
+
+_EXCERPT = 200  # characters shown on each side of the needle
+_WORST_CELL = "acc_worst_cell"
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """What a user can set of every needle task.
+
+    Attributes:
+        context_lengths: tokens of a prompt and its answer, counted with the model's own tokenizer;
+            numbers, or texts such as "64k" (65536) and "1m". Given also as `max_seq_lengths`.
+        depths: shares of the haystack before the needle, 0 to 1; or how many, evenly spaced.
+        samples: prompts per context length and depth.
+        seed: of all that is drawn.
+    """
+
+    context_lengths: list[int] = setting(lengths, [1024, 2048, 4096, 8192, 16384])
+    depths: list[float] = setting(depths, evenly_spaced(11))
+    samples: int = setting(count, 2)
+    seed: int = setting(whole, 0)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A needle, and how it is asked for.
+
+    Attributes:
+        depth: share of the haystack's tokens before it, 0 to 1.
+        facts: what a document tells of it; the `number` among them is the right answer.
+        sentence: the needle itself, which has the number in it.
+        question: the end of a prompt that asks for it.
+    """
+
+    depth: float
+    facts: dict[str, str]
+    sentence: str
+    question: str
+
+
+class Haystack(Protocol):
+    name: str
+
+    def text(self, sample: int, size: int) -> str:
+        """The first `size` characters of a sample's text, fewer if there are no more."""
+
+
+class NeedleGrid(ConfigurableTask):
+    """lm-eval's task with documents, prompts and metrics of its own.
+
+    Attributes:
+        settings_class: what a user can set, `GridSettings` or more.
+        introduction: the text before the haystack; it ends in whitespace.
+        starts, own_lines: where needles may stand, and how: see `Notes`.
+    """
+
+    settings_class: type[GridSettings] = GridSettings
+    introduction: str
+    starts = staticmethod(sentence_starts)
+    own_lines = False
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        metadata = dict(config.get("metadata") or {})
+        self.settings = read_settings(self.settings_class, metadata)
+        metadata |= asdict(self.settings)  # for the results file
+        own = {
+            "metadata": metadata,
+            "metric_list": metric_list(
+                "acc",
+                self.settings.context_lengths,
+                acc="mean",
+                **{_WORST_CELL: _worst_cell_noting_all(metadata)},
+                **self.own_metrics(),
+            ),
+            # Says no more than that the metrics above are not to be looked up: see process_results.
+            "process_results": "process_results",
+        }
+        super().__init__(config={k: v for k, v in config.items() if k != "class"} | own)
+
+    @abstractmethod
+    def haystack(self) -> Haystack:
+        """The text to hide needles in."""
+
+    @abstractmethod
+    def hidden(self, length: int, depth: float, sample: int) -> list[Hidden]:
+        """The needles of a prompt, the one that is asked for first, at `depth`.
+
+        They depend on nothing but the seed and these arguments.
+        """
+
+    @abstractmethod
+    def possible(self) -> Iterable[Hidden]:
+        """Needles and questions of all lengths there are, to tell the longest."""
+
+    def own_metrics(self) -> dict[str, str]:
+        """Metrics besides those of every needle task, with their aggregations."""
+        return {}
+
+    def download(self, dataset_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Makes the documents and their prompts: nothing is downloaded.
+
+        Raises:
+            ValueError: the settings do not fit the model, its tokenizer or the haystack.
+        """
+        settings, metadata = self.settings, self.config.metadata
+        longest = max(settings.context_lengths)
+        check_positions(settings.context_lengths, max_positions(metadata))
+        self._haystack = self.haystack()
+        self._counter = TokenCounter(load_tokenizer(metadata), bool(metadata.get("add_bos_token")))
+        task = self.config.task
+        self._notes = [
+            Notes(
+                self._counter,
+                self.introduction,
+                partial(self._haystack.text, sample),
+                longest,
+                self.starts,
+                self.own_lines,
+            )
+            for sample in tqdm(range(settings.samples), f"{task}: tokenising", leave=False, delay=1)
+        ]
+        self._build_documents()
+        logger.info(
+            "%s: %d prompts, %d context lengths up to %d x %d depths x %d samples",
+            task, len(self._prompts), len(settings.context_lengths), longest,
+            len(settings.depths), settings.samples,
+        )
+
+    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: None = None) -> str:
+        return self._prompts[doc["context_length"], doc["depth"], doc["sample"]]
+
+    def build_all_requests(
+        self,
+        *,
+        system_instruction: str | None = None,
+        apply_chat_template: bool = False,
+        chat_template: Callable | None = None,
+        fewshot_as_multiturn: bool = False,
+        **options: Any,
+    ) -> None:
+        """As lm-eval's; a system instruction and a chat template take their tokens from the notes.
+
+        Requests are never cached: lm-eval's cache does not tell one grid from another.
+        """
+        self._wrapping = {
+            "system_instruction": system_instruction,
+            "apply_chat_template": apply_chat_template,
+            "chat_template": chat_template,
+            "fewshot_as_multiturn": fewshot_as_multiturn,
+        }
+        around = 0
+        if system_instruction or apply_chat_template:
+            shortest = self.eval_docs[0]
+            whole = self.fewshot_context(shortest, num_fewshot=0, **self._wrapping)
+            bare = self.doc_to_text(shortest)
+            around = self._counter.count(_text(whole)) - self._counter.count(bare)
+        if around or self._answer_tokens() != self._answer:  # --gen_kwargs come after loading
+            self._build_documents(around)
+        super().build_all_requests(**{**options, **self._wrapping, "cache_requests": False})
+
+    def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+        """Whether the first number in the answer is the needle's, under every metric's name.
+
+        Documents of other context lengths than a metric's have None there.
+        """
+        if "bypass" in self._metric_fn_list:  # --predict_only
+            return super().process_results(doc, results)
+        correct = first_number(results[0]) == doc["number"]
+        length = doc["context_length"]
+        return {
+            "acc": float(correct),
+            **values_at("acc", self.settings.context_lengths, length, float(correct)),
+            _WORST_CELL: (length, doc["depth"], correct),
+        }
+
+    def _answer_tokens(self) -> int:
+        """The generation budget, under whichever of its names lm-eval knows."""
+        return normalize_gen_kwargs(self.config.generation_kwargs)["max_gen_toks"]
+
+    def _build_documents(self, wrapping: int = 0) -> None:
+        """Makes prompts that leave `wrapping` tokens to a system instruction or chat template."""
+        settings = self.settings
+        answer = self._answer = self._answer_tokens()
+        # As many needles as in any other prompt.
+        number = len(self.hidden(settings.context_lengths[0], settings.depths[0], 0))
+        reserve, shortest = self._most_tokens(number)
+        self._prompts: dict[tuple[int, float, int], str] = {}
+        documents = []
+        for length in settings.context_lengths:
+            size = length - answer - wrapping
+            if size < shortest:
+                needles = "needle" if number == 1 else f"{number} needles"
+                raise ValueError(
+                    f"context_lengths: {length} is too short for introduction, {needles}, question "
+                    f"and answer; give at least {shortest + answer + wrapping}"
+                )
+            for sample, notes in enumerate(self._notes):
+                if notes.tokens < size:
+                    raise ValueError(
+                        f"haystack: {self._haystack.name} has {notes.tokens} tokens, too few for "
+                        f"the context length {length}; give more text, or shorter context_lengths"
+                    )
+                for depth in settings.depths:
+                    hidden = asked, *others = self.hidden(length, depth, sample)
+                    prompt = notes.prompt(
+                        size,
+                        [(needle.depth, needle.sentence) for needle in hidden],
+                        [needle.question for needle in hidden],
+                        reserve,
+                    )
+                    self._prompts[length, depth, sample] = prompt.text
+                    documents.append(
+                        {
+                            "context_length": length,
+                            "depth": depth,
+                            "sample": sample,
+                            **asked.facts,
+                            "question": asked.question.strip(),
+                            "needle": asked.sentence,
+                            "needle_position": prompt.needle_position,
+                            "prompt_tokens": prompt.tokens + wrapping,
+                            "excerpt": _excerpt(prompt, asked.sentence),
+                        }
+                        | self.tell_of_others(others)
+                    )
+        self.dataset = {"test": datasets.Dataset.from_list(documents)}
+
+    def tell_of_others(self, others: Sequence[Hidden]) -> dict[str, Any]:
+        """What a document says of the needles that it does not ask for."""
+        return {}
+
+    def _most_tokens(self, needles: int) -> tuple[int, int]:
+        """The tokens that needles and question take at most, and a prompt without any notes."""
+        count, possible = self._counter.count, list(self.possible())
+        sentences = [count(f" {one.sentence}") for one in possible]
+        questions = [count(one.question) for one in possible]
+        whole = [count(self.introduction + one.sentence + one.question) for one in possible]
+        # Another number may take more tokens, up to one per digit.
+        digits = NUMBER_DIGITS * possible[0].sentence.count(possible[0].facts["number"])
+        others = (needles - 1) * max(sentences)
+        reserve = others + max(map(sum, zip(sentences, questions, strict=True)))
+        return reserve, self._counter.special + max(whole) + others + needles * digits
+
+
+def first_number(text: str) -> str | None:
+    """The first number in a text, without the commas between its digits; None if there is none."""
+    match = re.search(r"\d+(?:,\d+)*", text)
+    return match and match[0].replace(",", "")
+
+
+def _text(context: Any) -> str:
+    """A prompt as text, if need be with the markup that a server will put around its turns."""
+    if isinstance(context, str):
+        return context
+    # lm-eval hands servers a chat as JSON. Their templates take hardly more tokens than this.
+    turns = json.loads(context.prompt)
+    return "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns)
+
+
+def _excerpt(prompt: Prompt, needle: str) -> str:
+    begin = prompt.text.index(needle)
+    return prompt.text[max(0, begin - _EXCERPT) : begin + len(needle) + _EXCERPT]
+
+
+def _worst_cell_noting_all(metadata: dict[str, Any]) -> Callable[[Iterable[tuple]], float]:
+    """An aggregation that gives the lowest accuracy of a cell and leaves all in `metadata`."""
+
+    # Not a method: lm-eval copies its configuration deeply, and with a method the whole task.
+    def worst_cell(answers: Iterable[tuple[int, float, bool]]) -> float:
+        cells: dict[tuple[int, float], dict[str, Any]] = {}
+        for length, depth, correct in sorted(answers):
+            cell = cells.setdefault(
+                (length, depth),
+                {"context_length": length, "depth": depth, "samples": 0, "correct": 0},
+            )
+            cell["samples"] += 1
+            cell["correct"] += int(correct)
+        metadata["cells"] = list(cells.values())
+        return min(cell["correct"] / cell["samples"] for cell in cells.values())
+
+    return worst_cell
