@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.config.group import AggMetricConfig
-from lm_eval.tasks._factory import TaskFactory
-from lm_eval.tasks._index import TaskIndex
 
 from .hub import HubTask
+from .members import load_members
 
 # A value and its standard error, which lm-eval leaves out ("N/A") of a single document.
 Estimate = tuple[float, float | str]
@@ -37,17 +34,10 @@ class Benchmarks(Group):
         super().__init__(
             config["task"], aggregate_metric_list=[AggMetricConfig("score")], metadata=metadata
         )
-        # lm-eval does not hand its index over, and making one of all its folders takes seconds.
-        tasks = Path(lm_eval.tasks.__file__).parent
-        index = TaskIndex.build([tasks / folder for folder in config["folders"]])
-        of_this_file = ("version", "config_source")
-        factory = TaskFactory(meta={k: v for k, v in metadata.items() if k not in of_this_file})
-        self._scores: dict[str, str] = {}
-        for member in config["members"]:
-            overrides = {**member, "class": HubTask}
-            name = overrides.pop("name")
-            self._scores[name] = overrides.pop("score")
-            self.add(factory.build(index[name], overrides=overrides, registry=index))
+        members = [{**member, "class": HubTask} for member in config["members"]]
+        self._scores = {member["name"]: member.pop("score") for member in members}
+        for member in load_members(config["folders"], members, metadata):
+            self.add(member)
 
     def aggregate(self, task_metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """As lm-eval's, with the score."""

@@ -1,0 +1,116 @@
+"""lm-eval's own long-context tasks, at any list of context lengths, each of them reported.
+
+The documents say what is asked; the long texts, up to tens of megabytes each, stay beside them, so
+that they are neither copied with each document nor logged twice.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import datasets
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.config.group import AggMetricConfig
+
+from .by_length import metric_at, metric_list, values_at
+from .evaluated_model import check_positions, max_positions
+from .members import load_members
+from .settings import read_settings
+
+
+class LongContextTask(ConfigurableTask):
+    """One of lm-eval's tasks, prompts and scores as they are, with settings of its own.
+
+    Attributes:
+        Settings: a dataclass of `settings.setting` fields, `context_lengths` among them.
+        settings: one of these.
+    """
+
+    Settings: type
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        metadata = dict(config.get("metadata") or {})
+        self.settings = read_settings(self.Settings, metadata)
+        own = {
+            "metadata": metadata | asdict(self.settings),  # for the results file
+            "metric_list": metric_list("acc", self.settings.context_lengths, acc="mean"),
+        }
+        super().__init__(config={k: v for k, v in config.items() if k != "class"} | own)
+
+    @abstractmethod
+    def documents(self) -> list[dict[str, Any]]:
+        """A document per prompt, its `context_length` in it, but not its `input`."""
+
+    @abstractmethod
+    def input(self, doc: Mapping[str, Any]) -> str:
+        """The long text of a document."""
+
+    @abstractmethod
+    def score(self, doc: Mapping[str, Any], results: Sequence[str]) -> float:
+        """What lm-eval's task gives for an answer, 0 to 1."""
+
+    def download(self, dataset_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Makes or loads the documents.
+
+        Raises:
+            ValueError: a context length exceeds the model's positions, or there are no documents.
+        """
+        check_positions(self.settings.context_lengths, max_positions(self.config.metadata))
+        self.dataset = {self.config.test_split: datasets.Dataset.from_list(self.documents())}
+
+    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: Any = None) -> str:
+        if "input" not in doc:  # the examples of a task have theirs
+            doc = {**doc, "input": self.input(doc)}
+        return super().doc_to_text(doc, doc_to_text)
+
+    def build_all_requests(self, **options: Any) -> None:
+        """As lm-eval's, never cached: its cache does not tell one list of lengths from another."""
+        super().build_all_requests(**{**options, "cache_requests": False})
+
+    def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+        if "bypass" in self._metric_fn_list:  # --predict_only
+            return super().process_results(doc, results)
+        score = self.score(doc, results)
+        lengths = self.settings.context_lengths
+        return {"acc": score, **values_at("acc", lengths, doc["context_length"], score)}
+
+
+class LongContextGroup(Group):
+    """The mean over such tasks at each context length.
+
+    A group that a YAML file describes by lm-eval's keys has metrics that are known beforehand. This
+    one is made of a file that has these keys besides a task's:
+
+    members: names of lm-eval's tasks, which become objects of `Task`.
+    folder: where in lm-eval's `tasks` folder their files are.
+
+    Attributes:
+        Task: the class of the members.
+        lengths: the context lengths, in tokens.
+    """
+
+    Task: type[LongContextTask]
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        metadata = config["metadata"]
+        self.lengths = read_settings(self.Task.Settings, metadata).context_lengths
+        metrics = ["acc", *(metric_at("acc", length) for length in self.lengths)]
+        means = [AggMetricConfig(metric, ["none"], weight_by_size=False) for metric in metrics]
+        super().__init__(config["task"], aggregate_metric_list=means, metadata=metadata)
+        members = [{"name": name, "class": self.Task} for name in config["members"]]
+        for member in load_members([config["folder"]], members, metadata):
+            self.add(member)
+
+    def aggregate(self, task_metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """As lm-eval's, without the metrics that a task has no value of, as under --limit."""
+        results = [task_metrics[task.task_name] for task in self.get_all_tasks()]
+        self.aggregate_metric_list = [
+            mean
+            for mean in self.aggregate_metric_list
+            if all(isinstance(result.get(f"{mean.metric},none"), float) for result in results)
+        ]
+        return super().aggregate(task_metrics)

@@ -1,0 +1,113 @@
+"""The group yoco_ruler: lm-eval's RULER tasks at any context lengths, and the effective length."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from .by_length import metric_at
+from .evaluated_model import load_tokenizer
+from .long_context import LongContextGroup, LongContextTask
+from .prompts import TokenCounter
+from .ruler_prompts import generate
+from .settings import count, lengths, setting, text, whole
+
+logger = logging.getLogger(__name__)
+
+THRESHOLD = 0.856  # what RULER's authors measured for Llama-2-7B at 4K, and ask of other lengths
+_FAR = 0.5  # share of a context length below which its prompts are said to be far shorter
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user can set of the tasks.
+
+    Attributes:
+        context_lengths: tokens of a prompt and its answer, counted with the model's own tokenizer.
+        samples: prompts per task and context length.
+        seed: of everything that is drawn.
+        data: folder of the essays and questions, if they are not to be downloaded.
+    """
+
+    context_lengths: list[int] = setting(lengths, [4096, 8192, 16384, 32768, 65536, 131072])
+    samples: int = setting(count, 500)
+    seed: int = setting(whole, 42)
+    data: str | None = setting(text, None)
+
+
+class Ruler(LongContextTask):
+    Settings = Settings
+
+    def documents(self) -> list[dict[str, Any]]:
+        """Runs lm-eval's generator of the task.
+
+        Raises:
+            ValueError: a context length is too short, or texts are missing; the error tells which.
+        """
+        config, settings = self.config, self.settings
+        counter = TokenCounter(
+            load_tokenizer(config.metadata), bool(config.metadata.get("add_bos_token"))
+        )
+        self._inputs: dict[tuple[int, int], str] = {}
+        documents = []
+        for sample in generate(
+            config.task,
+            config.custom_dataset,
+            counter,
+            settings.context_lengths,
+            samples=settings.samples,
+            seed=settings.seed,
+            answer=normalize_gen_kwargs(config.generation_kwargs)["max_gen_toks"],
+            delimiter=config.target_delimiter,
+            data=settings.data,
+        ):
+            sample.pop("input_example", None)
+            length = sample["context_length"] = sample["max_length"]
+            self._inputs[length, sample["index"]] = sample.pop("input")
+            documents.append(sample)
+        for length in settings.context_lengths:
+            longest = max(doc["length"] for doc in documents if doc["context_length"] == length)
+            if longest < _FAR * length:
+                logger.warning(
+                    "%s: the prompts of context length %d have %d tokens at most, as the words or "
+                    "texts that they are made of end there", config.task, length, longest,
+                )  # fmt: skip
+        return documents
+
+    def input(self, doc: Mapping[str, Any]) -> str:
+        return self._inputs[doc["context_length"], doc["index"]]
+
+    def score(self, doc: Mapping[str, Any], results: Sequence[str]) -> float:
+        return self.config.process_results(doc, results)[str(doc["context_length"])]
+
+
+class RulerGroup(LongContextGroup):
+    """The tasks' mean at each context length, and the effective length."""
+
+    Task = Ruler
+
+    def aggregate(self, task_metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        summary = super().aggregate(task_metrics)
+        means = {
+            length: summary[key]
+            for length in self.lengths
+            if (key := f"{metric_at('acc', length)},none") in summary
+        }
+        if means:  # there are none with --predict_only
+            summary["effective_length,none"] = effective_length(means)
+            summary["effective_length_stderr,none"] = "N/A"
+        return summary
+
+
+def effective_length(accuracies: Mapping[int, float]) -> int:
+    """The longest context length whose mean accuracy is at least RULER's threshold; 0 if none is.
+
+    Args:
+        accuracies: 0 to 1, by context length.
+    """
+    passed = (length for length, accuracy in accuracies.items() if accuracy >= THRESHOLD)
+    return max(passed, default=0)
