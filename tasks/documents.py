@@ -78,7 +78,7 @@ def _rows(path: str, name: str | None, task: str, data: str | None, **options: A
     except ValueError as error:
         if data is not None:
             raise
-        raise ValueError(f"{error}, or a folder with texts of your own") from error
+        raise ValueError(f"{error}, or a folder with texts of your own") from None
 
 
 def _existing(data: str) -> Path:

@@ -64,13 +64,14 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 def max_positions(metadata: Mapping[str, Any]) -> int | None:
     """The longest context in tokens: what the user says, else what the model's configuration says.
 
-    A user's `max_length` (or `max_model_len`, as vLLM calls it) may be beyond the trained length.
+    A user's `max_length` (`max_model_len` is vLLM's name of it, `context_length` SGLang's) may be
+    beyond the trained length.
     None if neither tells.
 
     Raises:
         ValueError: the user's is not a length.
     """
-    for key in ("max_length", "max_model_len"):
+    for key in ("max_length", "max_model_len", "context_length"):
         if metadata.get(key):
             try:
                 return parse_length(metadata[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ def local_files(folder: str, name: str) -> dict[str, str]:
     Raises:
         ValueError: there are none.
     """
+    if not Path(folder).expanduser().is_dir():
+        raise ValueError(f"data: {folder} is no folder")
     files = sorted(
         file for file in Path(folder, name).expanduser().glob("*") if file.suffix in _READERS
     )
@@ -70,7 +73,7 @@ def load(path: str, name: str | None, local: str, data: str | None, **options: A
             f"{path} could not be loaded from the Hugging Face hub ({_first_line(error)}): connect "
             "once, or give local files of the same fields with --metadata data=FOLDER "
             f"(FOLDER/{local}/SPLIT.jsonl)"
-        ) from error
+        ) from None
 
 
 class HubTask(ConfigurableTask):
@@ -103,6 +106,12 @@ class HubTask(ConfigurableTask):
                 f"{shown!r} has {len(self.dataset[shown])}"
             )
 
+    def build_all_requests(self, **options: Any) -> None:
+        """As lm-eval's, whose cache does not tell local data from the hub's: those pass it by."""
+        if (self.config.metadata or {}).get("data") is not None:
+            options["cache_requests"] = False
+        super().build_all_requests(**options)
+
     def fewshot_docs(self) -> Any:
         """As lm-eval's; None without examples, so that a split which goes unused may be missing."""
         return None if self.config.num_fewshot == 0 else super().fewshot_docs()
@@ -111,10 +120,10 @@ class HubTask(ConfigurableTask):
 def _read(file: str) -> datasets.Dataset:
     kind = _READERS[Path(file).suffix]
     try:
-        return datasets.load_dataset(kind, data_files=file, split="train")
+        return datasets.load_dataset(kind, data_files=glob.escape(file), split="train")
     except Exception as error:  # whatever the readers raise
         reason = _first_line(error.__cause__ or error)
-        raise ValueError(f"data: {file} is empty or not valid {kind} ({reason})") from error
+        raise ValueError(f"data: {file} is empty or not valid {kind} ({reason})") from None
 
 
 def _no_split(source: str | Path, split: str, splits: Mapping[str, Any]) -> ValueError:

@@ -108,9 +108,13 @@ class LongContextGroup(Group):
     def aggregate(self, task_metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """As lm-eval's, without the metrics that a task has no value of, as under --limit."""
         results = [task_metrics[task.task_name] for task in self.get_all_tasks()]
+        listed = self.aggregate_metric_list
         self.aggregate_metric_list = [
             mean
-            for mean in self.aggregate_metric_list
+            for mean in listed
             if all(isinstance(result.get(f"{mean.metric},none"), float) for result in results)
         ]
-        return super().aggregate(task_metrics)
+        try:
+            return super().aggregate(task_metrics)
+        finally:
+            self.aggregate_metric_list = listed

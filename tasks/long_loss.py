@@ -184,9 +184,13 @@ def nats_per_token(pairs: Iterable[tuple[float, int]]) -> float:
 def cut(name: str, whole: str, ends: Sequence[int], counter: TokenCounter) -> Document | int:
     """A text, cut where it has as many tokens as `ends` say, special ones included, or a few less.
 
+    Blanks before it are left out: nothing could be cut off behind them.
+
     Up to each cut it has the same tokens by itself as in the whole, so that the buckets together
-    have those of one pass. A text that is too short is not cut; the number of its tokens is given.
+    have those of one pass. A text that is too short, or has no such places, is not cut; the number
+    of its tokens is given.
     """
+    whole = whole.lstrip()
     size = 4 * ends[-1]  # characters; books have about four per token
     while len(found := counter.ends(whole[:size])) <= ends[-1] and size < len(whole):
         size *= 2
@@ -233,7 +237,8 @@ def bucket_ends(given: list[int] | None, positions: int | None) -> list[int]:
 def _too_few(settings: Settings, found: int, too_short: Sequence[int]) -> str:
     others = ""
     if too_short:
-        others = f" and {len(too_short)} shorter ones, the longest of {max(too_short)} tokens"
+        most = max(too_short)
+        others = f" and {len(too_short)} too short to be cut, the longest of {most} tokens"
     return (
         f"{settings.samples} documents of {settings.context_lengths[-1]} tokens are needed, and "
         f"{settings.data or 'the data set'} holds {found}{others}; give shorter context_lengths, "

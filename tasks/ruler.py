@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -49,6 +50,7 @@ class Ruler(LongContextTask):
             ValueError: a context length is too short, or texts are missing; the error tells which.
         """
         config, settings = self.config, self.settings
+        self._answer = self._answer_tokens()
         counter = TokenCounter(
             load_tokenizer(config.metadata), bool(config.metadata.get("add_bos_token"))
         )
@@ -61,7 +63,7 @@ class Ruler(LongContextTask):
             settings.context_lengths,
             samples=settings.samples,
             seed=settings.seed,
-            answer=normalize_gen_kwargs(config.generation_kwargs)["max_gen_toks"],
+            answer=self._answer,
             delimiter=config.target_delimiter,
             data=settings.data,
         ):
@@ -78,6 +80,14 @@ class Ruler(LongContextTask):
                 )  # fmt: skip
         return documents
 
+    def build_all_requests(self, **options: Any) -> None:
+        if self._answer_tokens() != self._answer:  # --gen_kwargs come after loading
+            self.download()
+        super().build_all_requests(**options)
+
+    def _answer_tokens(self) -> int:
+        return normalize_gen_kwargs(self.config.generation_kwargs)["max_gen_toks"]
+
     def input(self, doc: Mapping[str, Any]) -> str:
         return self._inputs[doc["context_length"], doc["index"]]
 
@@ -89,6 +99,15 @@ class RulerGroup(LongContextGroup):
     """The tasks' mean at each context length, and the effective length."""
 
     Task = Ruler
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        missing = [name for name in ("nltk", "wonderwords") if find_spec(name) is None]
+        if missing:
+            raise ValueError(
+                f"yoco_ruler needs {' and '.join(missing)}; install them with "
+                "pip install 'yoco-eval[ruler]'"
+            )
+        super().__init__(config)
 
     def aggregate(self, task_metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         summary = super().aggregate(task_metrics)

@@ -265,9 +265,9 @@ def _downloads(download_json: Callable, data: str | None) -> Callable:
                 return download_json(url)
             except Exception as error:  # whatever requests raises
                 raise ValueError(
-                    f"{url} could not be downloaded; give a folder with {name} in it with "
-                    "--metadata data=FOLDER"
-                ) from error
+                    f"{url} could not be downloaded ({type(error).__name__}); give a folder with "
+                    f"{name} in it with --metadata data=FOLDER"
+                ) from None
         path = Path(data, name).expanduser()
         try:
             return json.loads(path.read_text(encoding="utf-8"))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, TypeVar
 
 from yoco_eval import registration
 from yoco_eval.lengths import parse_length
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -41,6 +45,11 @@ def read_settings(kind: type[T], metadata: Mapping[str, Any]) -> T:
     """
     own = [f.name for f in fields(kind)]
     _refuse_unknown(own, metadata)
+    # What came with --model_args alone is the backend's: `seed` is an argument of some.
+    of_the_backend = NAMES & registration.given_model_args
+    metadata = {key: value for key, value in metadata.items() if key not in of_the_backend}
+    for key in sorted(NAMES.intersection(metadata) - set(own) - {"max_seq_lengths"}):
+        _tell_ignored(key, ", ".join(sorted(own)))
     given = {name: metadata[name] for name in own if metadata.get(name) is not None}
     named = {name: name for name in own}
     if "context_lengths" in own and metadata.get("max_seq_lengths") is not None:
@@ -56,29 +65,35 @@ def read_settings(kind: type[T], metadata: Mapping[str, Any]) -> T:
 
 
 def _refuse_unknown(own: Sequence[str], metadata: Mapping[str, Any]) -> None:
-    known = NAMES | _OF_THE_MODEL
-    mend = f"this task's settings are {', '.join(sorted(own))}"
-    for key in sorted(metadata.keys() - known):
-        # --model_args are among the metadata, whatever the backend takes: of what did not come
-        # from --metadata, only what looks like a slip is one.
-        close = get_close_matches(key, NAMES, n=1, cutoff=0.85)
-        if close:
+    for key in sorted(metadata.keys() - NAMES - _OF_THE_MODEL - registration.given_model_args):
+        # What did not come from the command line may be any backend's argument: only what looks
+        # like a slip is taken for one.
+        if close := get_close_matches(key, NAMES, n=1, cutoff=0.85):
             raise ValueError(f"metadata {key!r} is unknown; did you mean {close[0]!r}?")
         if key in registration.given_metadata:
-            raise ValueError(f"metadata {key!r} is unknown; {mend}")
+            own_names = ", ".join(sorted(own))
+            raise ValueError(f"metadata {key!r} is unknown; this task's settings are {own_names}")
+
+
+@cache  # once, however many tasks ignore it
+def _tell_ignored(key: str, own: str) -> None:
+    logger.warning("metadata %r is ignored by a task whose settings are %s", key, own)
 
 
 def lengths(name: str, value: Any) -> list[int]:
     """Numbers of tokens, ascending, without repetitions; "64k" is 65536."""
+    items = listed(name, value)
     try:
-        return sorted({parse_length(item) for item in listed(name, value)})
+        return sorted({parse_length(item) for item in items})
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
 def depths(name: str, value: Any) -> list[float]:
     """Shares from 0 to 1, ascending; a whole number asks for so many, evenly spaced."""
-    if not isinstance(value, list | tuple):
+    if isinstance(value, str) and any(mark in value for mark in "[,"):
+        value = listed(name, value)
+    elif not isinstance(value, list | tuple):
         given = number(name, value)
         if isinstance(given, int):
             if given < 1:
@@ -135,7 +150,8 @@ def number(name: str, value: Any) -> int | float:
 def listed(name: str, value: Any) -> Sequence[Any]:
     """A setting's values: of a list, of a text such as "[4k,64k]", or the one value itself."""
     if isinstance(value, str):
-        value = [item.strip(" '\"") for item in value.strip("[] ").split(",")]
+        items = (item.strip(" '\"") for item in value.strip("[] ").split(","))
+        value = [item for item in items if item]
     elif not isinstance(value, list | tuple):
         value = [value]
     if not value:

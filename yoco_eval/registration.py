@@ -13,21 +13,23 @@ included; importing wrapt, which offers post-import hooks ready-made, costs 60 m
 
 import sys
 
-# Keys that a user of the command line gave with --metadata. lm-eval mixes them with --model_args,
-# in which a task cannot tell a slip from another backend's argument.
-given_metadata = frozenset()
+# Names of what a user of the command line gave with --metadata, and with --model_args alone.
+# lm-eval mixes both, and a task could not tell its settings, and slips in them, from arguments of a
+# backend.
+given_metadata = given_model_args = frozenset()
 
 
 def _note_metadata(module):
-    """Have the command line's configuration leave the keys of --metadata in `given_metadata`."""
+    """Have the command line's configuration leave the names behind, before it mixes them."""
     from functools import wraps
 
     process = module.EvaluatorConfig._process_arguments
 
     @wraps(process)
     def process_noting(config):
-        global given_metadata
+        global given_metadata, given_model_args
         given_metadata = frozenset(config.metadata or {})
+        given_model_args = frozenset(config.model_args or {}) - given_metadata
         return process(config)
 
     module.EvaluatorConfig._process_arguments = process_noting

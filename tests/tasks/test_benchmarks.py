@@ -277,6 +277,13 @@ def test_members_stay_lm_evals_own(zero_shot):
     assert "|yoco_zero_shot|" in make_table(results, "groups")
 
 
+def test_requests_of_local_data_are_not_cached(data, small_yoco, tmp_path, monkeypatch):
+    """lm-eval would ask another folder's, or the hub's, questions with them."""
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path))
+    evaluate("yoco_zero_shot", small_yoco, data, limit=1, cache_requests=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_document_has_no_standard_error(data, small_yoco):
     results = evaluate("yoco_zero_shot", small_yoco, data, limit=1)
     group = results["results"]["yoco_zero_shot"]

@@ -114,15 +114,25 @@ def test_bad_settings_are_told_in_one_line_while_the_task_loads(
     assert "\n" not in str(caught.value)
 
 
+def test_blanks_before_a_document_are_left_out(tokenizers):
+    text = "A note on otters and the rivers that they live in. " * 100
+    for tokenizer in tokenizers.values():
+        counter = TokenCounter(tokenizer)
+        bare = cut("bare", text, [256, 512], counter)
+        assert bare.tokens
+        assert cut("blank", "\r\n" * 10 + " " * 30 + text, [256, 512], counter)[1:] == bare[1:]
+
+
 def test_too_few_long_documents(settings):
     with pytest.raises(ValueError) as caught:
         load(**settings | {"samples": 4})
     assert re.fullmatch(
-        r"4 documents of 512 tokens are needed, and .*/library holds 3 and 1 shorter ones, the "
-        r"longest of \d{3} tokens; give shorter context_lengths, fewer samples, or longer texts .*",
+        r"4 documents of 512 tokens are needed, and .*/library holds 3 and 1 too short to be "
+        r"cut, the longest of \d{3} tokens; give shorter context_lengths, fewer samples, or longer "
+        r"texts .*",
         str(caught.value),
     )
-    with pytest.raises(ValueError, match="holds 0 and 4 shorter ones, the longest of [1-9]"):
+    with pytest.raises(ValueError, match="holds 0 and 4 too short to be cut, the longest of [1-9]"):
         load(**settings | {"context_lengths": "32k"})
 
 
@@ -234,7 +244,8 @@ def test_cuts_leave_the_tokens_alone(tokenizers, kind, text):
     counter, ends = TokenCounter(tokenizer), [100, 300, 1000]
     document = cut("", TEXTS[text], ends, counter)
     assert isinstance(document, Document)
-    assert TEXTS[text].startswith(document.text) and len(document.text) == document.cuts[-1]
+    assert TEXTS[text].lstrip().startswith(document.text)
+    assert len(document.text) == document.cuts[-1]
     parts = [Encoder(tokenizer).encode(document.text[:end]) for end in document.cuts]
     for part, longer in pairwise(parts):
         assert np.array_equal(part, longer[: len(part)])

@@ -117,6 +117,6 @@ def test_scores_and_heatmap(tmp_path, answerer):
 
 
 def test_demo_checkpoint():
-    grid = {"context_lengths": 1024, "depths": 3, "samples": 1}
+    grid = {"context_lengths": [1024, "16k"], "depths": 3, "samples": 1}
     scores = evaluate(YocoLM(device="cpu"), grid)["results"]["yoco_passkey"]
     assert scores["acc,none"] == 1

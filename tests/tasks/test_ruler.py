@@ -155,10 +155,10 @@ def test_defaults():
         ("ruler_fwe", {"context_lengths": 250}, "250 is too short for ruler_fwe; give longer ones"),
         ("ruler_qa_squad", {"context_lengths": 300}, "300 is too short for ruler_qa_squad; give"),
         ("ruler_qa_hotpot", {"samples": 21}, "ruler_qa_hotpot has 20 questions, 21 are asked"),
-        ("niah_single_2", {"data": "nowhere"}, "nowhere/paul_graham_essays holds no data set"),
+        ("niah_single_2", {"data": "nowhere"}, "data: nowhere is no folder"),
         ("ruler_qa_squad", {"data": "nowhere"}, "data: nowhere/dev-v2.0.json cannot be read; put"),
         ("niah_single_2", {"data": None}, "with --metadata data=FOLDER (FOLDER/paul_graham_essays"),
-        ("ruler_qa_squad", {"data": None}, "could not be downloaded; give a folder with dev-v2.0"),
+        ("ruler_qa_squad", {"data": None}, "could not be downloaded (ConnectionError); give a"),
         ("ruler_cwe", {"samples": 0}, "samples: 0 is below 1"),
     ],
 )
@@ -314,6 +314,15 @@ def test_limit_leaves_a_length_out(data, reader):
     few = group("niah_single_1", "ruler_vt", context_lengths=[2048, 4096], samples=2, data=data)
     results = evaluate(reader(9999), few, limit=2)
     assert scores(results) == {"acc": 1.0, "acc@0002048": 1.0, "effective_length": 2048}
+
+
+def test_the_budget_of_gen_kwargs_is_kept(data, tokenizers):
+    """lm-eval sets --gen_kwargs when the task has been loaded already."""
+    task = make("niah_multikey_2", context_lengths=4096, samples=2, data=str(data))
+    task.set_config(key="generation_kwargs", value={"until": [], "max_gen_toks": 1500})
+    task.build_all_requests()
+    for instance in task.instances:
+        assert len(tokenizers["demo"](instance.args[0]).input_ids) + 1500 <= 4096
 
 
 def test_predict_only(data, reader):

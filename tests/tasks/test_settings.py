@@ -54,6 +54,8 @@ def test_context_lengths(name, value, lengths):
         (1, [0.5]),
         (2, [0, 1]),
         ("3", [0, 0.5, 1]),
+        ("0,0.5,1", [0, 0.5, 1]),
+        ("[0.25]", [0.25]),
         (0.25, [0.25]),
         ([1, 0, "0.5", 0.5], [0, 0.5, 1]),
         ([1], [1]),
@@ -87,6 +89,8 @@ def test_flags(value, flag):
         ({"depths": 0}, "depths: a count of 0 is below 1"),
         ({"depths": "deep"}, "depths: 'deep' is not a number"),
         ({"depths": []}, "depths: the list is empty"),
+        ({"depths": "[]"}, "depths: the list is empty"),
+        ({"context_lengths": "[]"}, "context_lengths: the list is empty"),
         ({"samples": 0}, "samples: 0 is below 1"),
         ({"samples": 2.5}, "samples: 2.5 is not a whole number"),
         ({"samples": True}, "samples: True is not a number"),
@@ -101,7 +105,7 @@ def test_flags(value, flag):
 def test_bad_settings_are_told_in_one_line(metadata, message):
     with pytest.raises(ValueError) as caught:
         read(**metadata)
-    assert message in str(caught.value)
+    assert message in str(caught.value) and str(caught.value).count("context_lengths: ") < 2
     assert "\n" not in str(caught.value)
 
 
@@ -113,6 +117,25 @@ def test_unknown_keys_of_metadata_are_refused(monkeypatch):
     monkeypatch.setattr(registration, "given_metadata", frozenset({"colour"}))
     with pytest.raises(ValueError, match="'colour' is unknown; this task's settings are ask_all"):
         read(colour="blue")
+
+
+def test_arguments_of_the_model_are_not_taken_for_settings(monkeypatch):
+    """`seed` is one of vLLM's, `context_length` one of SGLang's."""
+    monkeypatch.setattr(registration, "given_model_args", frozenset({"seed", "context_length"}))
+    assert read(seed=1234, context_length=131072) == read()
+    monkeypatch.setattr(registration, "given_metadata", frozenset({"seed"}))
+    monkeypatch.setattr(registration, "given_model_args", frozenset({"context_length"}))
+    assert read(seed=1234, context_length=131072) == read(seed=1234)
+
+
+def test_settings_of_other_tasks_are_told(caplog):
+    settings._tell_ignored.cache_clear()
+    read(needles=3)
+    read(needles=4)
+    assert caplog.messages == [
+        "metadata 'needles' is ignored by a task whose settings are ask_all, context_lengths, "
+        "depths, haystack, samples, seed"
+    ]
 
 
 def test_the_names_are_those_of_all_tasks():
