@@ -86,7 +86,7 @@ def test_what_the_hub_cannot_give(monkeypatch, error, reason):
 @pytest.mark.parametrize(
     ("folder", "split", "message"),
     [
-        ("nowhere", None, "data: nowhere is no folder"),
+        ("nowhere", None, "nowhere is no folder"),
         ("", "dev", "set has no split 'dev' (it has broken, empty, test)"),
         ("", "broken", "broken.jsonl is empty or not valid json (JSON parse error"),
         ("", "empty", "empty.jsonl is empty or not valid json ("),
