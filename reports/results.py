@@ -8,7 +8,7 @@ task and whatever backend left such cells, they are read alike.
 import json
 import logging
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from lm_eval.utils import simple_parse_args_string
 
 logger = logging.getLogger(__name__)
+
+_CELL_NUMBERS = ("context_length", "depth", "samples", "correct")  # that every cell has
 
 
 class ResultsError(ValueError):
@@ -52,12 +54,17 @@ class ResultsFile:
 
 @dataclass(frozen=True, order=True)
 class NeedleCell:
-    """The prompts of one context length (tokens) and one needle depth (0 = start, 1 = end)."""
+    """The prompts of one context length (tokens) and one needle depth (0 = start, 1 = end).
+
+    right, wrong: the numbers of the samples that were answered so; None in files that lack them.
+    """
 
     context_length: int
     depth: float
     samples: int
     correct: int
+    right: tuple[int, ...] | None = None
+    wrong: tuple[int, ...] | None = None
 
     def __post_init__(self):
         for name in ("context_length", "samples", "correct"):
@@ -74,6 +81,19 @@ class NeedleCell:
             raise ResultsError(f"samples {self.samples} is below 1")
         if not 0 <= self.correct <= self.samples:
             raise ResultsError(f"correct {self.correct} is outside 0..{self.samples} (its samples)")
+        if (self.right is None) != (self.wrong is None):
+            raise ResultsError("right and wrong must both be given, or neither")
+        if self.right is not None:
+            self._check_answers(self.right, self.wrong)
+
+    def _check_answers(self, right: tuple[int, ...], wrong: tuple[int, ...]) -> None:
+        answers = [*right, *wrong]
+        if any(isinstance(sample, bool) or not isinstance(sample, int) for sample in answers):
+            raise ResultsError("right and wrong hold something that is no whole number")
+        if len(set(answers)) < len(answers):
+            raise ResultsError("a sample is twice in right and wrong")
+        if (len(right), len(answers)) != (self.correct, self.samples):
+            raise ResultsError("right and wrong do not agree with correct and samples")
 
     @property
     def accuracy(self) -> float:
@@ -180,7 +200,7 @@ def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
             len(runs) - 1,
         )
     try:
-        cells = _parse_cells(newest.needle_cells()[task])
+        cells = parse_cells(newest.needle_cells()[task])
     except ResultsError as error:
         raise ResultsError(
             f"{newest.path}: task {task}: {error}; run the evaluation again"
@@ -188,13 +208,15 @@ def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
     return NeedleRun(newest.model, task, newest.path, newest.date, cells)
 
 
-def _parse_cells(raw: list) -> tuple[NeedleCell, ...]:
+def parse_cells(raw: list) -> tuple[NeedleCell, ...]:
+    """The cells that a needle task left, checked. Raises ResultsError, telling which is wrong."""
     if not raw:
         raise ResultsError("its list of cells is empty")
     cells: dict[tuple[int, float], NeedleCell] = {}
     for entry in raw:
         try:
-            cell = NeedleCell(**{field.name: entry[field.name] for field in fields(NeedleCell)})
+            numbers = [entry[name] for name in _CELL_NUMBERS]
+            cell = NeedleCell(*numbers, **_answers(entry))
         except (KeyError, TypeError) as error:
             raise ResultsError(
                 f"cell {entry!r} needs context_length, depth, samples, correct"
@@ -207,6 +229,10 @@ def _parse_cells(raw: list) -> tuple[NeedleCell, ...]:
             raise ResultsError(f"two cells for context length {key[0]} at depth {key[1]}")
         cells[key] = cell
     return tuple(sorted(cells.values()))
+
+
+def _answers(entry: dict) -> dict[str, tuple]:
+    return {name: tuple(entry[name]) for name in ("right", "wrong") if entry.get(name) is not None}
 
 
 def _name_model(data: dict) -> tuple[str, tuple[str, ...]]:

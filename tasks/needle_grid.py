@@ -200,7 +200,7 @@ class NeedleGrid(ConfigurableTask):
         return {
             "acc": float(correct),
             **values_at("acc", self.settings.context_lengths, length, float(correct)),
-            _WORST_CELL: (length, doc["depth"], correct),
+            _WORST_CELL: (length, doc["depth"], doc["sample"], correct),
         }
 
     def _answer_tokens(self) -> int:
@@ -293,18 +293,25 @@ def _excerpt(prompt: Prompt, needle: str) -> str:
 
 
 def _worst_cell_noting_all(metadata: dict[str, Any]) -> Callable[[Iterable[tuple]], float]:
-    """An aggregation that gives the lowest accuracy of a cell and leaves all in `metadata`."""
+    """An aggregation that gives the lowest accuracy of a cell and leaves all in `metadata`.
+
+    Cells say which samples were answered right, so that runs can be compared prompt by prompt.
+    """
 
     # Not a method: lm-eval copies its configuration deeply, and with a method the whole task.
-    def worst_cell(answers: Iterable[tuple[int, float, bool]]) -> float:
+    def worst_cell(answers: Iterable[tuple[int, float, int, bool]]) -> float:
         cells: dict[tuple[int, float], dict[str, Any]] = {}
-        for length, depth, correct in sorted(answers):
+        for length, depth, sample, correct in sorted(answers):
             cell = cells.setdefault(
                 (length, depth),
-                {"context_length": length, "depth": depth, "samples": 0, "correct": 0},
-            )
+                {
+                    "context_length": length, "depth": depth, "samples": 0, "correct": 0,
+                    "right": [], "wrong": [],
+                },
+            )  # fmt: skip
             cell["samples"] += 1
             cell["correct"] += int(correct)
+            cell["right" if correct else "wrong"].append(sample)
         metadata["cells"] = list(cells.values())
         return min(cell["correct"] / cell["samples"] for cell in cells.values())
 

@@ -165,6 +165,11 @@ def test_nothing_to_read(tmp_path):
         ({"samples": 0, "correct": 0}, "samples 0 is below 1"),
         ({"context_length": 0}, "context_length 0 is below 1"),
         ({"context_length": "4k"}, "context_length '4k' is not a whole number"),
+        ({"right": [0]}, "right and wrong must both be given"),
+        ({"right": [0, 1], "wrong": [2, 3]}, "do not agree with correct and samples"),
+        ({"right": [0, 1], "wrong": [1, 3, 4]}, "a sample is twice in right and wrong"),
+        ({"right": [0, 1], "wrong": [2, 3, "4"]}, "something that is no whole number"),
+        ({"right": 3, "wrong": 4}, "needs context_length"),
         ({"context_length": 4096}, "two cells for context length 4096 at depth 0.0"),
     ],
 )
@@ -189,3 +194,10 @@ def test_depths_that_differ_by_rounding_are_one(tmp_path):
 def test_additional_keys_of_a_cell_are_ignored(tmp_path):
     write(tmp_path, results([CELLS[0] | {"seconds": 1.5}]))
     assert load_needle_run(tmp_path).cells == (NeedleCell(8192, 0.0, 5, 2),)
+
+
+def test_samples_of_a_cell(tmp_path):
+    write(tmp_path, results([CELLS[0] | {"right": [1, 4], "wrong": [0, 2, 3]}, CELLS[1]]))
+    old, new = load_needle_run(tmp_path).cells
+    assert (new.right, new.wrong) == ((1, 4), (0, 2, 3))
+    assert (old.right, old.wrong) == (None, None)

@@ -258,6 +258,8 @@ def test_scores_cells_and_table_of_a_partial_reader(caplog):
         (length, depth, 2) for length in (256, 512) for depth in (0.0, 0.5, 1.0)
     ]
     assert [cell["correct"] for cell in cells] == [0, 2, 2, 0, 0, 2]
+    assert [cell["right"] for cell in cells] == [[], [0, 1], [0, 1], [], [], [0, 1]]
+    assert [cell["wrong"] for cell in cells] == [[0, 1], [], [], [0, 1], [0, 1], []]
     rows = [line.split("|")[5].strip() for line in make_table(results).splitlines()[2:]]
     assert rows == ["acc", "acc@0000256", "acc@0000512", "acc_worst_cell"]
 
