@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+# What RULER's authors measured for Llama-2-7B at 4K, and ask of other lengths.
+RULER_THRESHOLD = 0.856
 
 
 def metric_at(name: str, context_length: int) -> str:
@@ -37,3 +40,13 @@ def values_at(
     lm-eval warns of metrics that not every document has a value of.
     """
     return {metric_at(name, c): value if c == length else None for c in context_lengths}
+
+
+def effective_length(accuracies: Mapping[int, float]) -> int:
+    """The longest context length whose mean accuracy is at least RULER's threshold; 0 if none is.
+
+    Args:
+        accuracies: 0 to 1, by context length.
+    """
+    passed = (length for length, accuracy in accuracies.items() if accuracy >= RULER_THRESHOLD)
+    return max(passed, default=0)

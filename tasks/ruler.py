@@ -10,7 +10,7 @@ from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from .by_length import metric_at
+from .by_length import effective_length, metric_at
 from .evaluated_model import load_tokenizer
 from .long_context import LongContextGroup, LongContextTask
 from .prompts import TokenCounter
@@ -19,7 +19,6 @@ from .settings import count, lengths, setting, text, whole
 
 logger = logging.getLogger(__name__)
 
-THRESHOLD = 0.856  # what RULER's authors measured for Llama-2-7B at 4K, and ask of other lengths
 _FAR = 0.5  # share of a context length below which its prompts are said to be far shorter
 
 
@@ -120,13 +119,3 @@ class RulerGroup(LongContextGroup):
             summary["effective_length,none"] = effective_length(means)
             summary["effective_length_stderr,none"] = "N/A"
         return summary
-
-
-def effective_length(accuracies: Mapping[int, float]) -> int:
-    """The longest context length whose mean accuracy is at least RULER's threshold; 0 if none is.
-
-    Args:
-        accuracies: 0 to 1, by context length.
-    """
-    passed = (length for length, accuracy in accuracies.items() if accuracy >= THRESHOLD)
-    return max(passed, default=0)

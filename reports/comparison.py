@@ -1,0 +1,329 @@
+"""A comparison of checkpoints: all that the reports in their several forms have to say.
+
+The checkpoints keep the order in which they were given, from the earliest to the latest of a
+training run; everything that is of several checkpoints has one entry for each, in that order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from yoco_eval.tasks.by_length import effective_length as ruler_effective_length
+from yoco_eval.tasks.published import published_rows
+
+from .benchmarks import (
+    Benchmark,
+    PublishedModel,
+    compare_benchmarks,
+    is_by_length,
+    published_models,
+    values_by_length,
+)
+from .differences import (
+    Caveat,
+    Finding,
+    PairTest,
+    benchmark_tests,
+    correct,
+    find,
+    needle_tests,
+)
+from .profile import Profile
+from .results import NeedleRun, ResultsError
+from .runs import Checkpoint, Skipped
+from .samples import NeedleSample, read_samples
+from .setups import SetupDifference, find_differences
+from .statistics import Interval, effective_length, wilson
+
+logger = logging.getLogger(__name__)
+
+THRESHOLD = 0.9  # of the effective context length, by default
+_RULER = ("yoco_ruler", "ruler")
+
+
+@dataclass(frozen=True)
+class LengthAccuracy:
+    """All prompts of one context length (tokens), with the 95 % interval of their accuracy."""
+
+    context_length: int
+    correct: int
+    samples: int
+    interval: Interval
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.samples
+
+
+@dataclass(frozen=True)
+class NeedleResult:
+    """A needle task of one checkpoint.
+
+    run: with its cells, for heatmaps.
+    effective_length: tokens; None if not even the shortest context length passes.
+    too_few_prompts: whether that ended at a length all of whose prompts were answered right, so
+        that more prompts might show a longer one.
+    samples: those that were logged, by context length and depth; empty if none were.
+    """
+
+    run: NeedleRun
+    by_length: tuple[LengthAccuracy, ...]
+    effective_length: int | None
+    too_few_prompts: bool
+    samples: dict[tuple[int, float], tuple[NeedleSample, ...]]
+
+    def at(self, context_length: int) -> LengthAccuracy | None:
+        found = [one for one in self.by_length if one.context_length == context_length]
+        return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class PublishedNeedles:
+    """A published accuracy: not measured here. context_length: tokens of the prompts."""
+
+    model: str
+    source: str
+    context_length: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """A needle task of all checkpoints; None for those that were not evaluated on it."""
+
+    task: str
+    results: tuple[NeedleResult | None, ...]
+    published: tuple[PublishedNeedles, ...]
+
+    @property
+    def context_lengths(self) -> list[int]:
+        there = [result for result in self.results if result]
+        return sorted({length for result in there for length in result.run.context_lengths})
+
+    @property
+    def depths(self) -> list[float]:
+        there = [result for result in self.results if result]
+        return sorted({depth for result in there for depth in result.run.depths})
+
+
+@dataclass(frozen=True)
+class LengthCurves:
+    """A metric by context length: RULER's and BABILong's accuracy, loss by position.
+
+    metric: "acc" (share of right answers), "loss" (nats per token, of the tokens from the length
+        before up to this one) or "loss_to" (of all tokens up to it).
+    n_shot: examples in each prompt; None for a group of tasks with different numbers.
+    member: whether it is a part of a group that is there, too.
+    values: by context length in tokens; None for checkpoints that were not evaluated.
+    effective_lengths: of RULER, by its authors' rule, in tokens (0: none); else None.
+    """
+
+    task: str
+    n_shot: int | None
+    metric: str
+    member: bool
+    values: tuple[dict[int, float] | None, ...]
+    effective_lengths: tuple[int | None, ...] | None
+
+    @property
+    def context_lengths(self) -> list[int]:
+        return sorted({length for values in self.values if values for length in values})
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the results of a checkpoint are from. dates: of its oldest and newest file used."""
+
+    name: str
+    path: Path
+    files: tuple[Path, ...]
+    dates: tuple[datetime, datetime] | None
+    backends: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is known of several checkpoints, and how they differ.
+
+    threshold: of the accuracy, for effective context lengths.
+    tests: all that were made, corrected for their number; findings: what the significant ones say.
+    caveats: pairs that are not compared, or not prompt by prompt.
+    setup_differences: what else than the checkpoint differs.
+    """
+
+    checkpoints: tuple[Source, ...]
+    threshold: float
+    benchmarks: tuple[Benchmark, ...]
+    published: tuple[PublishedModel, ...]
+    needles: tuple[NeedleTask, ...]
+    curves: tuple[LengthCurves, ...]
+    profiles: tuple[Profile | None, ...]
+    tests: tuple[PairTest, ...]
+    findings: tuple[Finding, ...]
+    caveats: tuple[Caveat, ...]
+    setup_differences: tuple[SetupDifference, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [checkpoint.name for checkpoint in self.checkpoints]
+
+    @property
+    def regressions(self) -> list[Finding]:
+        """Where a later checkpoint is worse than an earlier one."""
+        return [finding for finding in self.findings if finding.regression]
+
+    def sentence(self, finding: Finding) -> str:
+        """A finding as a reader is told it, without a full stop."""
+        better, worse = self.names[finding.better], self.names[finding.worse]
+        a, b = (f"{score:.3g}" for score in finding.scores)
+        p = "p < 0.001" if finding.p < 0.001 else f"p = {finding.p:.2g}"
+        where = f" {finding.where}" if finding.where else ""
+        return f"{finding.task}: {better} is better than {worse}{where} ({a} against {b}, {p})"
+
+
+def compare(
+    checkpoints: Sequence[Checkpoint], threshold: float = THRESHOLD, published: bool = False
+) -> Comparison:
+    """Compares what `load_checkpoints` found.
+
+    threshold: an effective context length's accuracy is above it with 95 % confidence; 0 to 1.
+    published: whether rows of the literature stand beside the measured ones.
+    Raises ResultsError for another threshold.
+    """
+    if not 0 <= threshold < 1:
+        raise ResultsError(f"--threshold: {threshold:g} is not an accuracy below 1; give 0.9")
+    skipped: list[list[Skipped]] = [list(checkpoint.skipped) for checkpoint in checkpoints]
+    samples = [
+        _samples(checkpoint, found) for checkpoint, found in zip(checkpoints, skipped, strict=True)
+    ]
+    benchmarks = compare_benchmarks(checkpoints)
+    of_needles, caveats = needle_tests(checkpoints, samples)
+    of_benchmarks, more = benchmark_tests(checkpoints, benchmarks)
+    tests = correct([*of_needles, *of_benchmarks])
+    keys = dict.fromkeys(key for checkpoint in checkpoints for key in checkpoint.tasks)
+    return Comparison(
+        tuple(_source(c, found) for c, found in zip(checkpoints, skipped, strict=True)),
+        threshold,
+        tuple(benchmarks),
+        tuple(published_models(benchmarks)) if published else (),
+        tuple(_needle_tasks(checkpoints, samples, threshold, published)),
+        tuple(_curves(checkpoints)),
+        tuple(checkpoint.profile for checkpoint in checkpoints),
+        tuple(tests),
+        tuple(find(tests)),
+        (*caveats, *more),
+        tuple(find_differences(checkpoints, list(keys))),
+    )
+
+
+def _samples(checkpoint: Checkpoint, skipped: list[Skipped]) -> dict[str, list[NeedleSample]]:
+    """The logged samples by task; what cannot be read is added to `skipped`."""
+    samples = {}
+    for task, path in checkpoint.samples.items():
+        try:
+            samples[task], unread = read_samples(path)
+        except ResultsError as error:
+            skipped.append(Skipped(path, str(error).removeprefix(f"{path}: ")))
+            continue
+        if unread:
+            skipped.append(Skipped(path, f"{unread} of its lines are no samples of {task}"))
+    return samples
+
+
+def _source(checkpoint: Checkpoint, skipped: Sequence[Skipped]) -> Source:
+    files = {run.file.path: run.file for run in checkpoint.tasks.values()}
+    dates = sorted(file.date for file in files.values())
+    backends = {str(file.data["config"].get("model")) for file in files.values()}
+    return Source(
+        checkpoint.name,
+        checkpoint.path,
+        tuple(files),
+        (dates[0], dates[-1]) if dates else None,
+        tuple(sorted(backends)),
+        tuple(skipped),
+    )
+
+
+def _needle_tasks(
+    checkpoints: Sequence[Checkpoint],
+    samples: Sequence[dict[str, list[NeedleSample]]],
+    threshold: float,
+    published: bool,
+) -> list[NeedleTask]:
+    tasks = dict.fromkeys(task for checkpoint in checkpoints for task in checkpoint.needles)
+    return [
+        NeedleTask(
+            task,
+            tuple(
+                _needle_result(checkpoint.needles[task], logged.get(task, []), threshold)
+                if task in checkpoint.needles
+                else None
+                for checkpoint, logged in zip(checkpoints, samples, strict=True)
+            ),
+            tuple(_published_needles(task)) if published else (),
+        )
+        for task in tasks
+    ]
+
+
+def _needle_result(
+    run: NeedleRun, samples: Sequence[NeedleSample], threshold: float
+) -> NeedleResult:
+    by_length = []
+    for length in run.context_lengths:
+        cells = [cell for cell in run.cells if cell.context_length == length]
+        right, total = sum(cell.correct for cell in cells), sum(cell.samples for cell in cells)
+        by_length.append(LengthAccuracy(length, right, total, wilson(right, total)))
+    effective = effective_length({one.context_length: one.interval.low for one in by_length},
+                                 threshold)  # fmt: skip
+    beyond = [one for one in by_length if one.context_length > (effective or 0)]
+    too_few = bool(beyond) and beyond[0].correct == beyond[0].samples
+    grid: dict[tuple[int, float], tuple[NeedleSample, ...]] = {}
+    for sample in samples:
+        cell = sample.context_length, sample.depth
+        grid[cell] = (*grid.get(cell, ()), sample)
+    return NeedleResult(run, tuple(by_length), effective, too_few, grid)
+
+
+def _published_needles(task: str) -> list[PublishedNeedles]:
+    return [
+        PublishedNeedles(
+            row["model"], row["source"], row["context_length"], row["scores"][task]["acc"]
+        )
+        for row in published_rows()
+        if task in row["scores"]
+    ]
+
+
+def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
+    """Groups before single tasks, and those before members of groups."""
+    keys = dict.fromkeys(
+        key
+        for checkpoint in checkpoints
+        for key, run in checkpoint.tasks.items()
+        if is_by_length(run) and run.task not in checkpoint.needles
+    )
+    curves = []
+    for task, n_shot in keys:
+        runs = [checkpoint.tasks.get((task, n_shot)) for checkpoint in checkpoints]
+        found = [values_by_length(run) if run else {} for run in runs]
+        member = any(
+            task in other.members and is_by_length(other)
+            for checkpoint in checkpoints
+            for other in checkpoint.tasks.values()
+        )
+        for metric in dict.fromkeys(metric for values in found for metric in values):
+            values = tuple(one.get(metric) for one in found)
+            effective = tuple(one and ruler_effective_length(one) for one in values)
+            curves.append(
+                LengthCurves(
+                    task, n_shot, metric, member, values, effective if task in _RULER else None
+                )
+            )
+    order = {task: len(r.members) for c in checkpoints for (task, _), r in c.tasks.items()}
+    return sorted(curves, key=lambda curve: (curve.member, not order[curve.task]))

@@ -1,0 +1,116 @@
+"""What differs between runs besides their checkpoints, and what that means for comparing them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from yoco_eval.lengths import format_length
+
+from .heatmap import format_depths
+from .runs import Checkpoint, TaskRun, mapping
+
+STATED, MARKED, REFUSED = "stated", "marked", "refused"
+
+# A comparison across these would be of different questions, not of different checkpoints.
+_REFUSED = frozenset({"task version", "haystack", "needles", "data"})
+# Across these it holds, but for fewer prompts, or for others of the same kind.
+_MARKED = frozenset({"seed", "samples", "depths", "context lengths", "limit", "documents"})
+_OF_THE_TASK = ("seed", "haystack", "needles", "data", "samples", "depths", "context_lengths")
+_OF_THE_RUN = ("limit", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
+
+
+@dataclass(frozen=True)
+class SetupDifference:
+    """A setting that was not the same for all checkpoints.
+
+    tasks: those it concerns.
+    values: of each checkpoint, in their order; None for one that was not evaluated on the tasks.
+    effect: "stated": it may explain differences of scores. "marked": tests are made, but not prompt
+        by prompt, or on what is common. "refused": checkpoints that differ in it are not compared.
+    """
+
+    setting: str
+    tasks: tuple[str, ...]
+    values: tuple[str | None, ...]
+    effect: str
+
+
+def find_differences(
+    checkpoints: Sequence[Checkpoint], tasks: Sequence[tuple[str, int | None]]
+) -> list[SetupDifference]:
+    """Settings that differ between the checkpoints evaluated on the same of these tasks.
+
+    Tasks in which a setting differs alike stand together. Refusals come first.
+    """
+    found: dict[tuple[str, tuple[str | None, ...]], list[str]] = {}
+    for key in tasks:
+        runs = [checkpoint.tasks.get(key) for checkpoint in checkpoints]
+        settings = [run and setup(run) for run in runs]
+        names = dict.fromkeys(name for one in settings if one for name in one)
+        for name in names:
+            values = tuple(one and one.get(name, "default") for one in settings)
+            if len({value for value in values if value is not None}) > 1:
+                found.setdefault((name, values), []).append(key[0])
+    differences = [
+        SetupDifference(name, tuple(dict.fromkeys(members)), values, effect(name))
+        for (name, values), members in found.items()
+    ]
+    order = (REFUSED, MARKED, STATED)
+    return sorted(differences, key=lambda difference: order.index(difference.effect))
+
+
+def differing(first: TaskRun, second: TaskRun, kind: str) -> list[str]:
+    """The settings of that effect in which two runs of a task differ."""
+    one, other = setup(first), setup(second)
+    names = dict.fromkeys([*one, *other])
+    return [name for name in names if one.get(name) != other.get(name) and effect(name) == kind]
+
+
+def effect(setting: str) -> str:
+    """What it means for a comparison that a setting differs."""
+    return REFUSED if setting in _REFUSED else MARKED if setting in _MARKED else STATED
+
+
+def setup(run: TaskRun) -> dict[str, str]:
+    """How a task was evaluated: settings by name, without those that the file does not tell."""
+    data = run.file.data
+    config = mapping(data.get("config"))
+    leaves = [task for task in run.members if task in data["configs"]] or [run.task]
+    metadata = [mapping(mapping(data["configs"].get(task)).get("metadata")) for task in leaves]
+    documents = [
+        mapping(mapping(data.get("n-samples")).get(task)).get("effective") for task in leaves
+    ]
+    settings = {
+        "task version": _common([mapping(data.get("versions")).get(task) for task in leaves]),
+        **{name.replace("_", " "): _common([m.get(name) for m in metadata])
+           for name in _OF_THE_TASK},
+        "documents": _common(documents),
+        **{name.replace("_", " "): config.get(name) for name in _OF_THE_RUN},
+        "generation": config.get("gen_kwargs") or None,
+        "chat template": data.get("chat_template_sha"),
+        "system instruction": data.get("system_instruction_sha"),
+        "backend": config.get("model"),
+        "dtype": config.get("model_dtype"),
+        "lm-eval": data.get("lm_eval_version"),
+    }  # fmt: skip
+    return {name: _text(name, value) for name, value in settings.items() if value is not None}
+
+
+def _common(values: list) -> object:
+    """The value that all tasks of a group have; else all of them, in the order of the tasks."""
+    told = [value for value in values if value is not None]
+    if all(value == told[0] for value in told):
+        return told[0] if told else None
+    return ", ".join(map(str, told))
+
+
+def _text(name: str, value: object) -> str:
+    try:
+        if name == "context lengths":
+            return ", ".join(format_length(length) for length in value)
+        if name == "depths":
+            return ", ".join(format_depths(value)) + " %"
+    except (TypeError, ValueError):  # a file may hold anything
+        pass
+    return str(value).removeprefix("torch.")
