@@ -178,7 +178,7 @@ def _higher_is_better(run: TaskRun, metric: str) -> bool:
 
 def _best(scores: Sequence[Score | None], higher_is_better: bool) -> tuple[int, ...]:
     values = [score.value for score in scores if score]
-    if len(values) < 2:
+    if len(set(values)) < 2:  # one checkpoint only, or all alike
         return ()
     best = max(values) if higher_is_better else min(values)
     return tuple(i for i, score in enumerate(scores) if score and score.value == best)

@@ -6,7 +6,6 @@ training run; everything that is of several checkpoints has one entry for each, 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,8 +37,6 @@ from .runs import Checkpoint, Skipped
 from .samples import NeedleSample, read_samples
 from .setups import SetupDifference, find_differences
 from .statistics import Interval, effective_length, wilson
-
-logger = logging.getLogger(__name__)
 
 THRESHOLD = 0.9  # of the effective context length, by default
 _RULER = ("yoco_ruler", "ruler")
@@ -179,11 +176,22 @@ class Comparison:
 
     def sentence(self, finding: Finding) -> str:
         """A finding as a reader is told it, without a full stop."""
-        better, worse = self.names[finding.better], self.names[finding.worse]
         a, b = (f"{score:.3g}" for score in finding.scores)
-        p = "p < 0.001" if finding.p < 0.001 else f"p = {finding.p:.2g}"
+        return f"{finding.task}: {self.claim(finding)} ({a} against {b}, {p_text(finding.p)})"
+
+    def claim(self, finding: Finding) -> str:
+        """Who is better than whom, and where; of a regression, who is worse."""
+        better, worse = self.names[finding.better], self.names[finding.worse]
         where = f" {finding.where}" if finding.where else ""
-        return f"{finding.task}: {better} is better than {worse}{where} ({a} against {b}, {p})"
+        if finding.regression:
+            return f"{worse} is worse than the earlier {better}{where}"
+        return f"{better} is better than {worse}{where}"
+
+
+def p_text(p: float) -> str:
+    """A p-value as it stands in a sentence."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
 
 
 def compare(
@@ -191,12 +199,10 @@ def compare(
 ) -> Comparison:
     """Compares what `load_checkpoints` found.
 
-    threshold: an effective context length's accuracy is above it with 95 % confidence; 0 to 1.
+    threshold: an effective context length's accuracy is above it with 95 % confidence; 0 or above,
+        below 1.
     published: whether rows of the literature stand beside the measured ones.
-    Raises ResultsError for another threshold.
     """
-    if not 0 <= threshold < 1:
-        raise ResultsError(f"--threshold: {threshold:g} is not an accuracy below 1; give 0.9")
     skipped: list[list[Skipped]] = [list(checkpoint.skipped) for checkpoint in checkpoints]
     samples = [
         _samples(checkpoint, found) for checkpoint, found in zip(checkpoints, skipped, strict=True)

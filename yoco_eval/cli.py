@@ -68,6 +68,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share below 1; write 0.9")
+    return share
+
+
 def _heatmap(args: argparse.Namespace) -> None:
     from yoco_eval.reports.heatmap import check_output, print_heatmap, save_heatmap
     from yoco_eval.reports.results import ResultsError, load_needle_run
@@ -86,6 +96,30 @@ def _heatmap(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     print_heatmap(run, Console(highlight=False), args.title)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from yoco_eval.reports.comparison import compare
+    from yoco_eval.reports.comparison_files import check_output, save_comparison
+    from yoco_eval.reports.comparison_text import print_comparison
+    from yoco_eval.reports.results import ResultsError
+    from yoco_eval.reports.runs import load_checkpoints
+
+    names = [name.strip() for name in args.names.split(",")] if args.names is not None else None
+    try:
+        for path in args.output:
+            check_output(path)
+        checkpoints = load_checkpoints(args.results, names)
+        comparison = compare(checkpoints, args.threshold, args.published)
+        for path in args.output:
+            save_comparison(comparison, path)
+    except ResultsError as error:
+        raise UserError(error) from error
+    print_comparison(comparison, Console(highlight=False))
+    for path in args.output:
+        print(f"wrote {path}")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -201,6 +235,55 @@ def _parser() -> argparse.ArgumentParser:
     heatmap.add_argument("--task", metavar="NAME", help="which task, where a run has several")
     heatmap.add_argument("--title", metavar="TEXT", help="a title in place of the model's name")
     heatmap.set_defaults(run=_heatmap)
+
+    compare = _command(
+        commands,
+        "compare",
+        "tell which of several checkpoints is better, where, and how sure that is",
+        """
+  yoco-eval compare results/4k results/64k results/1m
+  yoco-eval compare results/a results/b --names base,tuned -o tuned.md -o tuned.csv
+  yoco-eval compare results/1m --published -o table.tex
+
+Tests are made prompt by prompt where runs share their prompts, and corrected for
+their number; a difference is told only if it is significant at the 5 % level.""",
+    )
+    compare.add_argument(
+        "results",
+        nargs="+",
+        metavar="RESULTS",
+        help="for each checkpoint, from the earliest to the latest, what lm_eval got as "
+        "--output_path; of every task the newest results count, and a .json file of "
+        "yoco-eval profile may stand beside them",
+    )
+    compare.add_argument(
+        "--names",
+        metavar="NAME,NAME,...",
+        help="what to call the checkpoints (default: as their folders)",
+    )
+    compare.add_argument(
+        "--published",
+        action="store_true",
+        help="set the published figures of the same tasks beside the measured ones",
+    )
+    compare.add_argument(
+        "--threshold",
+        type=_share,
+        default=0.9,
+        metavar="X",
+        help="effective context length: the longest at which, and at all shorter ones, the "
+        "accuracy is above X with 95 %% confidence (default: %(default)s)",
+    )
+    compare.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write to this .md, .csv, .json or .tex file; may be given several times",
+    )
+    compare.set_defaults(run=_compare)
 
     convert = _command(
         commands,

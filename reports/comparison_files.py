@@ -1,0 +1,146 @@
+"""Writes comparisons to files: Markdown, LaTeX, a CSV table of all figures, JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .comparison import Comparison
+from .comparison_text import latex, markdown
+from .files import check_path, write_atomically
+from .statistics import CONFIDENCE, LEVEL
+
+KIND = "yoco-eval comparison"  # stands in the JSON
+SUFFIXES = (".md", ".csv", ".json", ".tex")
+CSV_COLUMNS = (
+    "kind", "checkpoint", "other", "task", "n_shot", "metric", "context_length", "depth",
+    "deepest", "value", "other_value", "low", "high", "stderr", "samples", "other_samples", "p",
+    "p_corrected", "source",
+)  # fmt: skip
+
+
+def check_output(path: Path) -> None:
+    """Raises ResultsError if `save_comparison` cannot write to such a path."""
+    check_path(path, SUFFIXES)
+
+
+def save_comparison(comparison: Comparison, path: str | Path) -> None:
+    """Writes it to `path`, whose suffix says how: .md, .csv, .json or .tex.
+
+    Raises ResultsError for another suffix or a folder that is not there.
+    """
+    path = Path(path)
+    check_output(path)
+    forms = {".md": markdown, ".csv": _csv, ".json": _json, ".tex": latex}
+    text = forms[path.suffix.lower()](comparison)
+    write_atomically(path, lambda file: file.write(text.encode(errors="replace")))
+
+
+def _csv(comparison: Comparison) -> str:
+    """One figure a row; columns that do not concern it are empty."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_figures(comparison))
+    return table.getvalue()
+
+
+def _figures(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    names = comparison.names
+    for benchmark in comparison.benchmarks:
+        of = {"task": benchmark.task, "n_shot": benchmark.n_shot, "metric": benchmark.metric}
+        for name, score in zip(names, benchmark.scores, strict=True):
+            if score:
+                yield {
+                    "kind": "benchmark", "checkpoint": name, **of, "value": score.value,
+                    "stderr": score.error,
+                }  # fmt: skip
+    for model in comparison.published:
+        for benchmark, value in zip(comparison.benchmarks, model.scores, strict=True):
+            if value is not None:
+                yield {
+                    "kind": "published", "checkpoint": model.model, "task": benchmark.task,
+                    "n_shot": benchmark.n_shot, "metric": benchmark.metric, "value": value,
+                    "source": model.source,
+                }  # fmt: skip
+    for task in comparison.needles:
+        yield from _needle_figures(names, task)
+    for curves in comparison.curves:
+        of = {"kind": "by length", "task": curves.task, "metric": curves.metric}
+        for name, values in zip(names, curves.values, strict=True):
+            for length, value in (values or {}).items():
+                yield {**of, "checkpoint": name, "context_length": length, "value": value}
+        for name, value in zip(names, curves.effective_lengths or [None] * len(names), strict=True):
+            if value is not None:
+                yield of | {"kind": "effective length", "checkpoint": name, "value": value}
+    for name, profile in zip(names, comparison.profiles, strict=True):
+        for row in profile.rows if profile else ():
+            for metric in ("peak_bytes", "prefill_seconds", "decode_tokens_per_second"):
+                if getattr(row, metric) is not None:
+                    yield {
+                        "kind": "profile", "checkpoint": name, "task": row.model,
+                        "metric": metric, "context_length": row.length,
+                        "value": getattr(row, metric),
+                    }  # fmt: skip
+    for test in comparison.tests:
+        depth, deepest = test.depths or (None, None)
+        samples, other_samples = test.prompts or (None, None)
+        yield {
+            "kind": "test", "checkpoint": names[test.first], "other": names[test.second],
+            "task": test.task, "metric": test.method, "context_length": test.context_length,
+            "depth": depth, "deepest": deepest, "value": test.scores[0],
+            "other_value": test.scores[1], "samples": samples, "other_samples": other_samples,
+            "p": test.p, "p_corrected": test.corrected,
+        }  # fmt: skip
+
+
+def _needle_figures(names: list[str], task: Any) -> Iterator[dict[str, Any]]:
+    for row in task.published:
+        yield {
+            "kind": "published", "checkpoint": row.model, "task": task.task, "metric": "acc",
+            "context_length": row.context_length, "value": row.accuracy, "source": row.source,
+        }  # fmt: skip
+    for name, result in zip(names, task.results, strict=True):
+        if not result:
+            continue
+        of = {"checkpoint": name, "task": task.task, "metric": "acc"}
+        for cell in result.run.cells:
+            yield {
+                **of, "kind": "cell", "context_length": cell.context_length, "depth": cell.depth,
+                "deepest": cell.depth, "value": cell.accuracy, "samples": cell.samples,
+            }  # fmt: skip
+        for one in result.by_length:
+            yield {
+                **of, "kind": "by length", "context_length": one.context_length,
+                "value": one.accuracy, "low": one.interval.low, "high": one.interval.high,
+                "samples": one.samples,
+            }  # fmt: skip
+        if result.effective_length:
+            yield {**of, "kind": "effective length", "value": result.effective_length}
+
+
+def _json(comparison: Comparison) -> str:
+    """All of it but the logged samples; lists by checkpoint have its order."""
+    data = {
+        "kind": KIND,
+        "confidence": CONFIDENCE,
+        "level": LEVEL,
+        **asdict(comparison),
+        "findings": [
+            {"sentence": comparison.sentence(finding), "regression": finding.regression}
+            | asdict(finding)
+            for finding in comparison.findings
+        ],
+    }
+    for task in data["needles"]:
+        for result in filter(None, task["results"]):
+            del result["samples"]
+            for one in result["by_length"]:
+                low, high = one.pop("interval")
+                one |= {"accuracy": one["correct"] / one["samples"], "low": low, "high": high}
+    return json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n"

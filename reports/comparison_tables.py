@@ -1,0 +1,284 @@
+"""A comparison as headings, sentences and tables, for the forms that are made of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from yoco_eval.lengths import format_length
+
+from .benchmarks import Benchmark
+from .comparison import Comparison, LengthCurves, NeedleResult, NeedleTask, p_text
+from .differences import Finding
+from .profile import GIB
+from .statistics import prompts_needed
+
+NOTHING = "-"  # where there is no figure
+_METRICS = {"acc": "accuracy", "loss": "loss, nats per token", "loss_to": "loss of all up to there"}
+_QUANTITIES = {
+    "peak_bytes": "peak memory, GiB",
+    "prefill_seconds": "prefill, s",
+    "decode_tokens_per_second": "decoding, tokens/s",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure with what stands behind it, such as its standard error. best: set in bold."""
+
+    text: str
+    detail: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, the first of which is a label.
+
+    header: its cells may have a second line.
+    rows: the measured ones; apart: others that are set apart from them, under `apart_title`.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    apart: tuple[tuple[Cell, ...], ...] = ()
+    apart_title: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """What stands under one heading: an introduction, a list, tables; each may be empty."""
+
+    title: str
+    text: str = ""
+    items: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+def sections(comparison: Comparison) -> list[Section]:
+    """All there is to say, the conclusions first."""
+    found = [
+        _differences(comparison),
+        Section("Needles", tables=tuple(_needles(comparison, t) for t in comparison.needles)),
+        Section("Benchmarks", tables=_benchmarks(comparison)),
+        Section(
+            "By context length",
+            tables=tuple(_curves(comparison, c) for c in comparison.curves if not c.member),
+        ),
+        Section("Costs", tables=_profiles(comparison)),
+        Section("What else differs", items=tuple(_setup_differences(comparison))),
+        Section("Comparisons restricted", items=tuple(_caveats(comparison))),
+        Section("Sources", items=tuple(_sources(comparison))),
+        Section("Skipped files", items=tuple(_skipped(comparison))),
+    ]
+    return [section for section in found if section.text or section.items or section.tables]
+
+
+def _differences(comparison: Comparison) -> Section:
+    tests = len(comparison.tests)
+    if len(comparison.names) < 2:
+        return Section("Differences")
+    if not tests:
+        return Section("Differences", "No tests were made: there is too little in common.")
+    plural = "test" if tests == 1 else "tests"
+    if not comparison.findings:
+        return Section(
+            "Differences", f"None is significant at the 5 % level ({tests} {plural}, Holm)."
+        )
+    others = [finding for finding in comparison.findings if not finding.regression]
+    return Section(
+        "Differences",
+        f"Significant at the 5 % level, corrected for {tests} {plural} (Holm):",
+        (
+            *(f"REGRESSION: {told}" for told in _told(comparison, comparison.regressions)),
+            *_told(comparison, others),
+        ),
+    )
+
+
+def _told(comparison: Comparison, findings: Sequence[Finding]) -> Iterable[str]:
+    """The findings as sentences, one for all benchmarks in which the same one is better."""
+    yield from (comparison.sentence(finding) for finding in findings if finding.where)
+    benchmarks: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if not finding.where:
+            benchmarks.setdefault(comparison.claim(finding), []).append(finding)
+    for claim, alike in benchmarks.items():
+        tasks = ", ".join(
+            f"{one.task} ({one.scores[0]:.3g} against {one.scores[1]:.3g})" for one in alike
+        )
+        yield f"{claim} in {tasks}, {p_text(max(one.p for one in alike))}"
+
+
+def _needles(comparison: Comparison, task: NeedleTask) -> Table:
+    rows = [
+        (
+            Cell(format_length(length)),
+            *(_accuracy(result, length) for result in task.results),
+        )
+        for length in task.context_lengths
+    ]
+    rows.append((Cell("effective"), *map(_effective, task.results)))
+    notes = ["Accuracy with 95 % intervals (Wilson). Effective: the longest context length at "
+             "which, and at all shorter ones, the interval lies above "
+             f"{comparison.threshold:g}."]  # fmt: skip
+    if any(result and result.too_few_prompts for result in task.results):
+        notes.append(
+            "*: all prompts of the next length were right, but they are too few to tell: it takes "
+            f"{prompts_needed(comparison.threshold)} of each length."
+        )
+    sources = dict.fromkeys((row.source, row.context_length) for row in task.published)
+    for source, length in sources:
+        models = ", ".join(
+            f"{row.model} {row.accuracy:.2f}"
+            for row in task.published
+            if (row.source, row.context_length) == (source, length)
+        )
+        notes.append(
+            f"Published, not measured here, at {format_length(length)} ({source}): {models}."
+        )
+    return Table(task.task, ("context", *comparison.names), tuple(rows), notes=tuple(notes))
+
+
+def _accuracy(result: NeedleResult | None, length: int) -> Cell:
+    found = result and result.at(length)
+    if not found:
+        return Cell(NOTHING)
+    low, high = found.interval
+    return Cell(f"{found.accuracy:.2f}", f"{low:.2f}–{high:.2f}")
+
+
+def _effective(result: NeedleResult | None) -> Cell:
+    if not result:
+        return Cell(NOTHING)
+    length = format_length(result.effective_length) if result.effective_length else "none"
+    return Cell(length + "*" * result.too_few_prompts)
+
+
+def _benchmarks(comparison: Comparison) -> tuple[Table, ...]:
+    benchmarks = comparison.benchmarks
+    if not benchmarks:
+        return ()
+    rows = tuple(
+        (
+            Cell(name),
+            *(_score(benchmark, index) for benchmark in benchmarks),
+        )
+        for index, name in enumerate(comparison.names)
+    )
+    apart = tuple(
+        (
+            Cell(_published_name(model.model, model.training_tokens)),
+            *(Cell(NOTHING if s is None else f"{s:.3f}") for s in model.scores),
+        )
+        for model in comparison.published
+    )
+    notes = []
+    sources = dict.fromkeys(model.source for model in comparison.published)
+    if sources:
+        notes.append(f"Published: {'; '.join(sources)}; 1T: 10^12 training tokens.")
+    header = ("checkpoint", *map(benchmark_label, benchmarks))
+    title = "benchmarks, with standard errors"
+    return (Table(title, header, rows, apart, "published, not measured here", tuple(notes)),)
+
+
+def benchmark_label(benchmark: Benchmark) -> str:
+    """The task and, in a second line, how it counts."""
+    shots = "" if benchmark.n_shot is None else f"{benchmark.n_shot}-shot "
+    return f"{benchmark.task}\n{shots}{benchmark.metric.removesuffix(',none')}"
+
+
+def _score(benchmark: Benchmark, index: int) -> Cell:
+    score = benchmark.scores[index]
+    if score is None:
+        return Cell(NOTHING)
+    error = "" if score.error is None else f"±{score.error:.3f}"
+    return Cell(f"{score.value:.3f}", error, index in benchmark.best)
+
+
+def _published_name(model: str, training_tokens: int | None) -> str:
+    return f"{model} ({training_tokens / 1e12:g}T)" if training_tokens else model
+
+
+def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
+    def figure(values: dict[int, float] | None, length: int) -> Cell:
+        return Cell(f"{values[length]:.3f}" if values and length in values else NOTHING)
+
+    rows = [
+        (Cell(format_length(n) if n else "0"), *(figure(values, n) for values in curves.values))
+        for n in curves.context_lengths
+    ]
+    if curves.effective_lengths:
+        lengths = curves.effective_lengths
+        shown = [NOTHING if n is None else format_length(n) if n else "none" for n in lengths]
+        rows.append((Cell("effective"), *map(Cell, shown)))
+    title = f"{curves.task}: {_METRICS.get(curves.metric, curves.metric)}"
+    return Table(title, ("context", *comparison.names), tuple(rows))
+
+
+def _profiles(comparison: Comparison) -> tuple[Table, ...]:
+    profiles = comparison.profiles
+    lengths = sorted({length for profile in profiles if profile for length in profile.lengths})
+    devices = {(p.device, p.dtype) for p in profiles if p}
+    notes = [f"{device}, {dtype}." for device, dtype in devices]
+    if len(devices) > 1:
+        where = ", ".join(
+            f"{name} on {p.device} in {p.dtype}"
+            for name, p in zip(comparison.names, profiles, strict=True)
+            if p
+        )
+        notes = [f"Not comparable: {where}."]
+    tables = []
+    for quantity, title in _QUANTITIES.items():
+        rows = []
+        for length in lengths:
+            cells = [Cell(format_length(length))]
+            for profile in profiles:
+                row = profile and profile.row(profile.models[0], length)
+                value = row and getattr(row, quantity)
+                scale = GIB if quantity == "peak_bytes" else 1
+                cells.append(Cell(f"{value / scale:.3g}" if value else NOTHING))
+            rows.append(tuple(cells))
+        if any(cell.text != NOTHING for row in rows for cell in row[1:]):
+            header = ("context", *comparison.names)
+            tables.append(Table(title, header, tuple(rows), notes=tuple(notes)))
+    return tuple(tables)
+
+
+def _setup_differences(comparison: Comparison) -> Iterable[str]:
+    for difference in comparison.setup_differences:
+        values = ", ".join(
+            f"{name} {value}"
+            for name, value in zip(comparison.names, difference.values, strict=True)
+            if value is not None
+        )
+        yield f"{difference.setting} ({_few(difference.tasks)}): {values}"
+
+
+def _caveats(comparison: Comparison) -> Iterable[str]:
+    grouped: dict[tuple[str, int, int], list[str]] = {}
+    for caveat in comparison.caveats:
+        key = caveat.reason, caveat.first, caveat.second
+        grouped.setdefault(key, []).append(caveat.task)
+    for (reason, first, second), tasks in grouped.items():
+        yield f"{comparison.names[first]} and {comparison.names[second]} ({_few(tasks)}): {reason}"
+
+
+def _few(tasks: Sequence[str]) -> str:
+    """The names of some tasks, so many that a line holds them."""
+    named = ", ".join(tasks[:4])
+    return named if len(tasks) <= 4 else f"{named} and {len(tasks) - 4} more"
+
+
+def _sources(comparison: Comparison) -> Iterable[str]:
+    for one in comparison.checkpoints:
+        days = sorted({f"{date:%Y-%m-%d}" for date in one.dates or ()})
+        told = [str(one.path), "+".join(one.backends), " to ".join(days)]
+        yield f"{one.name}: {', '.join(filter(None, told))}"
+
+
+def _skipped(comparison: Comparison) -> Iterable[str]:
+    for one in comparison.checkpoints:
+        yield from (f"{skip.path}: {skip.reason}" for skip in one.skipped)

@@ -1,0 +1,204 @@
+"""A comparison in the terminal, in Markdown, and as LaTeX tables."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from .comparison import Comparison
+from .comparison_tables import Cell, Section, Table, sections
+
+_PAPER_COLUMNS = 9  # of a LaTeX table or a Markdown table, besides the labels
+_GAP = 2  # columns of the terminal between those of a table
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&",
+    "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "–": "--",
+    "[": "{[}", "]": "{]}", '"': r"\textquotedbl{}", "*": r"\textasteriskcentered{}",
+}  # fmt: skip
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Prints it; tables too wide for the console are continued below."""
+    for index, section in enumerate(sections(comparison)):
+        console.print(*[""] * bool(index), Text(section.title.upper(), "bold"), sep="\n")
+        for line in _wrap(section, console.width):
+            console.print(Text(line))
+        for table in section.tables:
+            _print_table(table, console)
+
+
+def markdown(comparison: Comparison) -> str:
+    """The whole comparison as Markdown, with GitHub's tables."""
+    lines = [f"# {_markdown(' / '.join(comparison.names))}", ""]
+    for section in sections(comparison):
+        lines += [f"## {section.title}", ""]
+        lines += [_markdown(section.text), ""] if section.text else []
+        lines += [f"- {_markdown(item)}" for item in section.items]
+        lines += [""] * bool(section.items)
+        for table in section.tables:
+            lines += [*_markdown_table(table), ""]
+    return "\n".join(lines)
+
+
+def latex(comparison: Comparison) -> str:
+    """The tables of the comparison, for a document that uses the package booktabs."""
+    tables = [
+        "\n".join(_latex_table(part))
+        for section in sections(comparison)
+        for table in section.tables
+        for part in _parts(table)
+    ]
+    return "\n\n".join([r"% Needs \usepackage{booktabs}.", *tables]) + "\n"
+
+
+def _wrap(section: Section, width: int) -> Iterator[str]:
+    for text in [section.text] * bool(section.text):
+        yield from textwrap.wrap(_printable(text), width)
+    for item in section.items:
+        yield from textwrap.wrap(f"- {_printable(item)}", width, subsequent_indent="  ")
+
+
+def _print_table(table: Table, console: Console) -> None:
+    console.print(Text(f"\n{_printable(table.title)}", "italic"))
+    labels = [row[0].text for row in (*table.rows, *table.apart)]
+    widths = [min(max(map(len, [*labels, table.apart_title])), _label_width(console))]
+    for column, name in list(enumerate(table.header))[1:]:
+        cells = [_plain(row[column]) for row in (*table.rows, *table.apart)]
+        widths.append(max(map(len, [*cells, *name.split("\n")])))
+    for columns in _blocks(widths, console.width):
+        console.print(_rich_table(table, columns, console))
+    for note in table.notes:
+        for line in textwrap.wrap(_printable(note), console.width):
+            console.print(Text(line, "dim"))
+
+
+def _blocks(widths: list[int], width: int) -> Iterator[list[int]]:
+    """The columns that stand side by side, each time behind the labels."""
+    block: list[int] = []
+    for column in range(1, len(widths)):
+        needed = widths[0] + sum(widths[c] + _GAP for c in (*block, column))
+        if block and needed > width:
+            yield block
+            block = []
+        block.append(column)
+    yield block
+
+
+def _label_width(console: Console) -> int:
+    return 2 * console.width // 5
+
+
+def _rich_table(table: Table, columns: list[int], console: Console) -> RichTable:
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    for column in (0, *columns):
+        justify = "right" if column else "left"
+        header = Text(_printable(table.header[column]), justify=justify)
+        drawn.add_column(
+            header, justify=justify, overflow="fold", vertical="bottom",
+            max_width=None if column else _label_width(console),
+        )  # fmt: skip
+    for row in table.rows:
+        drawn.add_row(*(_rich_cell(row[column]) for column in (0, *columns)))
+    if table.apart:
+        drawn.add_row(Text(table.apart_title, "italic"))
+        for row in table.apart:
+            drawn.add_row(*(_rich_cell(row[column]) for column in (0, *columns)))
+    return drawn
+
+
+def _rich_cell(cell: Cell) -> Text:
+    return Text(_printable(_plain(cell)), "bold" if cell.best else "")
+
+
+def _plain(cell: Cell) -> str:
+    return f"{cell.text} {cell.detail}".strip()
+
+
+def _markdown_table(table: Table) -> Iterator[str]:
+    yield f"### {_markdown(table.title)}"
+    for part in _parts(table):
+        yield ""
+        yield _markdown_row(part.header)
+        yield "|---|" + "---:|" * (len(part.header) - 1)
+        for row in part.rows:
+            yield _markdown_row([_plain(cell) for cell in row], [cell.best for cell in row])
+        if part.apart:
+            yield f"| *{part.apart_title}* |" + " |" * (len(part.header) - 1)
+            for row in part.apart:
+                yield _markdown_row([_plain(cell) for cell in row])
+    for note in table.notes:
+        yield ""
+        yield _markdown(note)
+
+
+def _markdown_row(texts: list[str] | tuple[str, ...], bold: list[bool] | None = None) -> str:
+    cells = [_markdown(text).replace("\n", "<br>") for text in texts]
+    for index, strong in enumerate(bold or []):
+        if strong:
+            cells[index] = f"**{cells[index]}**"
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown(text: str) -> str:
+    """The text with what Markdown or HTML would take for markup escaped."""
+    text = _printable(text).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", text)
+
+
+def _parts(table: Table) -> Iterator[Table]:
+    """A table of many columns as several, each with the labels."""
+    for begin in range(1, len(table.header), _PAPER_COLUMNS):
+        columns = [0, *range(begin, min(begin + _PAPER_COLUMNS, len(table.header)))]
+        yield Table(
+            table.title,
+            tuple(table.header[c] for c in columns),
+            tuple(tuple(row[c] for c in columns) for row in table.rows),
+            tuple(tuple(row[c] for c in columns) for row in table.apart),
+            table.apart_title,
+            table.notes,
+        )
+
+
+def _latex_table(table: Table) -> Iterator[str]:
+    columns = len(table.header)
+    yield r"\begin{table}"
+    yield r"\centering"
+    yield rf"\caption{{{' '.join(map(_latex, (f'{table.title}.', *table.notes)))}}}"
+    yield rf"\begin{{tabular}}{{l{'r' * (columns - 1)}}}"
+    yield r"\toprule"
+    lines = [name.split("\n") for name in table.header]
+    for place in range(max(map(len, lines))):
+        cells = [line[place] if place < len(line) else "" for line in lines]
+        yield rf"{' & '.join(map(_latex, cells))} \\"
+    yield r"\midrule"
+    yield from map(_latex_row, table.rows)
+    if table.apart:
+        yield r"\midrule"
+        yield rf"\multicolumn{{{columns}}}{{l}}{{\emph{{{_latex(table.apart_title)}}}}} \\"
+        yield from map(_latex_row, table.apart)
+    yield r"\bottomrule"
+    yield r"\end{tabular}"
+    yield r"\end{table}"
+
+
+def _latex_row(row: tuple[Cell, ...]) -> str:
+    cells = []
+    for cell in row:
+        text = rf"\textbf{{{_latex(cell.text)}}}" if cell.best else _latex(cell.text)
+        cells.append(rf"{text} {{\scriptsize {_latex(cell.detail)}}}" if cell.detail else text)
+    return rf"{' & '.join(cells)} \\"
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in _printable(text))
+
+
+def _printable(text: str) -> str:
+    """The text without the control characters that names in foreign files may have."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
