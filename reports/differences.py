@@ -217,9 +217,10 @@ def _find_in(tests: Sequence[PairTest]) -> list[Finding]:
             where = _lengths([lengths[place] for place in places], lengths)
             findings.append(_finding(better, where + (_depths(chosen) if part else ""), chosen))
     if not findings:
-        whole = [test for test in tests if test.context_length is None and test.significant]
-        where = "over all context lengths" if lengths else ""
-        findings = [_finding(test.better, where, [test]) for test in whole]
+        for test in tests:
+            if test.context_length is None and test.significant:
+                where = "" if test.method == MEANS else "over all context lengths"
+                findings.append(_finding(test.better, where, [test]))
     return findings
 
 

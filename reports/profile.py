@@ -130,7 +130,7 @@ def load_profile(path: str | Path) -> Profile:
         return Profile(**data, rows=rows)
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ResultsError(
             f"{path}: not a profile; yoco-eval profile -o FILE.json writes one"
         ) from error

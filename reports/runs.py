@@ -7,7 +7,6 @@ stop a report of the rest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,9 +141,9 @@ def _load(path: Path, name: str) -> Checkpoint:
                 continue
             needles[task] = NeedleRun(name, task, file.path, file.date, cells)
         tasks |= {(run.task, run.n_shot): run for run in found.values()}
-    used = {run.file.path for run in tasks.values()} | {run.path for run in needles.values()}
+    told = {run.file.path for run in tasks.values()} | {skip.path for skip in skipped}
     for file in files:
-        if file.path not in used:
+        if file.path not in told:
             reason = "its results are all in newer files" if _task_runs(file) else "has no results"
             skipped.append(Skipped(file.path, reason))
     skipped += [Skipped(file, "an older profile") for file, _ in profiles[:-1]]
@@ -231,9 +230,9 @@ def _members(group: str, subtasks: dict[str, Any], seen: tuple[str, ...] = ()) -
 
 def _shots(task: str, members: tuple[str, ...], data: dict[str, Any]) -> int | None:
     shots = mapping(data.get("n-shot"))
-    found = {shots.get(name) for name in members or (task,)} - {None}
-    one = found.pop() if len(found) == 1 else None
-    return one if isinstance(one, int) else None
+    told = (shots.get(name) for name in members or (task,))
+    found = {number for number in told if isinstance(number, int)}
+    return found.pop() if len(found) == 1 else None
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -243,4 +242,4 @@ def mapping(value: Any) -> dict[str, Any]:
 
 def is_number(value: Any) -> bool:
     """Whether a value of a results file is a figure: lm-eval writes "N/A" where there is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

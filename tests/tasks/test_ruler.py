@@ -20,9 +20,9 @@ from lm_eval.utils import make_table
 
 import yoco_eval.tasks
 from yoco_eval.lm import YocoLM
+from yoco_eval.tasks.by_length import effective_length
 from yoco_eval.tasks.haystack import SyntheticHaystack
 from yoco_eval.tasks.prompts import TokenCounter
-from yoco_eval.tasks.by_length import effective_length
 from yoco_eval.tasks.ruler import RulerGroup, Settings
 from yoco_eval.tasks.ruler_prompts import generate
 from yoco_eval.tasks.settings import read_settings

@@ -1,0 +1,77 @@
+"""Results folders as lm-eval leaves them, of checkpoints whose accuracies are chosen."""
+
+import json
+from random import Random
+
+LENGTHS = [2**n for n in range(12, 21)]  # 4K to 1M
+DEPTHS = [i / 10 for i in range(11)]
+
+
+def needle_results(
+    accuracy, model="m", seed=0, draws=0, lengths=LENGTHS, depths=DEPTHS, samples=5,
+    task="yoco_needle", answers=True, date=1.7e9, **metadata,
+):  # fmt: skip
+    """The contents of a results file.
+
+    accuracy: a function of context length and depth. Whether a sample is right is drawn from
+    `draws` and the seed, so that two runs of one model with the same `draws` are the same run.
+    answers: whether cells tell which samples were right, as older files do not.
+    """
+    cells = []
+    for length in lengths:
+        for depth in depths:
+            drawn = [
+                Random(f"{draws}/{seed}/{length}/{depth}/{sample}").random()
+                for sample in range(samples)
+            ]
+            right = [i for i, value in enumerate(drawn) if value < accuracy(length, depth)]
+            cell = {"context_length": length, "depth": depth, "samples": samples}
+            cell |= {"correct": len(right)}
+            if answers:
+                cell |= {"right": right, "wrong": sorted(set(range(samples)) - set(right))}
+            cells.append(cell)
+    settings = {
+        "version": 1, "context_lengths": lengths, "depths": depths, "samples": samples,
+        "seed": seed, "haystack": "synthetic", **metadata,
+    }  # fmt: skip
+    correct = sum(cell["correct"] for cell in cells)
+    return results(
+        {task: {"alias": task, "acc,none": correct / len(cells) / samples}},
+        model, date, configs={task: {"metadata": settings | {"cells": cells}}},
+    )  # fmt: skip
+
+
+def results(scores, model="m", date=1.7e9, shots=0, **parts):
+    """A results file with these metrics by task; `parts` take the place of lm-eval's."""
+    data = {
+        "results": scores,
+        "group_subtasks": {},
+        "configs": {task: {} for task in scores},
+        "versions": dict.fromkeys(scores, 1.0),
+        "n-shot": dict.fromkeys(scores, shots),
+        "n-samples": {task: {"original": 1000, "effective": 1000} for task in scores},
+        "config": {
+            "model": "yoco", "model_args": {"pretrained": model}, "model_dtype": "float32",
+            "limit": None,
+        },
+        "lm_eval_version": "0.4.13",
+        "date": date,
+    }  # fmt: skip
+    return data | parts
+
+
+def write(folder, data, name="results_2025-01-02T03-04-05.678901.json"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(data if isinstance(data, str) else json.dumps(data))
+    return folder / name
+
+
+def trained_to(limit):
+    """A checkpoint that is right up to a context length, and beyond it only near the end."""
+
+    def accuracy(length, depth):
+        if length <= limit:
+            return 1.0
+        return 1.0 if (1 - depth) * length <= limit else 0.02
+
+    return accuracy

@@ -1,0 +1,208 @@
+"""Differences between checkpoints: found where they are, and not where they are not."""
+
+from itertools import count
+
+import pytest
+from made_results import LENGTHS, needle_results, results, trained_to, write
+
+from yoco_eval.reports.comparison import compare
+from yoco_eval.reports.differences import PAIRED, UNPAIRED
+from yoco_eval.reports.runs import load_checkpoints
+
+SHORT = LENGTHS[:4]
+
+
+def fading(length, depth):
+    return 0.95 if length < 2**16 else 0.6
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Compares the contents of results files, each of a checkpoint named by its number."""
+    numbers = count()
+
+    def run(*contents, **options):
+        root = tmp_path / str(next(numbers))
+        folders = [write(root / str(i), data).parent for i, data in enumerate(contents)]
+        return compare(load_checkpoints(folders), **options)
+
+    return run
+
+
+def sentences(comparison):
+    return [comparison.sentence(finding).partition(" (")[0] for finding in comparison.findings]
+
+
+def test_family(family):
+    comparison = compare(load_checkpoints(family))
+    (needles,) = comparison.needles
+    assert [result.effective_length for result in needles.results] == [
+        2**12, 2**16, 2**18, 2**20,
+    ]  # fmt: skip
+    told = sentences(comparison)
+    assert "yoco_needle: demo-1m is better than demo-4k at 32K and above" in told
+    assert (
+        "yoco_needle: demo-1m is better than demo-256k at 512K and above, depth 0 to 50 %" in told
+    )
+    assert not comparison.regressions
+    # Nothing is told of lengths at which both are right.
+    assert all(
+        test.context_length > 2 ** (12, 16, 18)[finding.worse]
+        for finding in comparison.findings
+        for test in finding.tests
+    )
+
+
+def test_repetitions_with_another_seed_are_not_told_apart(compared):
+    """At the 5 % level, one of 20 would be wrong on average; more than 3 hardly ever."""
+    flagged = 0
+    for repetition in range(20):
+        runs = [needle_results(fading, seed=seed, draws=repetition) for seed in (0, 1)]
+        comparison = compared(*runs)
+        assert comparison.tests and {test.method for test in comparison.tests} == {UNPAIRED}
+        assert "another seed" in comparison.caveats[0].reason
+        flagged += bool(comparison.findings)
+    assert flagged <= 3
+
+
+def test_runs_of_equal_accuracy_on_the_same_prompts_are_not_told_apart(compared):
+    flagged = 0
+    for repetition in range(20):
+        runs = [needle_results(fading, draws=(repetition, model)) for model in (0, 1)]
+        comparison = compared(*runs)
+        assert {test.method for test in comparison.tests} == {PAIRED}
+        assert not comparison.caveats
+        flagged += bool(comparison.findings)
+    assert flagged <= 3
+
+
+def test_true_differences_are_found_with_another_seed_too(compared):
+    runs = [needle_results(trained_to(2**14), seed=0), needle_results(trained_to(2**20), seed=1)]
+    assert sentences(compared(*runs))[-1] == "yoco_needle: 1 is better than 0 at 64K and above"
+
+
+def test_pairs_tell_more_than_counts(compared):
+    """A small difference in which all discordant prompts agree is found if they are paired."""
+    def run(right, **options):
+        return needle_results(
+            lambda length, depth: right, lengths=[4096], depths=[0.5], samples=100, **options
+        )  # fmt: skip
+
+    # The same draws: whatever the worse one gets right, the better one does, too.
+    (paired,) = compared(run(0.7), run(0.78)).tests
+    (unpaired,) = compared(run(0.7, answers=False), run(0.78)).tests
+    assert paired.scores == unpaired.scores
+    assert paired.significant and not unpaired.significant
+    assert (paired.method, unpaired.method) == (PAIRED, UNPAIRED)
+
+
+@pytest.mark.parametrize(
+    ("worse_at", "where"),
+    [
+        (SHORT[:1], "at 4K"),
+        (SHORT[:2], "up to 8K"),
+        (SHORT[1:3], "from 8K to 16K"),
+        (SHORT[2:], "at 16K and above"),
+        (SHORT, "at all context lengths"),
+        (SHORT[3:], "at 32K"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("depths", "told"),
+    [((0, 1), ""), ((0, 0.5), ", depth 0 to 50 %"), ((0.6, 1), ", depth 60 to 100 %")],
+)
+def test_where(compared, worse_at, where, depths, told):
+    def accuracy(length, depth):
+        return 0.0 if length in worse_at and depths[0] <= depth <= depths[1] else 1.0
+
+    perfect = needle_results(lambda length, depth: 1.0, lengths=SHORT)
+    comparison = compared(perfect, needle_results(accuracy, lengths=SHORT))
+    claim = f"yoco_needle: 1 is worse than the earlier 0 {where}{told}"
+    assert sentences(comparison) == [claim]
+    (regression,) = comparison.regressions
+    assert regression.scores == (1, 0)
+    comparison = compared(needle_results(accuracy, lengths=SHORT), perfect)
+    assert sentences(comparison) == [f"yoco_needle: 1 is better than 0 {where}{told}"]
+    assert not comparison.regressions
+
+
+def test_a_difference_over_all_lengths(compared):
+    """Too little at each length by itself."""
+    grid = {"depths": [0.0, 1.0], "samples": 2}
+    runs = [needle_results(lambda length, depth, x=x: x, **grid) for x in (0.0, 1.0)]
+    comparison = compared(*runs)
+    assert len(comparison.tests) == 1  # 4 prompts of a length can never be significant
+    assert sentences(comparison) == ["yoco_needle: 1 is better than 0 over all context lengths"]
+
+
+def test_corrected_for_all_tests(compared):
+    """The more is compared, the more it takes."""
+    def run(right, **grid):
+        return needle_results(lambda length, depth: right(length), samples=6, depths=[0.5], **grid)
+
+    def at_4k(length):
+        return float(length > 4096)
+
+    alone = compared(run(at_4k, lengths=[4096]), run(lambda _: 1.0, lengths=[4096]))
+    assert sentences(alone) == ["yoco_needle: 1 is better than 0 at 4K"]
+    among = compared(run(at_4k), run(lambda _: 1.0))
+    assert among.tests[0].p == alone.tests[0].p and not among.findings
+
+
+def test_what_is_not_compared(compared):
+    run = needle_results(fading)
+    for change, reason in [
+        ({"haystack": "essays"}, "not compared: another haystack"),
+        ({"needles": 4}, "not compared: another needles"),
+        ({"lengths": [1000]}, "not compared: no context length and depth in common"),
+    ]:
+        comparison = compared(run, needle_results(lambda *_: 0.0, **change))
+        assert not comparison.tests
+        (caveat,) = comparison.caveats
+        assert caveat.refused and caveat.reason == reason
+    later = needle_results(lambda *_: 0.0)
+    later["versions"]["yoco_needle"] = 2
+    (caveat,) = compared(run, later).caveats
+    assert caveat.reason == "not compared: another task version"
+
+
+def test_what_both_have_is_compared(compared):
+    few = needle_results(lambda *_: 1.0, lengths=SHORT, samples=3, depths=[0.0, 0.5, 1.0])
+    more = needle_results(lambda *_: 0.0, lengths=LENGTHS[2:])
+    comparison = compared(few, more)
+    assert {test.context_length for test in comparison.tests} == {*SHORT[2:], None}
+    assert {test.prompts for test in comparison.tests} == {(9, 9), (6, 6), (18, 18)}
+    (caveat,) = comparison.caveats
+    assert not caveat.refused and "that both have" in caveat.reason
+    found = {difference.setting: difference for difference in comparison.setup_differences}
+    assert set(found) == {"context lengths", "depths", "samples"}
+    assert found["depths"].values[0] == "0, 50, 100 %"
+    assert found["context lengths"].values[0] == "4K, 8K, 16K, 32K"
+
+
+def benchmark(value, error=0.01, **parts):
+    return results({"arc_easy": {"acc,none": value, "acc_stderr,none": error}}, **parts)
+
+
+def test_benchmarks(compared):
+    assert sentences(compared(benchmark(0.6), benchmark(0.7))) == [
+        "arc_easy: 1 is better than 0"
+    ]  # fmt: skip
+    assert sentences(compared(benchmark(0.7), benchmark(0.6))) == [
+        "arc_easy: 1 is worse than the earlier 0"
+    ]  # fmt: skip
+    assert not compared(benchmark(0.60), benchmark(0.62)).findings
+    lower = {"higher_is_better": {"arc_easy": {"acc": False}}}
+    (finding,) = compared(benchmark(0.6, **lower), benchmark(0.7, **lower)).findings
+    assert finding.better == 0 and finding.scores == (0.6, 0.7)
+
+
+def test_benchmarks_that_are_not_tested(compared):
+    few = {"n-samples": {"arc_easy": {"original": 1000, "effective": 10}}}
+    comparison = compared(benchmark(0.6, **few), benchmark(0.9))
+    assert not comparison.tests
+    assert [caveat.reason for caveat in comparison.caveats] == ["not of the same documents"]
+    assert not compared(benchmark(0.6, error="N/A"), benchmark(0.9)).tests
+    comparison = compared(benchmark(0.6, versions={"arc_easy": 2}), benchmark(0.9))
+    assert not comparison.tests and comparison.caveats[0].refused
+    assert comparison.benchmarks[0].best == ()
