@@ -14,7 +14,7 @@ from typing import Any
 
 from .profile import Profile, load_profile
 from .results import NeedleRun, ResultsError, ResultsFile, parse_cells, read_results
-from .samples import samples_path
+from .samples import find_samples
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _load(path: Path, name: str) -> Checkpoint:
             reason = "its results are all in newer files" if _task_runs(file) else "has no results"
             skipped.append(Skipped(file.path, reason))
     skipped += [Skipped(file, "an older profile") for file, _ in profiles[:-1]]
-    samples = {task: samples_path(run.path, task) for task, run in needles.items()}
+    samples = {task: find_samples(run.path, task) for task, run in needles.items()}
     if not (tasks or profiles):
         first = f" ({skipped[0].path.name}: {skipped[0].reason})" if skipped else ""
         raise ResultsError(
@@ -158,7 +158,7 @@ def _load(path: Path, name: str) -> Checkpoint:
         path,
         tasks,
         needles,
-        {task: file for task, file in samples.items() if file.is_file()},
+        {task: file for task, file in samples.items() if file},
         profiles[-1][1] if profiles else None,
         tuple(sorted(skipped, key=lambda skip: str(skip.path))),
     )

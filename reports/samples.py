@@ -36,10 +36,12 @@ class NeedleSample:
     right: bool
 
 
-def samples_path(results: Path, task: str) -> Path:
-    """Where the samples of a task stand beside the results file of the same run."""
-    date = results.stem.rpartition("_")[2]
-    return results.with_name(f"samples_{task}_{date}.jsonl")
+def find_samples(results: Path, task: str) -> Path | None:
+    """The samples of a task beside the results file of the same run, if they were logged."""
+    name = f"samples_{task}_{results.stem.rpartition('_')[2]}.jsonl"
+    # Looked up, not joined: a task's name in a foreign file may be a path to somewhere else.
+    found = (path for path in results.parent.glob("samples_*.jsonl") if path.name == name)
+    return next(found, None)
 
 
 def read_samples(path: Path) -> tuple[list[NeedleSample], int]:

@@ -242,11 +242,11 @@ def _parser() -> argparse.ArgumentParser:
         "tell which of several checkpoints is better, where, and how sure that is",
         """
   yoco-eval compare results/4k results/64k results/1m
-  yoco-eval compare results/a results/b --names base,tuned -o tuned.md -o tuned.csv
+  yoco-eval compare results/a results/b --names base,tuned -o tuned.md
   yoco-eval compare results/1m --published -o table.tex
 
-Tests are made prompt by prompt where runs share their prompts, and corrected for
-their number; a difference is told only if it is significant at the 5 % level.""",
+Tests are made prompt by prompt where runs share their prompts, and corrected
+for their number; a difference is told only if significant at the 5 % level.""",
     )
     compare.add_argument(
         "results",

@@ -1,6 +1,7 @@
 """Comparisons as data: the tables' contents, what is said of the setups, any contents survived."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 
@@ -203,7 +204,7 @@ def _damage(data, rng):
         if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.8:
             node = node[key]
         else:
-            node[key] = rng.choice(ANYTHING)
+            node[key] = deepcopy(rng.choice(ANYTHING))
             return
 
 

@@ -90,6 +90,33 @@ def refused(capsys, *argv):
     return err.removeprefix("yoco-eval: error: ").strip()
 
 
+def test_compare(results, tmp_path, capsys):
+    cells = [
+        {"context_length": n, "depth": 0.0, "samples": 40, "correct": 40} for n in (4096, 65536)
+    ]
+    write_results(tmp_path / "better", cells)
+    files = [tmp_path / f"c.{suffix}" for suffix in ("md", "csv", "json", "tex")]
+    argv = ["compare", str(results), str(tmp_path / "better"), "--names", "old, new"]
+    assert main([*argv, "--published", "--threshold", "0.8", *(f"-o{file}" for file in files)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("DIFFERENCES\n") and not err
+    assert ["context", "old", "new"] in [line.split() for line in out.splitlines()]
+    assert ["effective", "none", "64K"] in [line.split() for line in out.splitlines()]
+    assert out.endswith("".join(f"wrote {file}\n" for file in files))
+    assert all(file.stat().st_size > 100 for file in files)
+
+
+def test_compare_refusals(results, tmp_path, capsys):
+    assert "none: no such file or folder" in refused(capsys, "compare", results, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "empty: no results in it; make" in refused(capsys, "compare", tmp_path / "empty")
+    assert "2 given for 1 results" in refused(capsys, "compare", results, "--names", "a,b")
+    assert "given twice" in refused(capsys, "compare", results, results)
+    # The output is looked at first: reading the results may take long.
+    message = refused(capsys, "compare", tmp_path / "none", "-o", "a.md", "-o", "a.doc")
+    assert "unknown suffix '.doc'; use .md, .csv, .json or .tex" in message
+
+
 def test_heatmap_in_the_terminal(results, capsys):
     assert main(["heatmap", str(results)]) == 0
     out, err = capsys.readouterr()
@@ -211,6 +238,8 @@ def test_interrupted(convert):
         (["profile"], "one of the arguments --shape --pretrained --read is required"),
         (["profile", "--shape", "3b", "--read", "a.json"], "not allowed with"),
         (["profile", "--shape", "3b", "--lengths", "2k,1k"], "ascending"),
+        (["compare"], "RESULTS"),
+        (["compare", "a", "--threshold", "1"], "'1' is no share below 1"),
         (["profile", "--shape", "3b", "--patience", "0"], "'0' is no number of seconds"),
         (["profile", "--shape", "3b", "--against", "mamba"], "invalid choice: 'mamba'"),
         ([], "COMMAND"),
@@ -228,6 +257,7 @@ def test_help_and_version(capsys):
         (["--version"], f"yoco-eval {__version__}\n"),
         (["--help"], "lm_eval --model yoco --tasks yoco_needle"),
         (["heatmap", "--help"], "yoco-eval heatmap results/ -o needle.png"),
+        (["compare", "--help"], "yoco-eval compare results/4k results/64k"),
         (["convert", "--help"], "yoco-eval convert YOCO-3B-1M/ yoco-3b-1m/"),
         (["profile", "--help"], "yoco-eval profile --read profile.json -o profile.svg"),
         (["plan", "--help"], "yoco-eval plan --shape 3b --length 1m"),

@@ -1,0 +1,194 @@
+"""Comparisons as people and programs read them: terminal, Markdown, LaTeX, CSV, JSON."""
+
+import csv
+import io
+import json
+import re
+
+import pytest
+from made_results import LENGTHS, needle_results, results, trained_to, write
+from rich.console import Console
+
+from yoco_eval.reports.comparison import compare
+from yoco_eval.reports.comparison_files import save_comparison
+from yoco_eval.reports.comparison_text import print_comparison
+from yoco_eval.reports.profile import Profile, ProfileRow, save_profile
+from yoco_eval.reports.results import ResultsError
+from yoco_eval.reports.runs import load_checkpoints
+
+HOSTILE = "<script>alert(1)</script>|**x**_y_[bold]\x1b[31m\n\\input{/etc/passwd}$%&#"
+
+
+def terminal(comparison, width=80, **options):
+    console = Console(width=width, file=io.StringIO(), highlight=False, **options)
+    print_comparison(comparison, console)
+    return console.file.getvalue()
+
+
+def saved(comparison, tmp_path, suffix):
+    save_comparison(comparison, tmp_path / f"c.{suffix}")
+    return (tmp_path / f"c.{suffix}").read_text()
+
+
+@pytest.fixture
+def full(family):
+    """The family with benchmarks, RULER, losses, profiles, and a file that is no use."""
+    for k, folder in enumerate(family):
+        scores = {"arc_easy": {"acc,none": 0.5 + k / 10, "acc_stderr,none": 0.01},
+                  "yoco_ruler": {"acc@0004096,none": 0.9, "acc@0008192,none": 0.8},
+                  "yoco_long_loss_book": {"loss@0001024,none": 4.0 - k}}  # fmt: skip
+        write(folder, results(scores, folder.name, seed=k), "results_2.json")
+        row = ProfileRow("YOCO", 2**20, "measured", 2**30, 2**20, 2**31, 1.5 + k, 20.0)
+        save_profile(
+            Profile("tiny", {}, "bfloat16", "GPU", None, {}, 64, 16, 1.0, 0, (row,)),
+            folder / "profile.json",
+        )
+    (family[0] / "half.json").write_text("{")
+    return compare(load_checkpoints(family), published=True)
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Names from files and from folders that mean something to each format."""
+    paths = []
+    for name in "ab":
+        data = needle_results(trained_to(2**12), lengths=LENGTHS[:2], samples=2, task=HOSTILE)
+        data["results"]["harm " + HOSTILE] = {"acc,none": 0.5, f"{HOSTILE},none": 0.1}
+        data["config"]["model_dtype"] = name + HOSTILE
+        paths.append(write(tmp_path / name, data).parent)
+    return compare(load_checkpoints(paths, [f"x{HOSTILE}", f"y{HOSTILE}"]))
+
+
+def test_terminal(full):
+    text = terminal(full)
+    lines = [line.split() for line in text.splitlines()]
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"^DIFFERENCES\nSignificant at the 5 % level, corrected for \d+ tests", text)
+    assert ["effective", "4K", "64K", "256K", "1M"] in lines
+    assert "4K 1.00 0.93–1.00 1.00 0.93–1.00 1.00 0.93–1.00 1.00 0.93–1.00".split() in lines
+    assert ["demo-4k", "0.500", "±0.010"] in lines
+    assert ["YOCO-3B-1M", "0.747"] in lines and ["published,", "not", "measured", "here"] in lines
+    assert ["1M", "1.5", "2.5", "3.5", "4.5"] in lines and "GPU, bfloat16." in text
+    headings = re.findall(r"^[A-Z][A-Z ]+$", text, re.M)
+    assert headings == [
+        "DIFFERENCES", "NEEDLES", "BENCHMARKS", "BY CONTEXT LENGTH", "COSTS", "SOURCES",
+        "SKIPPED FILES",
+    ]  # fmt: skip
+    assert "half.json: not readable as JSON" in " ".join(text.split())
+
+
+def test_best_is_bold(full, tmp_path):
+    colored = terminal(full, force_terminal=True, color_system="truecolor")
+    assert re.findall(r"\x1b\[1m *(0\.\d+) ±", colored) == ["0.800"]
+    assert re.findall(r"\*\*(.*?)\*\*", saved(full, tmp_path, "md")) == ["0.800 ±0.010"]
+    assert re.findall(r"\\textbf\{(.*?)\}", saved(full, tmp_path, "tex")) == ["0.800"]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_wide_tables_are_continued_below(tmp_path, width):
+    paths = []
+    for index in range(12):
+        data = needle_results(lambda *_: 1.0, lengths=[4096, 2**20], depths=[0.5], samples=40)
+        paths.append(write(tmp_path / f"checkpoint-{index}", data).parent)
+    comparison = compare(load_checkpoints(paths))
+    text = terminal(comparison, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "None is significant at the 5 % level (198 tests, Holm)." in " ".join(text.split())
+    columns = (width - len("effective")) // len("  1.00 0.91–1.00")
+    rows = [line.split()[1:] for line in text.splitlines() if line.startswith("1M ")]
+    assert [len(row) // 2 for row in rows] == [columns] * (12 // columns)
+    assert saved(comparison, tmp_path, "tex").count(r"\begin{tabular}") == 2  # of 9 and 3 columns
+
+
+def test_markdown(full, tmp_path):
+    lines = saved(full, tmp_path, "md").splitlines()
+    assert lines[0] == "# demo-4k / demo-64k / demo-256k / demo-1m"
+    assert "| context | demo-4k | demo-64k | demo-256k | demo-1m |" in lines
+    assert "| effective | 4K | 64K | 256K | 1M |" in lines
+    assert "| *published, not measured here* | |" in lines
+    for header, rule in zip(lines, lines[1:], strict=False):
+        if rule.startswith("|---"):
+            assert header.count("|") == rule.count("|")
+
+
+def test_latex(full, tmp_path):
+    text = saved(full, tmp_path, "tex")
+    for name in ("table", "tabular"):
+        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 7
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == 7
+    assert r"effective & 4K & 64K & 256K & 1M \\" in text
+    assert r"demo-4k & 0.500 {\scriptsize $\pm$0.010} \\" in text
+    for row in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end", text, re.S):
+        columns, body = len(row[0]), row[1]
+        lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert all(len(re.findall(r"(?<!\\)&", line)) == columns - 1
+                   for line in lines if "multicolumn" not in line)  # fmt: skip
+
+
+def test_csv(full, tmp_path):
+    rows = list(csv.DictReader(io.StringIO(saved(full, tmp_path, "csv"))))
+    kinds = {row["kind"] for row in rows}
+    assert kinds == {
+        "benchmark", "published", "cell", "by length", "effective length", "profile", "test",
+    }  # fmt: skip
+    effective = [row for row in rows if row["kind"] == "effective length"]
+    needles = [row["value"] for row in effective if row["task"] == "yoco_needle"]
+    assert needles == [str(2**n) for n in (12, 16, 18, 20)]
+    assert len([row for row in rows if row["kind"] == "cell"]) == 4 * 9 * 11
+    tests = [row for row in rows if row["kind"] == "test"]
+    assert len(tests) == len(full.tests)
+    assert float(tests[0]["p_corrected"]) == full.tests[0].corrected
+
+
+def test_json(full, tmp_path):
+    data = json.loads(saved(full, tmp_path, "json"))
+    assert data["kind"] == "yoco-eval comparison"
+    assert [one["name"] for one in data["checkpoints"]] == full.names
+    (needles,) = data["needles"]
+    assert needles["results"][3]["effective_length"] == 2**20
+    assert set(needles["results"][3]["by_length"][0]) == {
+        "context_length", "correct", "samples", "accuracy", "low", "high",
+    }  # fmt: skip
+    assert data["findings"][0]["sentence"] == full.sentence(full.findings[0])
+    assert len(data["tests"]) == len(full.tests)
+
+
+def test_hostile_names(hostile, tmp_path):
+    text = terminal(hostile)
+    assert "\x1b" not in text and "[bold]" in text  # shown, not obeyed
+    markdown = saved(hostile, tmp_path, "md")
+    assert "<script" not in markdown and "\x1b" not in markdown
+    assert not re.search(r"(?<!\\)\*\*x", markdown)
+    for header, rule in zip(markdown.splitlines(), markdown.splitlines()[1:], strict=False):
+        if rule.startswith("|---"):
+            assert len(re.findall(r"(?<!\\)\|", header)) == rule.count("|")
+    latex = saved(hostile, tmp_path, "tex")
+    assert r"\input" not in latex and r"\textbackslash{}input\{/etc/passwd\}" in latex
+    rows = list(csv.DictReader(io.StringIO(saved(hostile, tmp_path, "csv"))))
+    assert {row["checkpoint"] for row in rows} == {f"x{HOSTILE}", f"y{HOSTILE}"}
+    assert json.loads(saved(hostile, tmp_path, "json"))["checkpoints"][0]["name"] == f"x{HOSTILE}"
+
+
+def test_restrictions_are_told(tmp_path):
+    write(tmp_path / "a", needle_results(lambda *_: 0.5, seed=0))
+    write(tmp_path / "b", needle_results(lambda *_: 0.5, seed=1))
+    write(tmp_path / "c", needle_results(lambda *_: 0.5, haystack="essays"))
+    text = terminal(compare(load_checkpoints([tmp_path / name for name in "abc"])), width=120)
+    assert "- haystack (yoco_needle): a synthetic, b synthetic, c essays" in text
+    assert "- seed (yoco_needle): a 0, b 1, c 0" in text
+    assert "- a and b (yoco_needle): not paired: other prompts (another seed)" in text
+    assert "- a and c (yoco_needle): not compared: another haystack" in text
+
+
+def test_too_few_prompts_are_told(tmp_path):
+    write(tmp_path, needle_results(lambda *_: 1.0, samples=2))
+    text = terminal(compare(load_checkpoints([tmp_path], ["a"])))
+    assert ["effective", "none*"] in [line.split() for line in text.splitlines()]
+    assert "it takes 35 of each length" in " ".join(text.split())
+
+
+def test_refused_outputs(full, tmp_path):
+    with pytest.raises(ResultsError, match=r"use \.md, \.csv, \.json or \.tex"):
+        save_comparison(full, tmp_path / "c.doc")
+    with pytest.raises(ResultsError, match="no such folder"):
+        save_comparison(full, tmp_path / "none" / "c.md")
