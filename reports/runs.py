@@ -140,6 +140,9 @@ def _load(path: Path, name: str) -> Checkpoint:
                 del found[task]
                 continue
             needles[task] = NeedleRun(name, task, file.path, file.date, cells)
+        for task in found:
+            if task in needles and needles[task].path != file.path:
+                del needles[task]  # the newest result counts, although it has no cells
         tasks |= {(run.task, run.n_shot): run for run in found.values()}
     told = {run.file.path for run in tasks.values()} | {skip.path for skip in skipped}
     for file in files:

@@ -44,6 +44,14 @@ def test_newest_result_of_each_task(tmp_path):
     assert not checkpoint.skipped
 
 
+def test_a_newer_result_without_cells_counts(tmp_path):
+    write(tmp_path, needle_results(half, date=1), "results_1.json")
+    write(tmp_path, results({"yoco_needle": {"acc,none": 0.3}}, date=2), "results_2.json")
+    checkpoint = load(tmp_path)
+    assert checkpoint.tasks["yoco_needle", 0].scores["acc,none"].value == 0.3
+    assert not checkpoint.needles
+
+
 def test_numbers_of_examples_are_told_apart(tmp_path):
     write(tmp_path, results({"arc_easy": {"acc,none": 0.1}}, shots=0), "results_1.json")
     write(tmp_path, results({"arc_easy": {"acc,none": 0.2}}, shots=25, date=2e9), "results_2.json")
