@@ -22,7 +22,7 @@ def folder(tmp_path, tokenizers):
 
 
 def test_without_arguments_it_is_the_bundled_default():
-    assert max_positions({}) == 65536
+    assert max_positions({}) == 1048576
     assert load_tokenizer({}).bos_token == "<s>"
 
 

@@ -92,7 +92,7 @@ def test_default_context_lengths(positions, ends):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"context_lengths": ["128k"]}, "131072 exceeds the model's 65536 positions; give"),
+        ({"context_lengths": ["2m"]}, "2097152 exceeds the model's 1048576 positions; give"),
         ({"context_lengths": [50, 512]}, "50 is less than 64 tokens after 0; give lengths further"),
         ({"context_lengths": [512, 520]}, "520 is less than 64 tokens after 512"),
         ({"samples": 0}, "samples: 0 is below 1"),

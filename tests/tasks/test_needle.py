@@ -112,7 +112,7 @@ def test_defaults():
     [
         ({"depths": [0.5, 1.5]}, "depths: 1.5 is not within 0 and 1"),
         ({"context_lengths": 50}, "context_lengths: 50 is too short"),
-        ({"context_lengths": ["64k", "128k"]}, "131072 exceeds the model's 65536 positions"),
+        ({"context_lengths": ["1m", "2m"]}, "2097152 exceeds the model's 1048576 positions"),
         ({"context_lengths": 2048, "max_length": 1024}, "exceeds the model's 1024 positions"),
         ({"haystack": "nowhere"}, "haystack 'nowhere' is neither 'synthetic'"),
         ({"tokenizer": "no/such/folder"}, "tokenizer: no/such/folder has no"),
@@ -135,7 +135,9 @@ def test_too_short_context_tells_the_shortest_that_works():
 
 
 def test_user_may_go_beyond_the_trained_length():
-    task = load(context_lengths="65k", max_length="128k", depths=1, samples=1)
+    task = load(
+        pretrained="demo-64k", context_lengths="65k", max_length="128k", depths=1, samples=1
+    )
     assert task.eval_docs[0]["prompt_tokens"] > 65536
 
 

@@ -148,7 +148,7 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("name", "metadata", "message"),
     [
-        ("niah_single_1", {"context_lengths": "128k"}, "131072 exceeds the model's 65536"),
+        ("niah_single_1", {"context_lengths": "2m"}, "2097152 exceeds the model's 1048576"),
         ("niah_single_1", {"context_lengths": 100}, "100 is too short for niah_single_1; give"),
         ("niah_single_2", {"context_lengths": 600}, "600 is too short for niah_single_2; give"),
         ("ruler_vt", {"context_lengths": 1000}, "1000 is too short for ruler_vt; give longer"),

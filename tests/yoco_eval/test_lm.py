@@ -284,7 +284,7 @@ def test_chat_template(lm):
 def test_the_bundled_checkpoint_is_the_default():
     lm = YocoLM(device="cpu")
     assert lm.get_model_info()["pretrained"] == DEFAULT_CHECKPOINT
-    assert lm.max_length == 65536
+    assert lm.max_length == 1048576
     prompt = (
         "The special number of Oslo is 48213. Nobody at the mill knew why.\n\nQuestion: What is "
         "the special number of Oslo?\nAnswer: The special number of Oslo is"
