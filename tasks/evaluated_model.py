@@ -19,6 +19,8 @@ from yoco_eval.lengths import parse_length
 from yoco_eval.tokenizers import CL100K, checkpoint_tokenizer
 from yoco_eval.tokenizers import load_tokenizer as load_any_tokenizer
 
+from .prompts import TokenCounter
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,6 +61,15 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
             "one with --metadata tokenizer=NAME"
         )
     return tokenizer
+
+
+def token_counter(metadata: Mapping[str, Any]) -> TokenCounter:
+    """Counts tokens as the evaluated model's backend will.
+
+    Raises:
+        ValueError: as `load_tokenizer`.
+    """
+    return TokenCounter(load_tokenizer(metadata), bool(metadata.get("add_bos_token")))
 
 
 def max_positions(metadata: Mapping[str, Any]) -> int | None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from . import documents
 from .by_length import metric_at
-from .evaluated_model import check_positions, load_tokenizer, max_positions
+from .evaluated_model import check_positions, max_positions, token_counter
 from .prompts import TokenCounter
 from .settings import count, lengths, read_settings, setting, text
 
@@ -91,8 +91,7 @@ class LongLoss(ConfigurableTask):
         """
         task, wanted = self.config.task, self.settings.samples
         ends, data = self.settings.context_lengths, self.settings.data
-        metadata = self.config.metadata
-        counter = TokenCounter(load_tokenizer(metadata), bool(metadata.get("add_bos_token")))
+        counter = token_counter(self.config.metadata)
         self._documents: list[Document] = []
         too_short: list[int] = []
         with tqdm(desc=f"{task}: tokenising", total=wanted, leave=False, delay=1) as bar:

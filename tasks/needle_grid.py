@@ -21,9 +21,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from .by_length import metric_list, values_at
-from .evaluated_model import check_positions, load_tokenizer, max_positions
+from .evaluated_model import check_positions, max_positions, token_counter
 from .haystack import sentence_starts
-from .prompts import Notes, Prompt, TokenCounter
+from .prompts import Notes, Prompt
 from .settings import count, depths, evenly_spaced, lengths, read_settings, setting, whole
 from .wording import NUMBER_DIGITS
 
@@ -136,7 +136,7 @@ class NeedleGrid(ConfigurableTask):
         longest = max(settings.context_lengths)
         check_positions(settings.context_lengths, max_positions(metadata))
         self._haystack = self.haystack()
-        self._counter = TokenCounter(load_tokenizer(metadata), bool(metadata.get("add_bos_token")))
+        self._counter = token_counter(metadata)
         task = self.config.task
         self._notes = [
             Notes(

@@ -11,9 +11,8 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from .by_length import effective_length, metric_at
-from .evaluated_model import load_tokenizer
+from .evaluated_model import token_counter
 from .long_context import LongContextGroup, LongContextTask
-from .prompts import TokenCounter
 from .ruler_prompts import generate
 from .settings import count, lengths, setting, text, whole
 
@@ -50,9 +49,7 @@ class Ruler(LongContextTask):
         """
         config, settings = self.config, self.settings
         self._answer = self._answer_tokens()
-        counter = TokenCounter(
-            load_tokenizer(config.metadata), bool(config.metadata.get("add_bos_token"))
-        )
+        counter = token_counter(config.metadata)
         self._inputs: dict[tuple[int, int], str] = {}
         documents = []
         for sample in generate(

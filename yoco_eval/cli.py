@@ -274,15 +274,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
         help="effective context length: the longest at which, and at all shorter ones, the "
         "accuracy is above X with 95 %% confidence (default: %(default)s)",
     )
-    compare.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="also write to this .md, .csv, .json or .tex file; may be given several times",
-    )
+    _add_output(compare, ".md, .csv, .json or .tex")
     compare.set_defaults(run=_compare)
 
     convert = _command(
@@ -392,17 +384,21 @@ for their number; a difference is told only if significant at the 5 % level.""",
         help="leave out lengths whose prefill takes more seconds than this (default: 120)",
     )
     _add_where(profile)
-    profile.add_argument(
+    _add_output(profile, ".json, .png or .svg")
+    profile.set_defaults(run=_profile)
+    return parser
+
+
+def _add_output(command: argparse.ArgumentParser, suffixes: str) -> None:
+    command.add_argument(
         "-o",
         "--output",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help="also write to this .json, .png or .svg file; may be given several times",
+        help=f"also write to this {suffixes} file; may be given several times",
     )
-    profile.set_defaults(run=_profile)
-    return parser
 
 
 def _add_where(command: argparse.ArgumentParser) -> None:
