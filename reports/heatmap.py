@@ -27,32 +27,20 @@ from yoco_eval.lengths import format_length
 
 from .files import check_path, write_atomically, write_figure
 from .results import NeedleCell, NeedleRun
+from .style import COLUMN_WIDTH, FONT, PAGE_WIDTH, RC, TITLE_FONT
 
 logger = logging.getLogger(__name__)
 
-# The style of every figure. Sizes are those on paper: inches, and points for fonts.
 COLORS = matplotlib.colormaps["viridis"]  # perceptually uniform, and safe for the colour-blind
 SCALE = Normalize(0, 1)
 MISSING = "#f2f2f2"
 HATCH = "#bdbdbd"
-COLUMN_WIDTH, PAGE_WIDTH = 3.4, 7.0
+# Sizes on paper, in inches, and of fonts in points.
 ROW_HEIGHT = (0.14, 0.26)  # of a grid of many rows, of few
 HEIGHT = (1.1, 7.5)  # of the whole grid
-FONT, TITLE_FONT = 7, 8.5
 CELL_FONT = (4.5, 7)  # the smallest that can be read; the largest that is wanted
 COMFORTABLE_FONT = 5.5  # smaller ones make the figure a page wide
 SEAM = 0.5  # between cells, in points
-RC = {  # for matplotlib.rc_context, around drawing and saving
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
-    "font.size": FONT,
-    "axes.linewidth": 0.6,
-    "hatch.linewidth": 0.6,
-    "savefig.dpi": 300,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "yoco-eval",  # the same results make the same file
-    "text.usetex": False,
-}
 
 CSV_COLUMNS = ("model", "task", "context_length", "depth", "samples", "correct", "accuracy")
 
@@ -110,7 +98,6 @@ def heatmap_figure(run: NeedleRun, title: str | None = None) -> Figure:
     for lines, size, weight in ((heading, TITLE_FONT, "bold"), (facts, FONT, "normal")):
         for line in lines:
             text = figure.text(0.5, y, line, size=size, weight=weight, ha="center", va="top")
-            text.set_parse_math(False)
             room = 0.96 * figure.bbox.width / text.get_window_extent().width
             text.set_size(size * min(1, room))  # wide letters
             y -= (1.3 if weight == "bold" else 1.4) * size / 72 / total

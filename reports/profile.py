@@ -6,7 +6,6 @@ measured, for want of memory or patience, is said where its figure would stand.
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,24 @@ from rich.text import Text
 from yoco_eval.lengths import format_length
 
 from .files import check_path, write_atomically, write_figure
-from .heatmap import FONT, PAGE_WIDTH, RC, TITLE_FONT
 from .results import ResultsError
+from .style import (
+    FONT,
+    PAGE_WIDTH,
+    RC,
+    SMALL_FONT,
+    TITLE_FONT,
+    color,
+    length_axis,
+    series,
+    spacing,
+)
 
 MEASURED, OUT_OF_MEMORY, OUT_OF_PATIENCE = "measured", "out of memory", "out of patience"
 
 KIND = "yoco-eval profile"  # stands in the JSON
 HEIGHT = 3.0  # of the figure, in inches
-MODEL_COLORS = ("#0072b2", "#d55e00")  # that the colour-blind can tell apart
 PARTS = (("weights", 1.0), ("cache", 0.6), ("states, activations", 0.3))  # with their strength
-SMALL_FONT = 5.5
 GIB, MIB = 2**30, 2**20
 
 
@@ -257,20 +264,18 @@ def profile_figure(profile: Profile) -> Figure:
     ):
         _label_lengths(profile, ax, quantity)
     handles = [
-        Line2D([], [], color=color, marker="o", markersize=3, label=model)
-        for model, color in zip(profile.models, MODEL_COLORS, strict=False)
+        Line2D([], [], label=model, **series(index)) for index, model in enumerate(profile.models)
     ]
     handles += [Patch(color=_tint("#000000", strength), label=part) for part, strength in PARTS]
-    legend = figure.legend(
+    figure.legend(
         handles=handles, loc="outside upper center", ncols=len(handles), frameon=False,
         fontsize=FONT, title=profile.name,
         title_fontproperties={"size": TITLE_FONT, "weight": "bold"},
     )
-    legend.get_title().set_parse_math(False)
     notes = [describe(profile)]
     if len(profile.models) > 1:
         notes.append(explain_gain(profile))
-    figure.supxlabel("\n".join(notes), size=SMALL_FONT, color="0.3").set_parse_math(False)
+    figure.supxlabel("\n".join(notes), size=SMALL_FONT, color="0.3")
     return figure
 
 
@@ -279,25 +284,26 @@ def _draw_memory(profile: Profile, ax: Axes) -> None:
     unit, unit_name = _memory_unit(profile)
     ax.set_title(f"Memory ({unit_name})", size=FONT)
     models = profile.models
-    width = 0.84 * _spacing(profile.lengths) / len(models)
+    width = 0.84 * spacing(profile.lengths) / len(models)
     tallest = 0.0
-    for index, (model, color) in enumerate(zip(models, MODEL_COLORS, strict=False)):
+    for index, model in enumerate(models):
+        hue = color(index)
         for row in (row for row in profile.rows if row.model == model):
             x = math.log2(row.length) + (index - (len(models) - 1) / 2) * width
             bottom = 0.0
             if row.outcome == MEASURED:
                 for part, (_, strength) in zip(row.parts, PARTS, strict=True):
                     height = (part or 0) / unit
-                    ax.bar(x, height, 0.94 * width, bottom, color=_tint(color, strength))
+                    ax.bar(x, height, 0.94 * width, bottom, color=_tint(hue, strength))
                     bottom += height
             elif row.weights_bytes is not None and row.cache_bytes is not None:
                 bottom = (row.weights_bytes + row.cache_bytes) / unit
-                style = {"fill": False, "edgecolor": color, "linestyle": ":", "linewidth": 0.8}
+                style = {"fill": False, "edgecolor": hue, "linestyle": ":", "linewidth": 0.8}
                 ax.bar(x, bottom, 0.94 * width, **style)
             if row.outcome != MEASURED:
                 ax.annotate(
                     row.outcome, (x, 0), (0, 3), textcoords="offset points", size=SMALL_FONT,
-                    color=color, rotation=90, ha="center", va="bottom",
+                    color=hue, rotation=90, ha="center", va="bottom",
                 )
             tallest = max(tallest, bottom)
     limit = (profile.device_bytes or 0) / unit
@@ -309,7 +315,6 @@ def _draw_memory(profile: Profile, ax: Axes) -> None:
         )
         tallest = max(tallest, limit)
     ax.set_ylim(0, 1.08 * tallest or 1)
-    ax.tick_params(axis="y", labelsize=FONT, length=2)
 
 
 def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str) -> None:
@@ -322,20 +327,21 @@ def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str
     ax.yaxis.set_major_formatter("{x:g}")
     missing = {row.length for row in profile.rows if row.outcome != MEASURED}
     below = 0.0  # the highest value that such a word hangs over
-    for index, (model, color) in enumerate(zip(profile.models, MODEL_COLORS, strict=False)):
+    for index, model in enumerate(profile.models):
         rows = sorted((row for row in profile.rows if row.model == model), key=lambda r: r.length)
         measured = [row for row in rows if getattr(row, quantity) is not None]
         ax.plot(
             [math.log2(row.length) for row in measured],
             [getattr(row, quantity) for row in measured],
-            color=color, marker="os"[index], markersize=3, linewidth=1,
+            **series(index),
         )
         below = max([below, *(getattr(row, quantity) for row in measured if row.length in missing)])
         for row in rows:
             if row.outcome != MEASURED:
                 ax.text(
-                    math.log2(row.length), 0.98, f"{row.outcome} ×", size=SMALL_FONT, color=color,
-                    rotation=90, ha="center", va="top", transform=ax.get_xaxis_transform(),
+                    math.log2(row.length), 0.98, f"{row.outcome} ×", size=SMALL_FONT,
+                    color=color(index), rotation=90, ha="center", va="top",
+                    transform=ax.get_xaxis_transform(),
                 )
     if scale == "linear":
         ax.set_ylim(bottom=0)
@@ -345,32 +351,17 @@ def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str
         ax.set_ylim(top=max(room, ax.get_ylim()[1]))
     ax.grid(axis="y", color="0.9", linewidth=0.5)
     ax.set_axisbelow(True)
-    ax.tick_params(axis="y", labelsize=FONT, length=2)
 
 
 def _label_lengths(profile: Profile, ax: Axes, quantity: str) -> None:
     lengths = profile.lengths
     compared = len(profile.models) > 1
-    labels = [format_length(n) for n in lengths]
+    labels = None
     if compared:
-        labels = [
-            f"{label}\n{_gain(profile.gain(quantity, n))}"
-            for label, n in zip(labels, lengths, strict=True)
-        ]
-    positions = [math.log2(n) for n in lengths]
-    size = FONT - 1 if len(lengths) <= 6 else max(3.5, (FONT - 1) * 6 / len(lengths))
-    ax.set_xticks(positions, labels, size=size)
-    spacing = _spacing(lengths)
-    ax.set_xlim(positions[0] - 0.6 * spacing, positions[-1] + 0.6 * spacing)
-    ax.set_xlabel("Context length (tokens)" + " and gain" * compared, size=FONT)
-    ax.tick_params(axis="x", length=2)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _spacing(lengths: Sequence[int]) -> float:
-    """The smallest distance between neighbours on the axis."""
-    positions = [math.log2(n) for n in lengths]
-    return min((b - a for a, b in zip(positions, positions[1:], strict=False)), default=1.0)
+        labels = [f"{format_length(n)}\n{_gain(profile.gain(quantity, n))}" for n in lengths]
+    length_axis(ax, lengths, labels)
+    if compared:
+        ax.set_xlabel(ax.get_xlabel() + " and gain", size=FONT)
 
 
 def _memory_unit(profile: Profile) -> tuple[int, str]:

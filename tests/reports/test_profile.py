@@ -12,7 +12,6 @@ from rich.console import Console
 
 from yoco_eval.reports.profile import (
     GIB,
-    MODEL_COLORS,
     Profile,
     ProfileRow,
     check_output,
@@ -23,6 +22,7 @@ from yoco_eval.reports.profile import (
     save_profile,
 )
 from yoco_eval.reports.results import ResultsError
+from yoco_eval.reports.style import color
 
 LENGTHS = [2**n for n in range(15, 21)]
 
@@ -144,7 +144,7 @@ def test_bars():
         assert abs(x - math.log2(row.length)) < 0.5
         assert sum(heights) == pytest.approx(row.peak_bytes / GIB)
         assert heights[1] == pytest.approx(row.cache_bytes / GIB)
-        assert to_hex(colors[0]) == MODEL_COLORS[row.model == "Transformer"]
+        assert to_hex(colors[0]) == color(row.model == "Transformer")
         assert len(set(colors)) == 3
     outlines = [bar.get_height() for bar in memory.patches if not bar.get_fill()]
     assert outlines == pytest.approx([58, 110])  # what it would have taken

@@ -1,0 +1,69 @@
+"""The style of every figure: sizes on paper, and colours that the colour-blind can tell apart."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from yoco_eval.lengths import format_length
+
+COLUMN_WIDTH, PAGE_WIDTH = 3.4, 7.0  # inches
+FONT, TITLE_FONT, SMALL_FONT = 7, 8.5, 5.5  # points
+RC = {  # for matplotlib.rc_context, around drawing and saving
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
+    "font.size": FONT,
+    "axes.linewidth": 0.6,
+    "hatch.linewidth": 0.6,
+    "savefig.dpi": 300,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "yoco-eval",  # the same results make the same file
+    "pdf.fonttype": 42,  # letters stay letters, where publishers ask for embedded fonts
+    "text.usetex": False,
+    "text.parse_math": False,
+}
+
+# Okabe and Ito's palette, without the yellow that vanishes on white and the black that does on
+# black. Where there are more checkpoints than colours, lines and marks differ.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_MARKERS = "osD^vP"
+_LINES = ("-", "--", ":")
+
+
+def series(index: int) -> dict[str, Any]:
+    """How the checkpoint or model in this place is drawn, in every figure of a report."""
+    return {
+        "color": color(index),
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _LINES[index // len(_COLORS) % len(_LINES)],
+        "linewidth": 1,
+        "markersize": 3,
+    }
+
+
+def color(index: int) -> str:
+    """The colour of the checkpoint or model in this place."""
+    return _COLORS[index % len(_COLORS)]
+
+
+def length_axis(ax: Axes, lengths: Sequence[int], labels: Sequence[str] | None = None) -> None:
+    """Makes x the logarithm, base 2, of context lengths in tokens, with a tick at each.
+
+    labels: of the ticks; by default the lengths with binary prefixes.
+    """
+    positions = [math.log2(length) for length in lengths]
+    size = FONT - 1 if len(lengths) <= 6 else max(3.5, (FONT - 1) * 6 / len(lengths))
+    ax.set_xticks(positions, labels or [format_length(n) for n in lengths], size=size)
+    room = 0.6 * spacing(lengths)
+    ax.set_xlim(positions[0] - room, positions[-1] + room)
+    ax.set_xlabel("Context length (tokens)", size=FONT)
+    ax.tick_params(axis="x", length=2)
+    ax.tick_params(axis="y", labelsize=FONT, length=2)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def spacing(lengths: Sequence[int]) -> float:
+    """The smallest distance between neighbours on such an axis."""
+    positions = [math.log2(length) for length in lengths]
+    return min((b - a for a, b in zip(positions, positions[1:], strict=False)), default=1.0)
