@@ -1,4 +1,4 @@
-"""Writes comparisons to files: Markdown, LaTeX, a CSV table of all figures, JSON."""
+"""Writes comparisons to files: HTML, figures, Markdown, LaTeX, CSV of all numbers, JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
 from .comparison import Comparison
+from .comparison_figures import panels, stack
+from .comparison_page import html
 from .comparison_text import latex, markdown
-from .files import check_path, write_atomically
+from .files import FIGURES, check_path, write_atomically, write_figure
+from .results import ResultsError
 from .statistics import CONFIDENCE, LEVEL
+from .style import RC
 
 KIND = "yoco-eval comparison"  # stands in the JSON
-SUFFIXES = (".md", ".csv", ".json", ".tex")
+SUFFIXES = (".html", *FIGURES, ".md", ".csv", ".json", ".tex")
 CSV_COLUMNS = (
     "kind", "checkpoint", "other", "task", "n_shot", "metric", "context_length", "depth",
     "deepest", "value", "other_value", "low", "high", "stderr", "samples", "other_samples", "p",
@@ -30,15 +36,33 @@ def check_output(path: Path) -> None:
 
 
 def save_comparison(comparison: Comparison, path: str | Path) -> None:
-    """Writes it to `path`, whose suffix says how: .md, .csv, .json or .tex.
+    """Writes it to `path`, whose suffix says how: one of `SUFFIXES`.
 
-    Raises ResultsError for another suffix or a folder that is not there.
+    Figures stand one below the other in a .png or .svg, and on pages of their own in a .pdf.
+    Raises ResultsError for another suffix, a folder that is not there, or no figure to draw.
     """
     path = Path(path)
     check_output(path)
-    forms = {".md": markdown, ".csv": _csv, ".json": _json, ".tex": latex}
+    if path.suffix.lower() in FIGURES:
+        with matplotlib.rc_context(RC):
+            _write_figures(comparison, path)
+        return
+    forms = {".html": html, ".md": markdown, ".csv": _csv, ".json": _json, ".tex": latex}
     text = forms[path.suffix.lower()](comparison)
     write_atomically(path, lambda file: file.write(text.encode(errors="replace")))
+
+
+def _write_figures(comparison: Comparison, path: Path) -> None:
+    found = panels(comparison)
+    if not found:
+        raise ResultsError(
+            f"{path}: nothing to draw: no needles, no figures by context length, no profiles; "
+            "write the tables to a .md or .tex file"
+        )
+    if path.suffix.lower() == ".pdf":
+        write_figure(path, *(panel.figure() for panel in found))
+    else:
+        write_figure(path, stack(found))
 
 
 def _csv(comparison: Comparison) -> str:

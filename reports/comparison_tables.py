@@ -13,12 +13,13 @@ from .differences import Finding
 from .profile import GIB
 from .statistics import prompts_needed
 
+NEEDLES, CURVES, COSTS = "Needles", "By context length", "Costs"  # sections that have figures
 NOTHING = "-"  # where there is no figure
-_METRICS = {"acc": "accuracy", "loss": "loss, nats per token", "loss_to": "loss of all up to there"}
-_QUANTITIES = {
-    "peak_bytes": "peak memory, GiB",
-    "prefill_seconds": "prefill, s",
-    "decode_tokens_per_second": "decoding, tokens/s",
+METRICS = {"acc": "accuracy", "loss": "loss, nats per token", "loss_to": "loss of all up to there"}
+QUANTITIES = {  # of profiles: what a reader calls them, and the unit
+    "peak_bytes": ("peak memory, GiB", GIB),
+    "prefill_seconds": ("prefill, s", 1),
+    "decode_tokens_per_second": ("decoding, tokens/s", 1),
 }
 
 
@@ -36,15 +37,22 @@ class Table:
     """Rows of cells, the first of which is a label.
 
     header: its cells may have a second line.
-    rows: the measured ones; apart: others that are set apart from them, under `apart_title`.
+    rows: the measured ones; foot: what follows from them, by column; apart: others that are set
+        apart from them, under `apart_title`.
     """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    foot: tuple[Cell, ...] = ()
     apart: tuple[tuple[Cell, ...], ...] = ()
     apart_title: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def body(self) -> tuple[tuple[Cell, ...], ...]:
+        """The rows and, last, the foot."""
+        return (*self.rows, *[self.foot] * bool(self.foot))
 
 
 @dataclass(frozen=True)
@@ -61,13 +69,13 @@ def sections(comparison: Comparison) -> list[Section]:
     """All there is to say, the conclusions first."""
     found = [
         _differences(comparison),
-        Section("Needles", tables=tuple(_needles(comparison, t) for t in comparison.needles)),
+        Section(NEEDLES, tables=tuple(_needles(comparison, t) for t in comparison.needles)),
         Section("Benchmarks", tables=_benchmarks(comparison)),
         Section(
-            "By context length",
+            CURVES,
             tables=tuple(_curves(comparison, c) for c in comparison.curves if not c.member),
         ),
-        Section("Costs", tables=_profiles(comparison)),
+        Section(COSTS, tables=_profiles(comparison)),
         Section("What else differs", items=tuple(_setup_differences(comparison))),
         Section("Comparisons restricted", items=tuple(_caveats(comparison))),
         Section("Sources", items=tuple(_sources(comparison))),
@@ -120,7 +128,8 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Table:
         )
         for length in task.context_lengths
     ]
-    rows.append((Cell("effective"), *map(_effective, task.results)))
+    effective = (effective_text(result) if result else NOTHING for result in task.results)
+    foot = (Cell("effective"), *map(Cell, effective))
     notes = ["Accuracy with 95 % intervals (Wilson). Effective: the longest context length at "
              "which, and at all shorter ones, the interval lies above "
              f"{comparison.threshold:g}."]  # fmt: skip
@@ -139,7 +148,8 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Table:
         notes.append(
             f"Published, not measured here, at {format_length(length)} ({source}): {models}."
         )
-    return Table(task.task, ("context", *comparison.names), tuple(rows), notes=tuple(notes))
+    header = ("context", *comparison.names)
+    return Table(task.task, header, tuple(rows), foot, notes=tuple(notes))
 
 
 def _accuracy(result: NeedleResult | None, length: int) -> Cell:
@@ -150,11 +160,10 @@ def _accuracy(result: NeedleResult | None, length: int) -> Cell:
     return Cell(f"{found.accuracy:.2f}", f"{low:.2f}–{high:.2f}")
 
 
-def _effective(result: NeedleResult | None) -> Cell:
-    if not result:
-        return Cell(NOTHING)
+def effective_text(result: NeedleResult) -> str:
+    """The effective context length; with a star where more prompts might show a longer one."""
     length = format_length(result.effective_length) if result.effective_length else "none"
-    return Cell(length + "*" * result.too_few_prompts)
+    return length + "*" * result.too_few_prompts
 
 
 def _benchmarks(comparison: Comparison) -> tuple[Table, ...]:
@@ -181,7 +190,8 @@ def _benchmarks(comparison: Comparison) -> tuple[Table, ...]:
         notes.append(f"Published: {'; '.join(sources)}; 1T: 10^12 training tokens.")
     header = ("checkpoint", *map(benchmark_label, benchmarks))
     title = "benchmarks, with standard errors"
-    return (Table(title, header, rows, apart, "published, not measured here", tuple(notes)),)
+    apart_title = "published, not measured here"
+    return (Table(title, header, rows, (), apart, apart_title, tuple(notes)),)
 
 
 def benchmark_label(benchmark: Benchmark) -> str:
@@ -210,12 +220,13 @@ def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
         (Cell(format_length(n) if n else "0"), *(figure(values, n) for values in curves.values))
         for n in curves.context_lengths
     ]
+    foot = ()
     if curves.effective_lengths:
         lengths = curves.effective_lengths
         shown = [NOTHING if n is None else format_length(n) if n else "none" for n in lengths]
-        rows.append((Cell("effective"), *map(Cell, shown)))
-    title = f"{curves.task}: {_METRICS.get(curves.metric, curves.metric)}"
-    return Table(title, ("context", *comparison.names), tuple(rows))
+        foot = (Cell("effective"), *map(Cell, shown))
+    title = f"{curves.task}: {METRICS.get(curves.metric, curves.metric)}"
+    return Table(title, ("context", *comparison.names), tuple(rows), foot)
 
 
 def _profiles(comparison: Comparison) -> tuple[Table, ...]:
@@ -231,15 +242,14 @@ def _profiles(comparison: Comparison) -> tuple[Table, ...]:
         )
         notes = [f"Not comparable: {where}."]
     tables = []
-    for quantity, title in _QUANTITIES.items():
+    for quantity, (title, unit) in QUANTITIES.items():
         rows = []
         for length in lengths:
             cells = [Cell(format_length(length))]
             for profile in profiles:
                 row = profile and profile.row(profile.models[0], length)
                 value = row and getattr(row, quantity)
-                scale = GIB if quantity == "peak_bytes" else 1
-                cells.append(Cell(f"{value / scale:.3g}" if value else NOTHING))
+                cells.append(Cell(f"{value / unit:.3g}" if value else NOTHING))
             rows.append(tuple(cells))
         if any(cell.text != NOTHING for row in rows for cell in row[1:]):
             header = ("context", *comparison.names)

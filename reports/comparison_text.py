@@ -12,6 +12,7 @@ from rich.text import Text
 
 from .comparison import Comparison
 from .comparison_tables import Cell, Section, Table, sections
+from .results import printable
 
 _PAPER_COLUMNS = 9  # of a LaTeX table or a Markdown table, besides the labels
 _GAP = 2  # columns of the terminal between those of a table
@@ -59,22 +60,22 @@ def latex(comparison: Comparison) -> str:
 
 def _wrap(section: Section, width: int) -> Iterator[str]:
     for text in [section.text] * bool(section.text):
-        yield from textwrap.wrap(_printable(text), width)
+        yield from textwrap.wrap(printable(text), width)
     for item in section.items:
-        yield from textwrap.wrap(f"- {_printable(item)}", width, subsequent_indent="  ")
+        yield from textwrap.wrap(f"- {printable(item)}", width, subsequent_indent="  ")
 
 
 def _print_table(table: Table, console: Console) -> None:
-    console.print(Text(f"\n{_printable(table.title)}", "italic"))
-    labels = [row[0].text for row in (*table.rows, *table.apart)]
+    console.print(Text(f"\n{printable(table.title)}", "italic"))
+    labels = [row[0].text for row in (*table.body, *table.apart)]
     widths = [min(max(map(len, [*labels, table.apart_title])), _label_width(console))]
     for column, name in list(enumerate(table.header))[1:]:
-        cells = [_plain(row[column]) for row in (*table.rows, *table.apart)]
+        cells = [_plain(row[column]) for row in (*table.body, *table.apart)]
         widths.append(max(map(len, [*cells, *name.split("\n")])))
     for columns in _blocks(widths, console.width):
         console.print(_rich_table(table, columns, console))
     for note in table.notes:
-        for line in textwrap.wrap(_printable(note), console.width):
+        for line in textwrap.wrap(printable(note), console.width):
             console.print(Text(line, "dim"))
 
 
@@ -98,12 +99,12 @@ def _rich_table(table: Table, columns: list[int], console: Console) -> RichTable
     drawn = RichTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for column in (0, *columns):
         justify = "right" if column else "left"
-        header = Text(_printable(table.header[column]), justify=justify)
+        header = Text(printable(table.header[column]), justify=justify)
         drawn.add_column(
             header, justify=justify, overflow="fold", vertical="bottom",
             max_width=None if column else _label_width(console),
         )  # fmt: skip
-    for row in table.rows:
+    for row in table.body:
         drawn.add_row(*(_rich_cell(row[column]) for column in (0, *columns)))
     if table.apart:
         drawn.add_row(Text(table.apart_title, "italic"))
@@ -113,7 +114,7 @@ def _rich_table(table: Table, columns: list[int], console: Console) -> RichTable
 
 
 def _rich_cell(cell: Cell) -> Text:
-    return Text(_printable(_plain(cell)), "bold" if cell.best else "")
+    return Text(printable(_plain(cell)), "bold" if cell.best else "")
 
 
 def _plain(cell: Cell) -> str:
@@ -126,7 +127,7 @@ def _markdown_table(table: Table) -> Iterator[str]:
         yield ""
         yield _markdown_row(part.header)
         yield "|---|" + "---:|" * (len(part.header) - 1)
-        for row in part.rows:
+        for row in part.body:
             yield _markdown_row([_plain(cell) for cell in row], [cell.best for cell in row])
         if part.apart:
             yield f"| *{part.apart_title}* |" + " |" * (len(part.header) - 1)
@@ -147,7 +148,7 @@ def _markdown_row(texts: list[str] | tuple[str, ...], bold: list[bool] | None = 
 
 def _markdown(text: str) -> str:
     """The text with what Markdown or HTML would take for markup escaped."""
-    text = _printable(text).replace("&", "&amp;").replace("<", "&lt;")
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", text)
 
 
@@ -159,6 +160,7 @@ def _parts(table: Table) -> Iterator[Table]:
             table.title,
             tuple(table.header[c] for c in columns),
             tuple(tuple(row[c] for c in columns) for row in table.rows),
+            tuple(table.foot[c] for c in columns if table.foot),
             tuple(tuple(row[c] for c in columns) for row in table.apart),
             table.apart_title,
             table.notes,
@@ -177,7 +179,7 @@ def _latex_table(table: Table) -> Iterator[str]:
         cells = [line[place] if place < len(line) else "" for line in lines]
         yield rf"{' & '.join(map(_latex, cells))} \\"
     yield r"\midrule"
-    yield from map(_latex_row, table.rows)
+    yield from map(_latex_row, table.body)
     if table.apart:
         yield r"\midrule"
         yield rf"\multicolumn{{{columns}}}{{l}}{{\emph{{{_latex(table.apart_title)}}}}} \\"
@@ -196,9 +198,4 @@ def _latex_row(row: tuple[Cell, ...]) -> str:
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in _printable(text))
-
-
-def _printable(text: str) -> str:
-    """The text without the control characters that names in foreign files may have."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(_LATEX.get(letter, letter) for letter in printable(text))

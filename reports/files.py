@@ -1,13 +1,16 @@
 """Writes the files of reports, whole or not at all."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
 from .results import ResultsError
+
+FIGURES = (".png", ".svg", ".pdf")
 
 
 def check_path(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -19,11 +22,24 @@ def check_path(path: Path, suffixes: tuple[str, ...]) -> None:
         raise ResultsError(f"{path}: no such folder {path.parent}; create it first")
 
 
-def write_figure(path: Path, figure: Figure) -> None:
-    """Writes a .png or .svg; the same figure makes the same file. Raises as `write_atomically`."""
-    kind = path.suffix.lower()[1:]
-    metadata = {"Date": None} if kind == "svg" else None
-    write_atomically(path, lambda file: figure.savefig(file, format=kind, metadata=metadata))
+def write_figure(path: Path, *pages: Figure) -> None:
+    """Writes a figure; the same one makes the same file. Raises as `write_atomically`.
+
+    pages: one, or, for a .pdf, any number.
+    """
+    kind = path.suffix.lower()
+    if kind == ".pdf":
+        write_atomically(path, lambda file: _write_pdf(file, pages))
+        return
+    (figure,) = pages
+    metadata = {"Date": None} if kind == ".svg" else None
+    write_atomically(path, lambda file: figure.savefig(file, format=kind[1:], metadata=metadata))
+
+
+def _write_pdf(file: BinaryIO, pages: Sequence[Figure]) -> None:
+    with PdfPages(file, metadata={"CreationDate": None}) as pdf:
+        for figure in pages:
+            pdf.savefig(figure)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

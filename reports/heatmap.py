@@ -1,4 +1,4 @@
-"""Draws needle results as a heatmap: a PNG or SVG figure, a CSV table, or blocks in the terminal.
+"""Draws needle results as a heatmap: a figure, a CSV table, or blocks in the terminal.
 
 Context length runs across and needle depth down; accuracy is the colour, on one scale from 0 to 1,
 and a figure in each cell. Cells without results are hatched in a figure, a dash in the terminal.
@@ -9,7 +9,7 @@ import io
 import logging
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize, to_hex
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.textpath import TextPath
 from rich.console import Console
 from rich.style import Style
@@ -25,7 +25,7 @@ from rich.text import Text
 
 from yoco_eval.lengths import format_length
 
-from .files import check_path, write_atomically, write_figure
+from .files import FIGURES, check_path, write_atomically, write_figure
 from .results import NeedleCell, NeedleRun
 from .style import COLUMN_WIDTH, FONT, PAGE_WIDTH, RC, TITLE_FONT
 
@@ -46,7 +46,7 @@ CSV_COLUMNS = ("model", "task", "context_length", "depth", "samples", "correct",
 
 
 def save_heatmap(run: NeedleRun, path: str | Path, title: str | None = None) -> None:
-    """Writes the heatmap to `path`, whose suffix says how: .png, .svg or .csv.
+    """Writes the heatmap to `path`, whose suffix says how: .png, .svg, .pdf or .csv.
 
     title: stands in the figure in place of the model's name.
     Raises ResultsError for another suffix or a folder that is not there.
@@ -62,27 +62,34 @@ def save_heatmap(run: NeedleRun, path: str | Path, title: str | None = None) -> 
 
 def check_output(path: Path) -> None:
     """Raises ResultsError if `save_heatmap` cannot write to such a path."""
-    check_path(path, (".png", ".svg", ".csv"))
+    check_path(path, (*FIGURES, ".csv"))
 
 
-def heatmap_figure(run: NeedleRun, title: str | None = None) -> Figure:
-    """One heatmap with title and colour bar, as wide as a paper's column or, if need be, page."""
-    ticks = _text_width(format_depths(run.depths), FONT) / 72
+def heatmap_figure(
+    run: NeedleRun,
+    title: str | None = None,
+    lengths: Sequence[int] = (),
+    depths: Sequence[float] = (),
+) -> Figure:
+    """One heatmap with title and colour bar, as wide as a paper's column or, if need be, page.
+
+    lengths, depths: of the grid, where they are more than the run's own.
+    """
+    lengths, depths = list(lengths or run.context_lengths), list(depths or run.depths)
+    ticks = text_width(format_depths(depths), FONT) / 72
     left, right = 0.32 + ticks, 0.6
-    figures, columns = cell_figures(run), len(run.context_lengths)
+    figures, columns = cell_figures(run), len(lengths)
     for width in (COLUMN_WIDTH, PAGE_WIDTH):
         grid_width = width - left - right
-        if _fit(figures, grid_width / columns, math.inf) >= COMFORTABLE_FONT:
+        if fit_font(figures, grid_width / columns) >= COMFORTABLE_FONT:
             break
-    rows = len(run.depths)
-    row_height = min(max(2.6 / rows, ROW_HEIGHT[0]), ROW_HEIGHT[1])
-    height = min(max(rows * row_height, HEIGHT[0]), HEIGHT[1])
+    height = grid_height(len(depths))
 
     heading = textwrap.wrap(title or run.model, int(width * 72 / (TITLE_FONT * 0.66)))
     facts = textwrap.wrap(describe(run), int(width * 72 / (FONT * 0.56)))
-    facts += ["hatched: no result"] * has_missing(run)
+    facts += ["hatched: no result"] * (len(run.cells) < len(lengths) * len(depths))
     top = 0.1 + (1.3 * TITLE_FONT * len(heading) + 1.4 * FONT * len(facts)) / 72
-    longest = _text_width([format_length(n) for n in run.context_lengths], FONT) / 72
+    longest = text_width([format_length(n) for n in lengths], FONT) / 72
     slanted = longest > 0.9 * grid_width / columns
     bottom = 0.37 + (0.7 * longest if slanted else 0)
 
@@ -90,7 +97,7 @@ def heatmap_figure(run: NeedleRun, title: str | None = None) -> Figure:
     figure = Figure(figsize=(width, total))
     frame = (left / width, bottom / total, grid_width / width, height / total)
     ax = figure.add_axes(frame)
-    draw_heatmap(run, ax)
+    draw_heatmap(run, ax, lengths, depths)
     bar = figure.add_axes((1 - (right - 0.08) / width, frame[1], 0.09 / width, frame[3]))
     add_color_bar(figure, bar)
 
@@ -104,18 +111,21 @@ def heatmap_figure(run: NeedleRun, title: str | None = None) -> Figure:
     return figure
 
 
-def draw_heatmap(run: NeedleRun, ax: Axes) -> QuadMesh:
+def draw_heatmap(
+    run: NeedleRun, ax: Axes, lengths: Sequence[int] = (), depths: Sequence[float] = ()
+) -> QuadMesh:
     """Draws the cells and both axes, without title and colour bar, into `ax` as it lies now.
 
+    lengths, depths: of the grid, where they are more than the run's own.
     Returns the coloured cells. Fonts are sized to fit; figures too small to read are left out, with
     a warning.
     """
-    lengths, depths = run.context_lengths, run.depths
+    lengths, depths = list(lengths or run.context_lengths), list(depths or run.depths)
     accuracy = {(cell.context_length, cell.depth): cell.accuracy for cell in run.cells}
     grid = [[accuracy.get((n, depth), math.nan) for n in lengths] for depth in depths]
     ax.set(xlim=(0, len(lengths)), ylim=(len(depths), 0))
     ax.set_facecolor(MISSING)
-    if has_missing(run):
+    if len(run.cells) < len(lengths) * len(depths):
         ax.patch.set(hatch="////////", edgecolor=HATCH, linewidth=0)
     box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())  # in inches
     cell_width, cell_height = box.width / len(lengths), box.height / len(depths)
@@ -127,7 +137,7 @@ def draw_heatmap(run: NeedleRun, ax: Axes) -> QuadMesh:
     ax.spines[:].set_visible(False)
 
     figures = cell_figures(run)
-    font = _fit(figures, cell_width, cell_height)
+    font = fit_font(figures, cell_width, cell_height)
     if font < CELL_FONT[0]:
         logger.warning(
             "%d x %d cells are drawn without figures, being too small for them; a .csv has them",
@@ -148,7 +158,13 @@ def draw_heatmap(run: NeedleRun, ax: Axes) -> QuadMesh:
     return mesh
 
 
-def add_color_bar(figure: Figure, ax: Axes) -> None:
+def grid_height(rows: int) -> float:
+    """How high, in inches, a grid of so many depths is drawn."""
+    row = min(max(2.6 / rows, ROW_HEIGHT[0]), ROW_HEIGHT[1])
+    return min(max(rows * row, HEIGHT[0]), HEIGHT[1])
+
+
+def add_color_bar(figure: FigureBase, ax: Axes) -> None:
     """Fills `ax`, upright and narrow, with the colour bar of every heatmap."""
     bar = figure.colorbar(ScalarMappable(SCALE, COLORS), cax=ax, ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.set_label("Accuracy", size=FONT, labelpad=3)
@@ -169,7 +185,8 @@ def print_heatmap(run: NeedleRun, console: Console, title: str | None = None) ->
     per_block = max(1, (console.width - margin - 1) // column)
 
     console.print(Text(title or run.model, style="bold"))
-    console.print(Text(describe(run) + ", -: no result" * has_missing(run)))
+    missing = len(run.cells) < len(lengths) * len(run.depths)
+    console.print(Text(describe(run) + ", -: no result" * missing))
     for start in range(0, len(lengths), per_block):
         block = lengths[start : start + per_block]
         header = "".join(f"{format_length(n):>{column - 1}} " for n in block)
@@ -197,11 +214,6 @@ def describe(run: NeedleRun) -> str:
         f"{span} sample{'s' * (span != '1')} per cell, "
         f"{run.prompts} prompt{'s' * (run.prompts != 1)}"
     )
-
-
-def has_missing(run: NeedleRun) -> bool:
-    """Whether some cell of the grid has no result."""
-    return len(run.cells) < len(run.context_lengths) * len(run.depths)
 
 
 def cell_figures(run: NeedleRun) -> dict[NeedleCell, str]:
@@ -247,15 +259,15 @@ def _csv(run: NeedleRun) -> str:
     return table.getvalue()
 
 
-def _fit(figures: dict[NeedleCell, str], width: float, height: float) -> float:
+def fit_font(figures: dict[NeedleCell, str], width: float, height: float = math.inf) -> float:
     """The font size, in points, of the cells' figures in cells of width x height inches."""
-    widest = _text_width(set(figures.values()), 1)
+    widest = text_width(set(figures.values()), 1)
     return min(CELL_FONT[1], 72 * width / (widest + 0.6), 72 * height / 1.25)
 
 
 def _label_lengths(ax: Axes, lengths: list[int], cell_width: float) -> None:
     labels = [format_length(n) for n in lengths]
-    slanted = _text_width(labels, FONT) > 0.9 * 72 * cell_width
+    slanted = text_width(labels, FONT) > 0.9 * 72 * cell_width
     step = math.ceil(1.1 * FONT / (72 * cell_width))
     style = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     ticks = range(0, len(lengths), step)
@@ -270,7 +282,7 @@ def _label_depths(ax: Axes, depths: list[float], cell_height: float) -> None:
     ax.set_ylabel("Needle depth (%)", size=FONT)
 
 
-def _text_width(texts: Iterable[str], size: float) -> float:
+def text_width(texts: Iterable[str], size: float) -> float:
     """The width of the widest text at font size `size`, in points."""
     return max(TextPath((0, 0), text, size=size).get_extents().width for text in texts)
 

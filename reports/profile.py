@@ -1,4 +1,4 @@
-"""Memory, prefill time and decode speed by context length: JSON, tables, a PNG or SVG figure.
+"""Memory, prefill time and decode speed by context length: JSON, tables, a figure.
 
 A profile is of one model, or of one and another that it is compared with. What could not be
 measured, for want of memory or patience, is said where its figure would stand.
@@ -16,16 +16,16 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 from rich.text import Text
 
 from yoco_eval.lengths import format_length
 
-from .files import check_path, write_atomically, write_figure
+from .files import FIGURES, check_path, write_atomically, write_figure
 from .results import ResultsError
 from .style import (
     FONT,
+    GRID,
     PAGE_WIDTH,
     RC,
     SMALL_FONT,
@@ -33,6 +33,7 @@ from .style import (
     color,
     length_axis,
     series,
+    set_scale,
     spacing,
 )
 
@@ -145,11 +146,11 @@ def load_profile(path: str | Path) -> Profile:
 
 def check_output(path: Path) -> None:
     """Raises ResultsError if `save_profile` cannot write to such a path."""
-    check_path(path, (".json", ".png", ".svg"))
+    check_path(path, (".json", *FIGURES))
 
 
 def save_profile(profile: Profile, path: str | Path) -> None:
-    """Writes the profile to `path`, whose suffix says how: .json, .png or .svg.
+    """Writes the profile to `path`, whose suffix says how: .json, .png, .svg or .pdf.
 
     Raises ResultsError for another suffix or a folder that is not there.
     """
@@ -320,11 +321,7 @@ def _draw_memory(profile: Profile, ax: Axes) -> None:
 def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str) -> None:
     """A line per model; where one was not measured, the top of the panel says why."""
     ax.set_title(title, size=FONT)
-    ax.set_yscale(scale)
-    if scale == "log":
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter("{x:g}")
+    set_scale(ax, scale)
     missing = {row.length for row in profile.rows if row.outcome != MEASURED}
     below = 0.0  # the highest value that such a word hangs over
     for index, model in enumerate(profile.models):
@@ -349,7 +346,7 @@ def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str
         low, top = ax.transScale.transform([(1, ax.get_ylim()[0]), (1, below)])[:, 1]
         room = ax.transScale.inverted().transform((1, low + (top - low) / 0.45))[1]
         ax.set_ylim(top=max(room, ax.get_ylim()[1]))
-    ax.grid(axis="y", color="0.9", linewidth=0.5)
+    ax.grid(axis="y", color=GRID, linewidth=0.5)
     ax.set_axisbelow(True)
 
 
@@ -359,7 +356,8 @@ def _label_lengths(profile: Profile, ax: Axes, quantity: str) -> None:
     labels = None
     if compared:
         labels = [f"{format_length(n)}\n{_gain(profile.gain(quantity, n))}" for n in lengths]
-    length_axis(ax, lengths, labels)
+    size = FONT - 1 if len(lengths) <= 6 else max(3.5, (FONT - 1) * 6 / len(lengths))
+    length_axis(ax, lengths, labels, size)
     if compared:
         ax.set_xlabel(ax.get_xlabel() + " and gain", size=FONT)
 

@@ -235,6 +235,11 @@ def _answers(entry: dict) -> dict[str, tuple]:
     return {name: tuple(entry[name]) for name in ("right", "wrong") if entry.get(name) is not None}
 
 
+def printable(text: str) -> str:
+    """The text without the control characters that names in foreign files may have."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _name_model(data: dict) -> tuple[str, tuple[str, ...]]:
     """The model's name for titles, and what tells it apart from other models."""
     config = data["config"]

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 from yoco_eval.lengths import format_length
 
 COLUMN_WIDTH, PAGE_WIDTH = 3.4, 7.0  # inches
 FONT, TITLE_FONT, SMALL_FONT = 7, 8.5, 5.5  # points
+GRID = "#e6e6e6"  # lines behind curves
 RC = {  # for matplotlib.rc_context, around drawing and saving
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
@@ -47,13 +49,14 @@ def color(index: int) -> str:
     return _COLORS[index % len(_COLORS)]
 
 
-def length_axis(ax: Axes, lengths: Sequence[int], labels: Sequence[str] | None = None) -> None:
+def length_axis(
+    ax: Axes, lengths: Sequence[int], labels: Sequence[str] | None = None, size: float = FONT - 1
+) -> None:
     """Makes x the logarithm, base 2, of context lengths in tokens, with a tick at each.
 
-    labels: of the ticks; by default the lengths with binary prefixes.
+    labels: of the ticks; by default the lengths with binary prefixes. size: of these, in points.
     """
     positions = [math.log2(length) for length in lengths]
-    size = FONT - 1 if len(lengths) <= 6 else max(3.5, (FONT - 1) * 6 / len(lengths))
     ax.set_xticks(positions, labels or [format_length(n) for n in lengths], size=size)
     room = 0.6 * spacing(lengths)
     ax.set_xlim(positions[0] - room, positions[-1] + room)
@@ -61,6 +64,15 @@ def length_axis(ax: Axes, lengths: Sequence[int], labels: Sequence[str] | None =
     ax.tick_params(axis="x", length=2)
     ax.tick_params(axis="y", labelsize=FONT, length=2)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def set_scale(ax: Axes, scale: str) -> None:
+    """Makes y "linear" or "log", with plain numbers at its ticks."""
+    ax.set_yscale(scale)
+    if scale == "log":
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def spacing(lengths: Sequence[int]) -> float:

@@ -66,6 +66,38 @@ def write(folder, data, name="results_2025-01-02T03-04-05.678901.json"):
     return folder / name
 
 
+def log_samples(results_file, **texts):
+    """Writes beside a results file the samples that its cells tell of, as --log_samples does.
+
+    texts: in place of made ones: question, number, needle, excerpt, generated.
+    """
+    data = json.loads(results_file.read_text())
+    date = results_file.stem.rpartition("_")[2]
+    for task, config in data["configs"].items():
+        lines = []
+        for cell in config.get("metadata", {}).get("cells", []):
+            for sample in (*cell["right"], *cell["wrong"]):
+                number = str(10_000 + cell["context_length"] % 9973 + sample)
+                needle = f"The special number of Oslo is {number}."
+                doc = {
+                    "context_length": cell["context_length"], "depth": cell["depth"],
+                    "sample": sample, "question": "What is the number of Oslo?", "number": number,
+                    "needle": needle, "excerpt": f"{'Hay. ' * 40}{needle}{' Straw.' * 30}",
+                    "prompt_tokens": cell["context_length"] - 16,
+                }  # fmt: skip
+                right = sample in cell["right"]
+                answer = texts.get("generated", f" {number}." if right else " 7, I guess.")
+                lines.append(
+                    {
+                        "doc": doc | {k: v for k, v in texts.items() if k in doc},
+                        "arguments": {"gen_args_0": {"arg_0": "Hay. " * 1000}},
+                        "filtered_resps": [answer], "acc": float(right),
+                    }
+                )  # fmt: skip
+        log = results_file.parent / f"samples_{task}_{date}.jsonl"
+        log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
 def trained_to(limit):
     """A checkpoint that is right up to a context length, and beyond it only near the end."""
 

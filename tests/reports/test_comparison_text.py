@@ -188,7 +188,7 @@ def test_too_few_prompts_are_told(tmp_path):
 
 
 def test_refused_outputs(full, tmp_path):
-    with pytest.raises(ResultsError, match=r"use \.md, \.csv, \.json or \.tex"):
+    with pytest.raises(ResultsError, match=r"use \.html, \.png, .*\.json or \.tex"):
         save_comparison(full, tmp_path / "c.doc")
     with pytest.raises(ResultsError, match="no such folder"):
         save_comparison(full, tmp_path / "none" / "c.md")

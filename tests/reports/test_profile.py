@@ -219,7 +219,7 @@ def test_refusals(tmp_path):
         path.write_text(text)
         with pytest.raises(ResultsError, match="not a profile; yoco-eval profile -o FILE.json"):
             load_profile(path)
-    with pytest.raises(ResultsError, match="unknown suffix '.csv'; use .json, .png or .svg"):
+    with pytest.raises(ResultsError, match="unknown suffix '.csv'; use .json, .png, .svg or .pdf"):
         check_output(tmp_path / "a.csv")
     with pytest.raises(ResultsError, match="no such folder"):
         check_output(tmp_path / "none" / "a.png")

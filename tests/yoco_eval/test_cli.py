@@ -114,7 +114,7 @@ def test_compare_refusals(results, tmp_path, capsys):
     assert "given twice" in refused(capsys, "compare", results, results)
     # The output is looked at first: reading the results may take long.
     message = refused(capsys, "compare", tmp_path / "none", "-o", "a.md", "-o", "a.doc")
-    assert "unknown suffix '.doc'; use .md, .csv, .json or .tex" in message
+    assert "unknown suffix '.doc'; use .html, .png, .svg, .pdf, .md, .csv, .json or .tex" in message
 
 
 def test_heatmap_in_the_terminal(results, capsys):

@@ -1,0 +1,302 @@
+"""A comparison as figures, each a page wide: heatmaps side by side, curves, costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.lines import Line2D
+
+from yoco_eval.lengths import format_length
+
+from .comparison import Comparison, LengthCurves, NeedleTask
+from .comparison_tables import COSTS, CURVES, METRICS, NEEDLES, QUANTITIES, effective_text
+from .heatmap import (
+    CELL_FONT,
+    add_color_bar,
+    cell_figures,
+    draw_heatmap,
+    fit_font,
+    grid_height,
+    text_width,
+)
+from .results import printable
+from .style import FONT, GRID, PAGE_WIDTH, TITLE_FONT, length_axis, series, set_scale
+
+# Inches.
+_LEFT, _RIGHT = 0.48, 0.1  # beside the axes: labels of the y axis, nothing
+_BAR = 0.6  # right of heatmaps: the colour bar
+_TITLE = 0.28
+_CAPTION = 0.3  # above each heatmap: checkpoint, figures
+_BELOW = 0.45  # labels of the x axis
+_GAP = 0.12  # between heatmaps
+_ABOVE = 0.22  # each plot: its title
+_PLOT_HEIGHT = 1.6
+_PLOT_COLUMNS = 3
+_LEGEND_ROW = 0.16
+_DODGE = 0.05  # between intervals at one context length, in parts of the distance to the next
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure that is not drawn yet.
+
+    section: heading of the report under which it belongs.
+    name: for files: letters, digits, dots, dashes and underscores.
+    height: in inches; it is `PAGE_WIDTH` wide.
+    draw: into a figure, or part of one, of that size.
+    """
+
+    section: str
+    name: str
+    title: str
+    height: float
+    draw: Callable[[FigureBase], None]
+
+    def figure(self) -> Figure:
+        return stack([self])
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """Curves over context length, one for each checkpoint; None for those without.
+
+    bounds: of intervals, in the same order and at the same lengths; empty where there are none.
+    """
+
+    title: str
+    curves: Sequence[dict[int, float] | None]
+    bounds: Sequence[dict[int, tuple[float, float]]] = ()
+    share: bool = False  # 0 to 1
+    line: float | None = None  # a threshold
+    scale: str = "linear"
+
+
+def panels(comparison: Comparison) -> list[Panel]:
+    """All figures that the results allow, the most important first."""
+    return [*(_heatmaps(comparison, t) for t in comparison.needles), *curve_panels(comparison)]
+
+
+def curve_panels(comparison: Comparison) -> list[Panel]:
+    """Those of figures by context length, without heatmaps."""
+    found = []
+    for section, name, title, plots in (
+        (NEEDLES, "needles", "Needles by context length", _needle_plots(comparison)),
+        (CURVES, "curves", CURVES, _curve_plots(comparison)),
+        (COSTS, "costs", COSTS, _cost_plots(comparison)),
+    ):
+        if plots := list(plots):
+            found.append(_plots(comparison, section, name, title, plots))
+    return found
+
+
+def stack(figures: Sequence[Panel]) -> Figure:
+    """The panels in one figure, one below the other."""
+    height = sum(panel.height for panel in figures)
+    whole = Figure(figsize=(PAGE_WIDTH, height))
+    parts = whole.subfigures(len(figures), 1, height_ratios=[p.height for p in figures], hspace=0)
+    for panel, part in zip(figures, [parts] if len(figures) == 1 else parts, strict=True):
+        part.set_facecolor("none")
+        panel.draw(part)
+    return whole
+
+
+def _heatmaps(comparison: Comparison, task: NeedleTask) -> Panel:
+    columns = _map_columns(task)
+    rows = math.ceil(sum(result is not None for result in task.results) / columns)
+    height = _TITLE + rows * (_CAPTION + grid_height(len(task.depths)) + _BELOW)
+    draw = partial(_draw_heatmaps, comparison, task, columns, height)
+    return Panel(NEEDLES, f"{file_name(task.task)}-heatmaps", _line(task.task), height, draw)
+
+
+def _map_columns(task: NeedleTask) -> int:
+    """How many heatmaps stand side by side: as many as leave their figures readable."""
+    runs = [result.run for result in task.results if result]
+    for columns in range(min(len(runs), 4), 1, -1):
+        width = _map_width(columns) / len(task.context_lengths)
+        if all(fit_font(cell_figures(run), width) >= CELL_FONT[0] for run in runs):
+            return columns
+    return 1
+
+
+def _map_width(columns: int) -> float:
+    """As if there were two heatmaps where there is one: a single one need not fill the page."""
+    columns = max(columns, 2)
+    return (PAGE_WIDTH - _LEFT - _BAR - (columns - 1) * _GAP) / columns
+
+
+def _draw_heatmaps(
+    comparison: Comparison, task: NeedleTask, columns: int, height: float, figure: FigureBase
+) -> None:
+    _draw_title(figure, task.task, height)
+    width, rows = _map_width(columns), grid_height(len(task.depths))
+    there = [i for i, result in enumerate(task.results) if result]
+    for place, index in enumerate(there):
+        result = task.results[index]
+        row, column = divmod(place, columns)
+        top = _TITLE + row * (_CAPTION + rows + _BELOW) + _CAPTION
+        left = _LEFT + column * (width + _GAP)
+        ax = _add_axes(figure, left, top, width, rows, height)
+        draw_heatmap(result.run, ax, task.context_lengths, task.depths)
+        if column:
+            ax.set_ylabel("")
+            ax.set_yticks([])
+        facts = f"mean {result.run.accuracy:.2f}, effective {effective_text(result)}"
+        _caption(ax, _line(comparison.names[index]), facts)
+        if column == columns - 1 or place == len(there) - 1:
+            bar = _add_axes(figure, left + width + 0.08, top, 0.09, rows, height)
+            add_color_bar(figure, bar)
+
+
+def _caption(ax: Axes, name: str, facts: str) -> None:
+    """Two lines above the axes, made to fit their width."""
+    for text, size, above, weight in ((name, FONT + 0.5, 11, "bold"), (facts, FONT - 1, 3, None)):
+        drawn = ax.annotate(
+            text, (0.5, 1), (0, above), xycoords="axes fraction", textcoords="offset points",
+            size=size, weight=weight, ha="center", va="bottom", annotation_clip=False,
+        )  # fmt: skip
+        room = ax.get_window_extent().width / drawn.get_window_extent().width
+        drawn.set_size(size * min(1, room))
+
+
+def _needle_plots(comparison: Comparison) -> Iterator[_Plot]:
+    for task in comparison.needles:
+        by_length = [result.by_length if result else () for result in task.results]
+        yield _Plot(
+            f"{task.task}: accuracy",
+            [{one.context_length: one.accuracy for one in ones} or None for ones in by_length],
+            [{one.context_length: one.interval for one in ones} for ones in by_length],
+            share=True,
+            line=comparison.threshold,
+        )
+
+
+def _curve_plots(comparison: Comparison) -> Iterator[_Plot]:
+    for curves in comparison.curves:
+        if not curves.member and curves.metric != "loss_to":
+            title = f"{curves.task}: {METRICS.get(curves.metric, curves.metric)}"
+            yield _Plot(title, _from_one_token(curves), share=curves.metric == "acc")
+
+
+def _from_one_token(curves: LengthCurves) -> list[dict[int, float] | None]:
+    """Without BABILong's 0K, which has no place on a logarithmic axis."""
+    return [
+        {length: value for length, value in values.items() if length} if values else None
+        for values in curves.values
+    ]
+
+
+def _cost_plots(comparison: Comparison) -> Iterator[_Plot]:
+    for quantity, (title, unit) in QUANTITIES.items():
+        curves = []
+        for profile in comparison.profiles:
+            rows = [profile.row(profile.models[0], n) for n in profile.lengths] if profile else []
+            values = {row.length: getattr(row, quantity) for row in rows if row}
+            curves.append({n: value / unit for n, value in values.items() if value} or None)
+        if any(curves):
+            yield _Plot(title, curves, scale="log" if quantity == "prefill_seconds" else "linear")
+
+
+def _plots(
+    comparison: Comparison, section: str, name: str, title: str, plots: Sequence[_Plot]
+) -> Panel:
+    shown = [i for i in range(len(comparison.names)) if any(plot.curves[i] for plot in plots)]
+    legend = _legend_rows([comparison.names[i] for i in shown])
+    rows = math.ceil(len(plots) / _PLOT_COLUMNS)
+    height = _TITLE + legend * _LEGEND_ROW + rows * (_ABOVE + _PLOT_HEIGHT + _BELOW)
+    draw = partial(_draw_plots, comparison, title, plots, shown, legend, height)
+    return Panel(section, name, title, height, draw)
+
+
+def _legend_rows(names: Sequence[str]) -> int:
+    return math.ceil(len(names) / _legend_columns(names))
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    """How many names stand side by side, by a generous width of their letters."""
+    widest = max(len(_line(name)) for name in names) * 0.62 * FONT / 72 + 0.5
+    return max(1, min(len(names), int((PAGE_WIDTH - 0.2) / widest)))
+
+
+def _draw_plots(
+    comparison: Comparison,
+    title: str,
+    plots: Sequence[_Plot],
+    shown: Sequence[int],
+    legend: int,
+    height: float,
+    figure: FigureBase,
+) -> None:
+    _draw_title(figure, title, height)
+    names = [_line(comparison.names[i]) for i in shown]
+    figure.legend(
+        handles=[Line2D([], [], label=n, **series(i)) for i, n in zip(shown, names, strict=True)],
+        loc="upper center", bbox_to_anchor=(0.5, 1 - (_TITLE - 0.08) / height), borderaxespad=0,
+        ncols=_legend_columns(names), frameon=False, fontsize=FONT,
+    )  # fmt: skip
+    columns = min(len(plots), _PLOT_COLUMNS)
+    # A single plot gets the room of two: curves need width, but not a whole page of it.
+    whole = (PAGE_WIDTH - _RIGHT) / max(columns, 1.6)
+    for place, plot in enumerate(plots):
+        row, column = divmod(place, columns)
+        top = _TITLE + legend * _LEGEND_ROW + row * (_ABOVE + _PLOT_HEIGHT + _BELOW) + _ABOVE
+        width = whole - _LEFT
+        ax = _add_axes(figure, column * whole + _LEFT, top, width, _PLOT_HEIGHT, height)
+        _draw_plot(plot, ax)
+
+
+def _draw_plot(plot: _Plot, ax: Axes) -> None:
+    ax.set_title(_line(plot.title), size=FONT, pad=4)
+    lengths = sorted({length for curve in plot.curves for length in curve or ()})
+    there = [i for i, curve in enumerate(plot.curves) if curve]
+    for place, index in enumerate(there):
+        curve, style = plot.curves[index], series(index)
+        shift = _DODGE * (place - (len(there) - 1) / 2) if plot.bounds else 0
+        xs = [math.log2(length) + shift for length in sorted(curve)]
+        ys = [curve[length] for length in sorted(curve)]
+        ax.plot(xs, ys, **style)
+        if plot.bounds:
+            low, high = zip(*(plot.bounds[index][n] for n in sorted(curve)), strict=True)
+            ax.vlines(xs, low, high, color=style["color"], linewidth=0.8, alpha=0.6)
+    if plot.share:
+        ax.set_ylim(-0.02, 1.02)
+        ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+    else:
+        set_scale(ax, plot.scale)
+    if plot.line is not None:
+        ax.axhline(plot.line, color="0.5", linewidth=0.6, linestyle="--")
+    ax.grid(axis="y", color=GRID, linewidth=0.5)
+    ax.set_axisbelow(True)
+    labels = [format_length(n) for n in lengths]
+    room = ax.get_window_extent().width / ax.figure.dpi / len(lengths)
+    step = math.ceil(1.2 * text_width(labels, FONT - 1) / 72 / room)
+    length_axis(ax, lengths, [n if i % step == 0 else "" for i, n in enumerate(labels)])
+
+
+def _add_axes(
+    figure: FigureBase, left: float, top: float, width: float, below: float, height: float
+) -> Axes:
+    """Axes in a figure `height` inches high: all measures in inches, from its top left corner."""
+    return figure.add_axes(
+        (left / PAGE_WIDTH, 1 - (top + below) / height, width / PAGE_WIDTH, below / height)
+    )
+
+
+def _draw_title(figure: FigureBase, title: str, height: float) -> None:
+    figure.text(
+        0.5, 1 - 0.06 / height, _line(title), size=TITLE_FONT, weight="bold", ha="center",
+        va="top",
+    )  # fmt: skip
+
+
+def _line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+def file_name(task: str) -> str:
+    """The text without what no file's name should have."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in task)

@@ -1,0 +1,249 @@
+"""A comparison as one HTML page: figures, tables and samples, with nothing to load from elsewhere.
+
+The figures are matplotlib's, as SVG in the page; cells of heatmaps can be chosen, and show their
+samples. All texts from results files are escaped, and the page's security policy allows no script
+but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from yoco_eval import __version__
+from yoco_eval.lengths import format_length, parse_length
+
+from .comparison import Comparison, NeedleResult, NeedleTask
+from .comparison_figures import curve_panels, file_name
+from .comparison_tables import NEEDLES, NOTHING, Cell, Section, Table, effective_text, sections
+from .heatmap import HATCH, MISSING, format_depths, heatmap_figure
+from .results import printable
+from .style import GRID, RC
+
+_FILES = Path(__file__).parent / "html"
+_SVG = "http://www.w3.org/2000/svg"
+ET.register_namespace("", _SVG)
+ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+_INK = "#010203"  # drawn where the page's own colour of text shall stand
+_COLORS = {_INK: "var(--ink)", GRID: "var(--grid)", MISSING: "var(--missing)", HATCH: "var(--rule)"}
+_RC = RC | {
+    "axes.facecolor": "none",
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
+    ),
+}
+_LONGEST = 2000  # characters of an answer that are shown
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """name: for the file that the reader saves."""
+
+    name: str
+    title: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A section with its figures. heatmaps: by task, those of all checkpoints."""
+
+    section: Section
+    heatmaps: dict[str, list[_Drawn]]
+    figures: list[_Drawn]
+
+    @property
+    def id(self) -> str:
+        return self.section.title.lower().replace(" ", "-")
+
+
+def html(comparison: Comparison) -> str:
+    """The whole page."""
+    script = (_FILES / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FILES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
+    )
+    environment.filters["key"] = _sort_key
+    parts = environment.get_template("parts.html").module
+    with matplotlib.rc_context(_RC):
+        shown = [_show(comparison, section) for section in sections(comparison)]
+    return environment.get_template("page.html").render(
+        version=__version__,
+        names=comparison.names,
+        style=Markup((_FILES / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+        effective=_effective(comparison),
+        sections=shown,
+        data=_embedded({"names": comparison.names, "samples": _samples(comparison)}),
+        figure=parts.figure,
+        table=parts.table,
+    )
+
+
+def _embedded(data: Any) -> Markup:
+    """JSON that can stand in a script element."""
+    text = json.dumps(data, separators=(",", ":"))
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return Markup(text)
+
+
+def _show(comparison: Comparison, section: Section) -> _Shown:
+    heatmaps = {}
+    if section.title == NEEDLES:
+        for place, task in enumerate(comparison.needles):
+            heatmaps[task.task] = list(_heatmaps(comparison, place))
+    figures = [
+        _Drawn(panel.name, panel.title, _svg(panel.figure(), panel.name, panel.title))
+        for panel in curve_panels(comparison)
+        if panel.section == section.title
+    ]
+    return _Shown(section, heatmaps, figures)
+
+
+def _effective(comparison: Comparison) -> Table:
+    rows = []
+    for task in comparison.needles:
+        lengths = (effective_text(result) if result else NOTHING for result in task.results)
+        rows.append((Cell(task.task), *map(Cell, lengths)))
+    title = "Effective context length"
+    note = (
+        "The longest context length at which, and at all shorter ones, the 95 % interval of the "
+        f"accuracy lies above {comparison.threshold:g}."
+    )
+    return Table(title, ("task", *comparison.names), tuple(rows), notes=(note,))
+
+
+def _heatmaps(comparison: Comparison, place: int) -> Iterator[_Drawn]:
+    task = comparison.needles[place]
+    for index, result in enumerate(task.results):
+        if result:
+            name = " ".join(printable(comparison.names[index]).split())
+            figure = heatmap_figure(result.run, name, task.context_lengths, task.depths)
+            prefix = f"heatmap-{place}-{index}"
+            title = f"{name}, {task.task}: accuracy by context length and needle depth"
+            svg = _svg(figure, prefix, title, _cells(figure, task, place, name, index, result))
+            yield _Drawn(f"{file_name(name)}-{file_name(task.task)}", title, svg)
+
+
+def _cells(
+    figure: Figure, task: NeedleTask, place: int, name: str, index: int, result: NeedleResult
+) -> ET.Element:
+    """A rectangle over each cell, for the script to attach to."""
+    dots = 72 / figure.dpi
+    box = figure.axes[0].get_window_extent()
+    left, top = box.x0 * dots, (figure.bbox.height - box.y1) * dots
+    width = box.width * dots / len(task.context_lengths)
+    height = box.height * dots / len(task.depths)
+    depths = dict(zip(task.depths, format_depths(task.depths), strict=True))
+    cells = ET.Element(f"{{{_SVG}}}g", {"class": "cells"})
+    for cell in sorted(result.run.cells, key=lambda cell: (cell.depth, cell.context_length)):
+        column = task.context_lengths.index(cell.context_length)
+        row = task.depths.index(cell.depth)
+        label = (
+            f"{name}, {format_length(cell.context_length)} tokens, depth {depths[cell.depth]} %: "
+            f"{cell.correct} of {cell.samples} right"
+        )
+        attributes = {
+            "class": "cell", "role": "button", "tabindex": "-1", "aria-label": label,
+            "data-task": place, "data-checkpoint": index, "data-column": column, "data-row": row,
+            "data-key": _cell_key(cell.context_length, cell.depth),
+        }  # fmt: skip
+        group = ET.SubElement(cells, f"{{{_SVG}}}g", {k: str(v) for k, v in attributes.items()})
+        ET.SubElement(group, f"{{{_SVG}}}title").text = label
+        corner = {"x": left + column * width, "y": top + row * height}
+        size = {"width": width, "height": height}
+        ET.SubElement(
+            group, f"{{{_SVG}}}rect", {k: f"{v:.2f}" for k, v in (corner | size).items()}
+        )
+    return cells
+
+
+def _cell_key(context_length: int, depth: float) -> str:
+    return f"{context_length}/{depth:g}"
+
+
+def _svg(figure: Figure, prefix: str, title: str, overlay: ET.Element | None = None) -> Markup:
+    """The figure as an element of the page, in the page's colours.
+
+    prefix: of all ids, which one page must not have twice. overlay: drawn on top.
+    """
+    file = io.BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(file, format="svg", facecolor="none", metadata=nothing)
+    text = file.getvalue().decode()
+    for color, variable in _COLORS.items():
+        text = text.replace(color, variable)
+    root = ET.fromstring(text)
+    for metadata in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(metadata)
+    for element in root.iter():
+        for key, value in list(element.items()):
+            if key == "id" and f"#{value}" in text:
+                element.set(key, f"{prefix}-{value}")
+            elif key == "id":
+                del element.attrib[key]
+            elif key.endswith("href"):
+                element.set(key, value.replace("#", f"#{prefix}-"))
+            elif "url(#" in value:
+                element.set(key, value.replace("url(#", f"url(#{prefix}-"))
+    for size in ("width", "height"):
+        root.attrib.pop(size)
+    root.set("role", "group" if overlay is not None else "img")
+    root.set("aria-label", title)
+    if overlay is not None:
+        root.append(overlay)
+    return Markup(ET.tostring(root, encoding="unicode"))
+
+
+def _samples(comparison: Comparison) -> list[dict[str, list[dict[str, Any]]]]:
+    """By task and cell: prompts, each once, with the answers of all checkpoints that got it."""
+    return [_samples_of(task) for task in comparison.needles]
+
+
+def _samples_of(task: NeedleTask) -> dict[str, list[dict[str, Any]]]:
+    cells: dict[str, dict[tuple, dict[str, Any]]] = {}
+    for index, result in enumerate(task.results):
+        for (context_length, depth), samples in (result.samples if result else {}).items():
+            prompts = cells.setdefault(_cell_key(context_length, depth), {})
+            for one in samples:
+                prompt = {
+                    "sample": one.sample, "question": one.question, "expected": one.expected,
+                    "needle": one.needle, "excerpt": one.excerpt, "tokens": one.tokens,
+                }  # fmt: skip
+                entry = prompts.setdefault(tuple(prompt.values()), prompt | {"answers": []})
+                answer = {"generated": one.generated[:_LONGEST], "right": one.right}
+                entry["answers"].append({"checkpoint": index} | answer)
+    return {key: list(prompts.values()) for key, prompts in cells.items()}
+
+
+def _sort_key(cell: Cell) -> str:
+    """What a cell is sorted by: a number where there is one; empty where there is no figure."""
+    if cell.text == NOTHING:
+        return ""
+    if cell.text == "none":
+        return "0"
+    for read in (float, parse_length):
+        try:
+            return str(read(cell.text.rstrip("*")))
+        except ValueError:
+            pass
+    return cell.text

@@ -1,0 +1,176 @@
+// What the page does when it is clicked: themes, sorted tables, samples of a cell, saved figures.
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+
+function element(tag, text, className) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+// Themes: the system's, until the reader chooses.
+const root = document.documentElement;
+const themeButton = document.getElementById("theme");
+const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemIsDark.matches);
+const labelTheme = () => { themeButton.textContent = isDark() ? "Light" : "Dark"; };
+themeButton.hidden = false;
+themeButton.addEventListener("click", () => {
+  root.dataset.theme = isDark() ? "light" : "dark";
+  labelTheme();
+});
+systemIsDark.addEventListener("change", labelTheme);
+labelTheme();
+
+// Tables: by the keys of the cells; rows without a figure come last.
+function compareKeys(a, b) {
+  if (a === "" || b === "") return (a === "") - (b === "");
+  const [x, y] = [Number(a), Number(b)];
+  return Number.isNaN(x) || Number.isNaN(y) ? a.localeCompare(b) : x - y;
+}
+
+for (const table of document.querySelectorAll("table")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
+    const descending = head.getAttribute("aria-sort") === "ascending";
+    for (const other of heads) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", descending ? "descending" : "ascending");
+    const body = table.tBodies[0];
+    const key = (row) => row.cells[column].dataset.key;
+    body.append(...[...body.rows].sort((a, b) => {
+      const order = compareKeys(key(a), key(b));
+      return descending && key(a) !== "" && key(b) !== "" ? -order : order;
+    }));
+  }));
+}
+
+// Heatmaps: one stop for the Tab key each, arrow keys within.
+const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+for (const map of document.querySelectorAll("g.cells")) {
+  const cells = [...map.querySelectorAll(".cell")];
+  cells[0].setAttribute("tabindex", "0");
+  const at = (column, row) => cells.find((c) => c.dataset.column === column && c.dataset.row === row);
+  map.addEventListener("keydown", (event) => {
+    const cell = event.target.closest(".cell");
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      showSamples(cell);
+    } else if (event.key in steps) {
+      event.preventDefault();
+      const [dx, dy] = steps[event.key];
+      const next = at(String(+cell.dataset.column + dx), String(+cell.dataset.row + dy));
+      if (!next) return;
+      cell.setAttribute("tabindex", "-1");
+      next.setAttribute("tabindex", "0");
+      next.focus();
+    }
+  });
+  map.addEventListener("click", (event) => {
+    const cell = event.target.closest(".cell");
+    if (cell) showSamples(cell);
+  });
+}
+
+function showSamples(cell) {
+  const chosen = Number(cell.dataset.checkpoint);
+  const found = data.samples[cell.dataset.task][cell.dataset.key] || [];
+  const samples = found.filter((sample) => sample.answers.some((answer) => answer.checkpoint === chosen));
+  document.getElementById("samples-title").textContent = cell.getAttribute("aria-label");
+  const body = document.getElementById("samples-body");
+  body.replaceChildren();
+  if (!samples.length) {
+    body.append(element("p", "The samples of this cell were not logged: lm_eval --log_samples does."));
+  }
+  const right = (sample) => sample.answers.find((answer) => answer.checkpoint === chosen).right;
+  samples.sort((a, b) => right(a) - right(b) || a.sample - b.sample);  // failures first
+  for (const sample of samples) body.append(describe(sample, chosen));
+  document.getElementById("samples").showModal();
+}
+
+function describe(sample, chosen) {
+  const article = element("article");
+  const list = element("dl");
+  const add = (name, content, className) => {
+    const description = element("dd", undefined, className);
+    description.append(content);
+    const term = element("dt", name);
+    list.append(term, description);
+    return term;
+  };
+  add("Sample", `${sample.sample}, a prompt of ${sample.tokens.toLocaleString("en")} tokens`);
+  add("Needle", excerpt(sample));
+  add("Question", sample.question);
+  add("Expected", sample.expected);
+  const answers = [...sample.answers].sort((a, b) => (b.checkpoint === chosen) - (a.checkpoint === chosen));
+  for (const answer of answers) {
+    const term = add(data.names[answer.checkpoint], answer.generated, answer.right ? "right" : "wrong");
+    if (answer.checkpoint === chosen) term.className = "chosen";
+  }
+  article.append(list);
+  return article;
+}
+
+function excerpt(sample) {
+  const begin = sample.excerpt.indexOf(sample.needle);
+  const parts = document.createDocumentFragment();
+  if (begin < 0) {
+    parts.append(sample.needle);
+    return parts;
+  }
+  const end = begin + sample.needle.length;
+  parts.append("… " + sample.excerpt.slice(0, begin), element("mark", sample.needle));
+  parts.append(sample.excerpt.slice(end) + " …");
+  return parts;
+}
+
+// Figures are saved as on paper: black on white, without what is there for clicks.
+const PAPER = { "--ink": "#000000", "--grid": "#e6e6e6", "--missing": "#f2f2f2" };
+const PNG_SCALE = 300 / 72;  // dots per point
+
+function standalone(figure) {
+  const svg = figure.querySelector("svg").cloneNode(true);
+  for (const cells of svg.querySelectorAll("g.cells")) cells.remove();
+  const [, , width, height] = svg.getAttribute("viewBox").split(" ").map(Number);
+  svg.setAttribute("width", `${width}pt`);
+  svg.setAttribute("height", `${height}pt`);
+  const ground = document.createElementNS(svg.namespaceURI, "rect");
+  for (const [name, value] of Object.entries({ width, height, fill: "#ffffff" })) {
+    ground.setAttribute(name, value);
+  }
+  svg.prepend(ground);
+  let text = new XMLSerializer().serializeToString(svg);
+  for (const [name, value] of Object.entries(PAPER)) text = text.replaceAll(`var(${name})`, value);
+  return { text, width, height };
+}
+
+function download(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+for (const button of document.querySelectorAll("[data-save]")) {
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    const figure = button.closest("figure");
+    const { text, width, height } = standalone(figure);
+    const blob = new Blob([text], { type: "image/svg+xml" });
+    if (button.dataset.save === "svg") {
+      download(blob, `${figure.dataset.name}.svg`);
+      return;
+    }
+    const image = new Image();
+    image.src = URL.createObjectURL(blob);
+    await image.decode();
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [width * PNG_SCALE, height * PNG_SCALE].map(Math.round);
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+    canvas.toBlob((png) => download(png, `${figure.dataset.name}.png`));
+    URL.revokeObjectURL(image.src);
+  });
+}
