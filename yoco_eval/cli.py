@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="write to this .png, .svg or .csv file instead of the terminal",
+        help="write to this .png, .svg, .pdf or .csv file instead of the terminal",
     )
     heatmap.add_argument("--task", metavar="NAME", help="which task, where a run has several")
     heatmap.add_argument("--title", metavar="TEXT", help="a title in place of the model's name")
@@ -241,8 +241,8 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         "tell which of several checkpoints is better, where, and how sure that is",
         """
-  yoco-eval compare results/4k results/64k results/1m
-  yoco-eval compare results/a results/b --names base,tuned -o tuned.md
+  yoco-eval compare results/4k results/64k results/1m -o extension.html
+  yoco-eval compare results/a results/b --names base,tuned -o tuned.pdf
   yoco-eval compare results/1m --published -o table.tex
 
 Tests are made prompt by prompt where runs share their prompts, and corrected
@@ -274,7 +274,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
         help="effective context length: the longest at which, and at all shorter ones, the "
         "accuracy is above X with 95 %% confidence (default: %(default)s)",
     )
-    _add_output(compare, ".md, .csv, .json or .tex")
+    _add_output(compare, ".html, .png, .svg, .pdf, .md, .tex, .csv or .json")
     compare.set_defaults(run=_compare)
 
     convert = _command(
@@ -384,7 +384,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
         help="leave out lengths whose prefill takes more seconds than this (default: 120)",
     )
     _add_where(profile)
-    _add_output(profile, ".json, .png or .svg")
+    _add_output(profile, ".json, .png, .svg or .pdf")
     profile.set_defaults(run=_profile)
     return parser
 
