@@ -388,15 +388,15 @@ def _retain(
         scores = tl.dot(k, q, input_precision=PRECISION) * (tl.exp2(distance) * scale)
         scores = scores.to(v.dtype)
         out = tl.dot(state.to(v.dtype), q, input_precision=PRECISION) * tl.exp2(inside)[None, :]
-        out = tl.dot(tl.trans(v), scores, out, input_precision=PRECISION)
-        out = tl.trans(out)
+        v = tl.trans(v)
+        out = tl.dot(v, scores, out, input_precision=PRECISION)
         rows_ptr = out_ptr + start * tl.cast(HEADS * DIM, tl.int64) + head * DIM
         out_at = rows[:, None] * (HEADS * DIM) + value[None, :]
-        tl.store(rows_ptr + out_at, out.to(v.dtype), mask=v_mask)
+        tl.store(rows_ptr + out_at, tl.trans(out.to(v.dtype)), mask=v_mask)
 
-        weight = tl.exp2(whole - inside) * scale
-        k = (k * weight[:, None]).to(v.dtype)
-        state = tl.dot(tl.trans(v), k, state * tl.exp2(whole), input_precision=PRECISION)
+        # Weighted, v enters the product from registers; k would have to go back to shared memory.
+        v = (v * (tl.exp2(whole - inside) * scale)[None, :]).to(v.dtype)
+        state = tl.dot(v, k, state * tl.exp2(whole), input_precision=PRECISION)
 
     if last_ptr is not None:
         if segment >= inner:
