@@ -1,4 +1,4 @@
-# make demo: evaluate the bundled checkpoint on yoco_needle and draw the heatmap.
+# make demo: evaluate two bundled checkpoints on yoco_needle and compare them on an HTML page.
 # make test: lint and run the tests.
 # Both create .venv with $(PYTHON), 3.10 or later, and install into it what is missing.
 
@@ -11,10 +11,12 @@ DEMO := results/demo
 
 demo: .venv/installed
 	rm -rf $(DEMO)
-	HF_HUB_OFFLINE=1 $(BIN)/lm_eval --model yoco --tasks yoco_needle --output_path $(DEMO) \
-		--metadata '{"context_lengths": [1024, 2048, 4096, 8192, 16384], "depths": 11, "samples": 2}'
-	$(BIN)/yoco-eval heatmap $(DEMO) -o $(DEMO)/needle.png
-	$(BIN)/yoco-eval heatmap $(DEMO)
+	for model in demo-4k demo-1m; do \
+		HF_HUB_OFFLINE=1 $(BIN)/lm_eval --model yoco --model_args pretrained=$$model,max_length=16k \
+			--tasks yoco_needle --log_samples --output_path $(DEMO)/$$model \
+			--metadata '{"context_lengths": ["1k", "4k", "16k"], "depths": 11, "samples": 4}' || exit; \
+	done
+	$(BIN)/yoco-eval compare $(DEMO)/demo-4k $(DEMO)/demo-1m -o $(DEMO)/comparison.html
 
 # One thread for each of the two processes: more would wait for each other on two cores.
 test: .venv/installed-test

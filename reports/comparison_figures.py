@@ -29,7 +29,7 @@ from .style import FONT, GRID, PAGE_WIDTH, TITLE_FONT, length_axis, series, set_
 
 # Inches.
 _LEFT, _RIGHT = 0.48, 0.1  # beside the axes: labels of the y axis, nothing
-_BAR = 0.6  # right of heatmaps: the colour bar
+_BAR = 0.64  # right of heatmaps: the colour bar
 _TITLE = 0.28
 _CAPTION = 0.3  # above each heatmap: checkpoint, figures
 _BELOW = 0.45  # labels of the x axis
