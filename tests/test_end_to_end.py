@@ -24,10 +24,10 @@ from yoco_eval.tokenizers import load_tokenizer
 GRID = {"context_lengths": [512, "1k"], "depths": 3, "samples": 1}
 
 
-def command(*arguments, grid=GRID, model="yoco"):
+def command(*arguments, grid=GRID, model="yoco", tasks="yoco_needle"):
     metadata = json.dumps(grid)
     return [
-        sys.executable, "-m", "lm_eval", "--model", model, "--tasks", "yoco_needle",
+        sys.executable, "-m", "lm_eval", "--model", model, "--tasks", tasks,
         "--metadata", metadata, *map(str, arguments),
     ]  # fmt: skip
 
@@ -114,22 +114,65 @@ def stored(database: Path) -> int:
         connection.close()
 
 
-def test_hugging_face_model(tmp_path, capsys):
-    tokenizer = load_tokenizer(BUNDLED / DEFAULT_CHECKPOINT)
-    tokenizer.save_pretrained(tmp_path / "llama")
+@pytest.fixture
+def llama(tmp_path):
+    """Arguments of a small Hugging Face model with random weights."""
+    load_tokenizer(BUNDLED / DEFAULT_CHECKPOINT).save_pretrained(tmp_path / "llama")
     LlamaForCausalLM(
         LlamaConfig(
             vocab_size=2048, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=2048,
+            num_attention_heads=2, max_position_embeddings=8192,
         )
     ).save_pretrained(tmp_path / "llama")  # fmt: skip
-    run = lm_eval(
-        "--model_args", f"pretrained={tmp_path / 'llama'}", "--output_path", tmp_path / "results",
-        "--device", "cpu", model="hf",
-    )  # fmt: skip
+    return "--model_args", f"pretrained={tmp_path / 'llama'}", "--device", "cpu"
+
+
+def test_hugging_face_model(llama, tmp_path, capsys):
+    run = lm_eval(*llama, "--output_path", tmp_path / "results", model="hf")
     assert run.returncode == 0, run.stderr
     rows = cells(tmp_path / "results", tmp_path, capsys)
     assert len(rows) == 6 and {row["model"] for row in rows} == {"llama"}
+
+
+TOY = """
+task: toy
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/toy.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: [" one", " two", " three"]
+doc_to_target: answer
+"""
+
+
+def test_one_report_of_plain_lm_eval_and_of_this_backend(llama, tmp_path, capsys):
+    """A multiple-choice task and one of lm-eval's RULER tasks, without any of this project's."""
+    (tmp_path / "toy.yaml").write_text(TOY.format(folder=tmp_path))
+    docs = [{"question": f"{n} times one is", "answer": n % 3} for n in range(40)]
+    (tmp_path / "toy.jsonl").write_text("".join(f"{json.dumps(doc)}\n" for doc in docs))
+    yoco = "--model_args", f"pretrained={BUNDLED / DEFAULT_CHECKPOINT}"
+    for model, arguments in (("hf", llama), ("yoco", yoco)):
+        run = lm_eval(
+            *arguments, "--include_path", tmp_path, "--limit", "2",
+            "--output_path", tmp_path / "results" / model,
+            model=model, tasks="toy,niah_single_1", grid={"max_seq_lengths": [4096]},
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    folders = [str(tmp_path / "results" / model) for model in ("hf", "yoco")]
+    outputs = [str(tmp_path / f"report.{kind}") for kind in ("html", "md", "csv")]
+    assert main(["compare", *folders, *(x for path in outputs for x in ("-o", path))]) == 0
+    report = capsys.readouterr().out
+    assert "niah_single_1: accuracy\ncontext     hf   yoco\n4K " in report
+    assert "- backend (toy, niah_single_1): hf hf, yoco yoco" in report
+    with open(tmp_path / "report.csv") as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["kind"], row["checkpoint"], row["task"]) for row in rows}
+    assert {
+        (kind, checkpoint, task)
+        for kind, task in (("benchmark", "toy"), ("by length", "niah_single_1"))
+        for checkpoint in ("hf", "yoco")
+    } <= found
 
 
 def test_errors_are_the_last_line():
