@@ -106,7 +106,7 @@ def test_uninstall_leaves_nothing(tmp_path, kind):
 @pytest.mark.parametrize("part", ["kernels", "model", "reports", "tasks"])
 def test_package_has_its_code_and_data(environment, part):
     def needed(folder):
-        patterns = ["*.py", "*.yaml", "checkpoints/**/*"]
+        patterns = ["*.py", "*.yaml", "*.json", "html/*", "checkpoints/**/*"]
         return {
             str(path.relative_to(folder))
             for pattern in patterns
