@@ -417,8 +417,7 @@ def _norm_swish(
     ROWS: tl.constexpr,
 ):
     """silu(swish) * RMSNorm(out) of each head."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # what `_retain` wrote last comes first
-    index = (program * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    index = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, PADDED)[None, :]
     mask = (index < count) & (column < DIM)
     out = tl.load(out_ptr + index * DIM + column, mask=mask, other=0.0).to(tl.float32)
