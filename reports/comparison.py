@@ -64,6 +64,7 @@ class NeedleResult:
     effective_length: tokens; None if not even the shortest context length passes.
     too_few_prompts: whether that ended at a length all of whose prompts were answered right, so
         that more prompts might show a longer one.
+    gaps: whether shorter lengths, at which other checkpoints were evaluated, were left out.
     samples: those that were logged, by context length and depth; empty if none were.
     """
 
@@ -71,6 +72,7 @@ class NeedleResult:
     by_length: tuple[LengthAccuracy, ...]
     effective_length: int | None
     too_few_prompts: bool
+    gaps: bool
     samples: dict[tuple[int, float], tuple[NeedleSample, ...]]
 
     def at(self, context_length: int) -> LengthAccuracy | None:
@@ -149,7 +151,7 @@ class Comparison:
 
     threshold: of the accuracy, for effective context lengths.
     tests: all that were made, corrected for their number; findings: what the significant ones say.
-    caveats: pairs that are not compared, or not prompt by prompt.
+    caveats: pairs that are not tested, or not prompt by prompt.
     setup_differences: what else than the checkpoint differs.
     """
 
@@ -191,7 +193,6 @@ class Comparison:
 def p_text(p: float) -> str:
     """A p-value as it stands in a sentence."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
-
 
 
 def compare(
@@ -262,24 +263,23 @@ def _needle_tasks(
     published: bool,
 ) -> list[NeedleTask]:
     tasks = dict.fromkeys(task for checkpoint in checkpoints for task in checkpoint.needles)
-    return [
-        NeedleTask(
-            task,
-            tuple(
-                _needle_result(checkpoint.needles[task], logged.get(task, []), threshold)
-                if task in checkpoint.needles
-                else None
-                for checkpoint, logged in zip(checkpoints, samples, strict=True)
-            ),
-            tuple(_published_needles(task)) if published else (),
+    found = []
+    for task in tasks:
+        runs = [checkpoint.needles.get(task) for checkpoint in checkpoints]
+        lengths = {length for run in runs if run for length in run.context_lengths}
+        results = tuple(
+            _needle_result(run, lengths, logged.get(task, []), threshold) if run else None
+            for run, logged in zip(runs, samples, strict=True)
         )
-        for task in tasks
-    ]
+        rows = tuple(_published_needles(task)) if published else ()
+        found.append(NeedleTask(task, results, rows))
+    return found
 
 
 def _needle_result(
-    run: NeedleRun, samples: Sequence[NeedleSample], threshold: float
+    run: NeedleRun, lengths: set[int], samples: Sequence[NeedleSample], threshold: float
 ) -> NeedleResult:
+    """lengths: those of all checkpoints."""
     by_length = []
     for length in run.context_lengths:
         cells = [cell for cell in run.cells if cell.context_length == length]
@@ -289,11 +289,12 @@ def _needle_result(
                                  threshold)  # fmt: skip
     beyond = [one for one in by_length if one.context_length > (effective or 0)]
     too_few = bool(beyond) and beyond[0].correct == beyond[0].samples
+    gaps = any(length < (effective or 0) for length in lengths.difference(run.context_lengths))
     grid: dict[tuple[int, float], tuple[NeedleSample, ...]] = {}
     for sample in samples:
         cell = sample.context_length, sample.depth
         grid[cell] = (*grid.get(cell, ()), sample)
-    return NeedleResult(run, tuple(by_length), effective, too_few, grid)
+    return NeedleResult(run, tuple(by_length), effective, too_few, gaps, grid)
 
 
 def _published_needles(task: str) -> list[PublishedNeedles]:

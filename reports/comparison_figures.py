@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from os.path import commonprefix
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
-
-from yoco_eval.lengths import format_length
 
 from .comparison import Comparison, LengthCurves, NeedleTask
 from .comparison_tables import COSTS, CURVES, METRICS, NEEDLES, QUANTITIES, effective_text
@@ -25,7 +24,17 @@ from .heatmap import (
     text_width,
 )
 from .results import printable
-from .style import FONT, GRID, PAGE_WIDTH, TITLE_FONT, length_axis, series, set_scale
+from .style import (
+    FONT,
+    GRID,
+    PAGE_WIDTH,
+    SMALL_FONT,
+    TITLE_FONT,
+    length_axis,
+    series,
+    set_scale,
+    spacing,
+)
 
 # Inches.
 _LEFT, _RIGHT = 0.48, 0.1  # beside the axes: labels of the y axis, nothing
@@ -38,7 +47,8 @@ _ABOVE = 0.22  # each plot: its title
 _PLOT_HEIGHT = 1.6
 _PLOT_COLUMNS = 3
 _LEGEND_ROW = 0.16
-_DODGE = 0.05  # between intervals at one context length, in parts of the distance to the next
+_DODGE = 0.5  # the span of intervals at one context length, in parts of the distance to the next
+_LONGEST = 24  # letters of a name that stay as they are
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,7 @@ def _draw_heatmaps(
 ) -> None:
     _draw_title(figure, task.task, height)
     width, rows = _map_width(columns), grid_height(len(task.depths))
+    names = _short_names(comparison.names)
     there = [i for i, result in enumerate(task.results) if result]
     for place, index in enumerate(there):
         result = task.results[index]
@@ -146,7 +157,7 @@ def _draw_heatmaps(
             ax.set_ylabel("")
             ax.set_yticks([])
         facts = f"mean {result.run.accuracy:.2f}, effective {effective_text(result)}"
-        _caption(ax, _line(comparison.names[index]), facts)
+        _caption(ax, names[index], facts)
         if column == columns - 1 or place == len(there) - 1:
             bar = _add_axes(figure, left + width + 0.08, top, 0.09, rows, height)
             add_color_bar(figure, bar)
@@ -159,8 +170,12 @@ def _caption(ax: Axes, name: str, facts: str) -> None:
             text, (0.5, 1), (0, above), xycoords="axes fraction", textcoords="offset points",
             size=size, weight=weight, ha="center", va="bottom", annotation_clip=False,
         )  # fmt: skip
-        room = ax.get_window_extent().width / drawn.get_window_extent().width
-        drawn.set_size(size * min(1, room))
+        room = ax.get_window_extent().width
+        drawn.set_size(max(SMALL_FONT, size * min(1, room / drawn.get_window_extent().width)))
+        letters = len(text)
+        while drawn.get_window_extent().width > room and letters > 8:
+            letters -= 1
+            drawn.set_text(_shortened(text, letters))
 
 
 def _needle_plots(comparison: Comparison) -> Iterator[_Plot]:
@@ -205,7 +220,7 @@ def _plots(
     comparison: Comparison, section: str, name: str, title: str, plots: Sequence[_Plot]
 ) -> Panel:
     shown = [i for i in range(len(comparison.names)) if any(plot.curves[i] for plot in plots)]
-    legend = _legend_rows([comparison.names[i] for i in shown])
+    legend = _legend_rows([_short_names(comparison.names)[i] for i in shown])
     rows = math.ceil(len(plots) / _PLOT_COLUMNS)
     height = _TITLE + legend * _LEGEND_ROW + rows * (_ABOVE + _PLOT_HEIGHT + _BELOW)
     draw = partial(_draw_plots, comparison, title, plots, shown, legend, height)
@@ -217,8 +232,8 @@ def _legend_rows(names: Sequence[str]) -> int:
 
 
 def _legend_columns(names: Sequence[str]) -> int:
-    """How many names stand side by side, by a generous width of their letters."""
-    widest = max(len(_line(name)) for name in names) * 0.62 * FONT / 72 + 0.5
+    """How many names stand side by side."""
+    widest = text_width(names, FONT) / 72 + 0.5
     return max(1, min(len(names), int((PAGE_WIDTH - 0.2) / widest)))
 
 
@@ -232,7 +247,7 @@ def _draw_plots(
     figure: FigureBase,
 ) -> None:
     _draw_title(figure, title, height)
-    names = [_line(comparison.names[i]) for i in shown]
+    names = [_short_names(comparison.names)[i] for i in shown]
     figure.legend(
         handles=[Line2D([], [], label=n, **series(i)) for i, n in zip(shown, names, strict=True)],
         loc="upper center", bbox_to_anchor=(0.5, 1 - (_TITLE - 0.08) / height), borderaxespad=0,
@@ -250,12 +265,15 @@ def _draw_plots(
 
 
 def _draw_plot(plot: _Plot, ax: Axes) -> None:
-    ax.set_title(_line(plot.title), size=FONT, pad=4)
+    title = ax.set_title(_line(plot.title), size=FONT, pad=4)
+    room = 1.1 * ax.get_window_extent().width
+    title.set_size(max(SMALL_FONT, FONT * min(1, room / title.get_window_extent().width)))
     lengths = sorted({length for curve in plot.curves for length in curve or ()})
     there = [i for i, curve in enumerate(plot.curves) if curve]
+    step = min(_DODGE / len(there), 0.05) * spacing(lengths)
     for place, index in enumerate(there):
         curve, style = plot.curves[index], series(index)
-        shift = _DODGE * (place - (len(there) - 1) / 2) if plot.bounds else 0
+        shift = step * (place - (len(there) - 1) / 2) if plot.bounds else 0
         xs = [math.log2(length) + shift for length in sorted(curve)]
         ys = [curve[length] for length in sorted(curve)]
         ax.plot(xs, ys, **style)
@@ -271,10 +289,18 @@ def _draw_plot(plot: _Plot, ax: Axes) -> None:
         ax.axhline(plot.line, color="0.5", linewidth=0.6, linestyle="--")
     ax.grid(axis="y", color=GRID, linewidth=0.5)
     ax.set_axisbelow(True)
-    labels = [format_length(n) for n in lengths]
-    room = ax.get_window_extent().width / ax.figure.dpi / len(lengths)
-    step = math.ceil(1.2 * text_width(labels, FONT - 1) / 72 / room)
-    length_axis(ax, lengths, [n if i % step == 0 else "" for i, n in enumerate(labels)])
+    length_axis(ax, lengths)
+    length_axis(ax, lengths, _thinned(ax))
+
+
+def _thinned(ax: Axes) -> list[str]:
+    """The labels of the x axis without those that would run into the one before."""
+    texts, end = [], -math.inf
+    for label in ax.get_xticklabels():
+        box = label.get_window_extent()
+        texts.append(label.get_text() if box.x0 > end else "")
+        end = box.x1 + 2 if box.x0 > end else end
+    return texts
 
 
 def _add_axes(
@@ -297,6 +323,29 @@ def _line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
+def _short_names(names: Sequence[str]) -> list[str]:
+    """The names, long ones without what all have in common at either end."""
+    lines = [_line(name) for name in names]
+    if max(map(len, lines)) <= _LONGEST or len(set(lines)) < 2:
+        return [_shortened(line, 2 * _LONGEST) for line in lines]
+    start = len(commonprefix(lines))
+    end = len(commonprefix([line[start:][::-1] for line in lines]))
+    # Whole words and numbers stay: step-4000 and step-5000 are not told apart by 4 and 5.
+    while start and lines[0][start - 1].isalnum():
+        start -= 1
+    while end and lines[0][-end].isalnum():
+        end -= 1
+    cut = [("…" * bool(start), line[start : len(line) - end], "…" * bool(end)) for line in lines]
+    return [_shortened("".join(parts), 2 * _LONGEST) for parts in cut]
+
+
+def _shortened(text: str, letters: int) -> str:
+    """The text without its middle, where it has more letters."""
+    if len(text) <= letters:
+        return text
+    return f"{text[: (letters - 1) // 2]}…{text[len(text) - letters // 2 :]}"
+
+
 def file_name(task: str) -> str:
     """The text without what no file's name should have."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in task)
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in task)

@@ -10,23 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from .comparison import Comparison
 from .comparison_figures import panels, stack
 from .comparison_page import html
+from .comparison_tables import QUANTITIES
 from .comparison_text import latex, markdown
 from .files import FIGURES, check_path, write_atomically, write_figure
 from .results import ResultsError
 from .statistics import CONFIDENCE, LEVEL
-from .style import RC
+from .style import figure_style
 
 KIND = "yoco-eval comparison"  # stands in the JSON
 SUFFIXES = (".html", *FIGURES, ".md", ".csv", ".json", ".tex")
 CSV_COLUMNS = (
     "kind", "checkpoint", "other", "task", "n_shot", "metric", "context_length", "depth",
     "deepest", "value", "other_value", "low", "high", "stderr", "samples", "other_samples", "p",
-    "p_corrected", "source",
+    "p_corrected", "source", "note",
 )  # fmt: skip
 
 
@@ -44,7 +43,7 @@ def save_comparison(comparison: Comparison, path: str | Path) -> None:
     path = Path(path)
     check_output(path)
     if path.suffix.lower() in FIGURES:
-        with matplotlib.rc_context(RC):
+        with figure_style():
             _write_figures(comparison, path)
         return
     forms = {".html": html, ".md": markdown, ".csv": _csv, ".json": _json, ".tex": latex}
@@ -66,7 +65,7 @@ def _write_figures(comparison: Comparison, path: Path) -> None:
 
 
 def _csv(comparison: Comparison) -> str:
-    """One figure a row; columns that do not concern it are empty."""
+    """One figure a row; columns that do not concern it are empty. An effective length 0 is none."""
     table = io.StringIO()
     writer = csv.DictWriter(table, CSV_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
@@ -95,7 +94,10 @@ def _figures(comparison: Comparison) -> Iterator[dict[str, Any]]:
     for task in comparison.needles:
         yield from _needle_figures(names, task)
     for curves in comparison.curves:
-        of = {"kind": "by length", "task": curves.task, "metric": curves.metric}
+        of = {
+            "kind": "by length", "task": curves.task, "n_shot": curves.n_shot,
+            "metric": curves.metric,
+        }  # fmt: skip
         for name, values in zip(names, curves.values, strict=True):
             for length, value in (values or {}).items():
                 yield {**of, "checkpoint": name, "context_length": length, "value": value}
@@ -104,7 +106,7 @@ def _figures(comparison: Comparison) -> Iterator[dict[str, Any]]:
                 yield of | {"kind": "effective length", "checkpoint": name, "value": value}
     for name, profile in zip(names, comparison.profiles, strict=True):
         for row in profile.rows if profile else ():
-            for metric in ("peak_bytes", "prefill_seconds", "decode_tokens_per_second"):
+            for metric in QUANTITIES:
                 if getattr(row, metric) is not None:
                     yield {
                         "kind": "profile", "checkpoint": name, "task": row.model,
@@ -116,7 +118,8 @@ def _figures(comparison: Comparison) -> Iterator[dict[str, Any]]:
         samples, other_samples = test.prompts or (None, None)
         yield {
             "kind": "test", "checkpoint": names[test.first], "other": names[test.second],
-            "task": test.task, "metric": test.method, "context_length": test.context_length,
+            "task": test.task, "n_shot": test.n_shot, "metric": test.method,
+            "context_length": test.context_length,
             "depth": depth, "deepest": deepest, "value": test.scores[0],
             "other_value": test.scores[1], "samples": samples, "other_samples": other_samples,
             "p": test.p, "p_corrected": test.corrected,
@@ -144,8 +147,11 @@ def _needle_figures(names: list[str], task: Any) -> Iterator[dict[str, Any]]:
                 "value": one.accuracy, "low": one.interval.low, "high": one.interval.high,
                 "samples": one.samples,
             }  # fmt: skip
-        if result.effective_length:
-            yield {**of, "kind": "effective length", "value": result.effective_length}
+        notes = {"too few prompts": result.too_few_prompts, "shorter ones left out": result.gaps}
+        yield {
+            **of, "kind": "effective length", "value": result.effective_length or 0,
+            "note": ", ".join(note for note, holds in notes.items() if holds),
+        }  # fmt: skip
 
 
 def _json(comparison: Comparison) -> str:

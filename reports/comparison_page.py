@@ -18,32 +18,37 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from yoco_eval import __version__
-from yoco_eval.lengths import format_length, parse_length
+from yoco_eval.lengths import format_length
 
 from .comparison import Comparison, NeedleResult, NeedleTask
 from .comparison_figures import curve_panels, file_name
-from .comparison_tables import NEEDLES, NOTHING, Cell, Section, Table, effective_text, sections
+from .comparison_tables import (
+    GAPS,
+    NEEDLES,
+    NOTHING,
+    Cell,
+    Section,
+    Table,
+    effective_note,
+    effective_text,
+    incomparable,
+    sections,
+)
 from .heatmap import HATCH, MISSING, format_depths, heatmap_figure
 from .results import printable
-from .style import GRID, RC
+from .style import GRID, figure_style
 
 _FILES = Path(__file__).parent / "html"
 _SVG = "http://www.w3.org/2000/svg"
 ET.register_namespace("", _SVG)
 ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 _INK = "#010203"  # drawn where the page's own colour of text shall stand
-_COLORS = {_INK: "var(--ink)", GRID: "var(--grid)", MISSING: "var(--missing)", HATCH: "var(--rule)"}
-_RC = RC | {
-    "axes.facecolor": "none",
-    **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
-    ),
-}
+_COLORS = {"--ink": _INK, "--grid": GRID, "--missing": MISSING, "--hatch": HATCH}
+_INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _LONGEST = 2000  # characters of an answer that are shown
 
 
@@ -82,7 +87,7 @@ def html(comparison: Comparison) -> str:
     )
     environment.filters["key"] = _sort_key
     parts = environment.get_template("parts.html").module
-    with matplotlib.rc_context(_RC):
+    with figure_style(**{"axes.facecolor": "none"}, **dict.fromkeys(_INKED, _INK)):
         shown = [_show(comparison, section) for section in sections(comparison)]
     return environment.get_template("page.html").render(
         version=__version__,
@@ -92,7 +97,13 @@ def html(comparison: Comparison) -> str:
         script_hash=f"sha256-{digest}",
         effective=_effective(comparison),
         sections=shown,
-        data=_embedded({"names": comparison.names, "samples": _samples(comparison)}),
+        data=_embedded(
+            {
+                "names": comparison.names,
+                "samples": _samples(comparison),
+                "colors": _COLORS | {"--ink": "#000000"},  # of figures that are saved
+            }
+        ),
         figure=parts.figure,
         table=parts.table,
     )
@@ -120,16 +131,20 @@ def _show(comparison: Comparison, section: Section) -> _Shown:
 
 
 def _effective(comparison: Comparison) -> Table:
-    rows = []
+    rows, notes = [], []
     for task in comparison.needles:
-        lengths = (effective_text(result) if result else NOTHING for result in task.results)
-        rows.append((Cell(task.task), *map(Cell, lengths)))
-    title = "Effective context length"
-    note = (
-        "The longest context length at which, and at all shorter ones, the 95 % interval of the "
-        f"accuracy lies above {comparison.threshold:g}."
-    )
-    return Table(title, ("task", *comparison.names), tuple(rows), notes=(note,))
+        cells = [
+            Cell(effective_text(result), value=result.effective_length or 0)
+            if result
+            else Cell(NOTHING)
+            for result in task.results
+        ]
+        rows.append((Cell(task.task), *cells))
+        notes += incomparable(comparison, task.task)
+        if any(result and result.gaps for result in task.results) and GAPS not in notes:
+            notes.append(GAPS)
+    notes = (*notes, effective_note(comparison))
+    return Table("Effective context length", ("task", *comparison.names), tuple(rows), notes=notes)
 
 
 def _heatmaps(comparison: Comparison, place: int) -> Iterator[_Drawn]:
@@ -190,8 +205,8 @@ def _svg(figure: Figure, prefix: str, title: str, overlay: ET.Element | None = N
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", facecolor="none", metadata=nothing)
     text = file.getvalue().decode()
-    for color, variable in _COLORS.items():
-        text = text.replace(color, variable)
+    for variable, color in _COLORS.items():
+        text = text.replace(color, f"var({variable})")
     root = ET.fromstring(text)
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
@@ -208,7 +223,7 @@ def _svg(figure: Figure, prefix: str, title: str, overlay: ET.Element | None = N
     for size in ("width", "height"):
         root.attrib.pop(size)
     root.set("role", "group" if overlay is not None else "img")
-    root.set("aria-label", title)
+    root.set("aria-label", " ".join(printable(title).split()))
     if overlay is not None:
         root.append(overlay)
     return Markup(ET.tostring(root, encoding="unicode"))
@@ -236,14 +251,7 @@ def _samples_of(task: NeedleTask) -> dict[str, list[dict[str, Any]]]:
 
 
 def _sort_key(cell: Cell) -> str:
-    """What a cell is sorted by: a number where there is one; empty where there is no figure."""
-    if cell.text == NOTHING:
-        return ""
-    if cell.text == "none":
-        return "0"
-    for read in (float, parse_length):
-        try:
-            return str(read(cell.text.rstrip("*")))
-        except ValueError:
-            pass
-    return cell.text
+    """What a cell is sorted by; empty where there is no figure."""
+    if cell.value is not None:
+        return f"{cell.value:.17g}"
+    return "" if cell.text == NOTHING else cell.text

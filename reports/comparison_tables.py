@@ -11,10 +11,12 @@ from .benchmarks import Benchmark
 from .comparison import Comparison, LengthCurves, NeedleResult, NeedleTask, p_text
 from .differences import Finding
 from .profile import GIB
+from .setups import REFUSED, SetupDifference
 from .statistics import prompts_needed
 
 NEEDLES, CURVES, COSTS = "Needles", "By context length", "Costs"  # sections that have figures
 NOTHING = "-"  # where there is no figure
+GAPS = "†: shorter context lengths, at which others were evaluated, were left out."
 METRICS = {"acc": "accuracy", "loss": "loss, nats per token", "loss_to": "loss of all up to there"}
 QUANTITIES = {  # of profiles: what a reader calls them, and the unit
     "peak_bytes": ("peak memory, GiB", GIB),
@@ -25,11 +27,15 @@ QUANTITIES = {  # of profiles: what a reader calls them, and the unit
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure with what stands behind it, such as its standard error. best: set in bold."""
+    """A figure with what stands behind it, such as its standard error.
+
+    best: set in bold. value: of the figure, by which it is sorted; None for words.
+    """
 
     text: str
     detail: str = ""
     best: bool = False
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """What stands under one heading: an introduction, a list, tables; each may be empty."""
+    """What stands under one heading: an introduction, a list, tables; each may be empty.
+
+    alarms: items that stand first and stand out.
+    """
 
     title: str
     text: str = ""
+    alarms: tuple[str, ...] = ()
     items: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
 
@@ -71,17 +81,14 @@ def sections(comparison: Comparison) -> list[Section]:
         _differences(comparison),
         Section(NEEDLES, tables=tuple(_needles(comparison, t) for t in comparison.needles)),
         Section("Benchmarks", tables=_benchmarks(comparison)),
-        Section(
-            CURVES,
-            tables=tuple(_curves(comparison, c) for c in comparison.curves if not c.member),
-        ),
+        _by_length(comparison),
         Section(COSTS, tables=_profiles(comparison)),
         Section("What else differs", items=tuple(_setup_differences(comparison))),
         Section("Comparisons restricted", items=tuple(_caveats(comparison))),
         Section("Sources", items=tuple(_sources(comparison))),
         Section("Skipped files", items=tuple(_skipped(comparison))),
     ]
-    return [section for section in found if section.text or section.items or section.tables]
+    return [one for one in found if one.text or one.alarms or one.items or one.tables]
 
 
 def _differences(comparison: Comparison) -> Section:
@@ -89,7 +96,8 @@ def _differences(comparison: Comparison) -> Section:
     if len(comparison.names) < 2:
         return Section("Differences")
     if not tests:
-        return Section("Differences", "No tests were made: there is too little in common.")
+        why = "see below" if comparison.caveats else "there is too little in common"
+        return Section("Differences", f"No tests were made: {why}.")
     plural = "test" if tests == 1 else "tests"
     if not comparison.findings:
         return Section(
@@ -99,10 +107,8 @@ def _differences(comparison: Comparison) -> Section:
     return Section(
         "Differences",
         f"Significant at the 5 % level, corrected for {tests} {plural} (Holm):",
-        (
-            *(f"REGRESSION: {told}" for told in _told(comparison, comparison.regressions)),
-            *_told(comparison, others),
-        ),
+        tuple(f"REGRESSION: {told}" for told in _told(comparison, comparison.regressions)),
+        tuple(_told(comparison, others)),
     )
 
 
@@ -115,29 +121,53 @@ def _told(comparison: Comparison, findings: Sequence[Finding]) -> Iterable[str]:
             benchmarks.setdefault(comparison.claim(finding), []).append(finding)
     for claim, alike in benchmarks.items():
         tasks = ", ".join(
-            f"{one.task} ({one.scores[0]:.3g} against {one.scores[1]:.3g})" for one in alike
+            f"{_benchmark_name(comparison, one)} "
+            f"({one.scores[0]:.3g} against {one.scores[1]:.3g})"
+            for one in alike
         )
         yield f"{claim} in {tasks}, {p_text(max(one.p for one in alike))}"
+
+
+def _benchmark_name(comparison: Comparison, finding: Finding) -> str:
+    """The task, with its number of examples where it was run with several."""
+    found = {one.n_shot for one in comparison.benchmarks if one.task == finding.task}
+    shots = finding.tests[0].n_shot
+    return finding.task if len(found) < 2 else f"{finding.task} ({shots}-shot)"
+
+
+def effective_note(comparison: Comparison) -> str:
+    """What an effective context length is."""
+    return (
+        "Effective: the longest context length at which, and at all shorter ones, the 95 % "
+        f"interval of the accuracy (Wilson) lies above {comparison.threshold:g}."
+    )
+
+
+def incomparable(comparison: Comparison, task: str) -> Iterable[str]:
+    """In what the checkpoints' prompts differ so much that a task's scores do not compare."""
+    for difference in comparison.setup_differences:
+        if difference.effect == REFUSED and task in difference.tasks:
+            yield f"{task} does not compare: {_values(comparison, difference)}."
 
 
 def _needles(comparison: Comparison, task: NeedleTask) -> Table:
     rows = [
         (
-            Cell(format_length(length)),
-            *(_accuracy(result, length) for result in task.results),
+            _length(length),
+            *(_accuracy(result, length, comparison.threshold) for result in task.results),
         )
         for length in task.context_lengths
     ]
     effective = (effective_text(result) if result else NOTHING for result in task.results)
     foot = (Cell("effective"), *map(Cell, effective))
-    notes = ["Accuracy with 95 % intervals (Wilson). Effective: the longest context length at "
-             "which, and at all shorter ones, the interval lies above "
-             f"{comparison.threshold:g}."]  # fmt: skip
+    notes = [*incomparable(comparison, task.task), effective_note(comparison)]
     if any(result and result.too_few_prompts for result in task.results):
         notes.append(
             "*: all prompts of the next length were right, but they are too few to tell: it takes "
             f"{prompts_needed(comparison.threshold)} of each length."
         )
+    if any(result and result.gaps for result in task.results):
+        notes.append(GAPS)
     sources = dict.fromkeys((row.source, row.context_length) for row in task.published)
     for source, length in sources:
         models = ", ".join(
@@ -152,18 +182,34 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Table:
     return Table(task.task, header, tuple(rows), foot, notes=tuple(notes))
 
 
-def _accuracy(result: NeedleResult | None, length: int) -> Cell:
+def _accuracy(result: NeedleResult | None, length: int, threshold: float) -> Cell:
     found = result and result.at(length)
     if not found:
         return Cell(NOTHING)
     low, high = found.interval
-    return Cell(f"{found.accuracy:.2f}", f"{low:.2f}–{high:.2f}")
+    detail = f"{_apart(low, threshold)}–{high:.2f}"
+    return Cell(f"{found.accuracy:.2f}", detail, value=found.accuracy)
+
+
+def _apart(value: float, threshold: float) -> str:
+    """Two decimals, or as many as it takes to see on which side of the threshold the value is."""
+    decimals = 2
+    while round(value, decimals) == round(threshold, decimals) and decimals < 6:
+        decimals += 1
+    return f"{value:.{decimals}f}"
+
+
+def _length(tokens: int) -> Cell:
+    return Cell(format_length(tokens) if tokens else "0", value=tokens)
 
 
 def effective_text(result: NeedleResult) -> str:
-    """The effective context length; with a star where more prompts might show a longer one."""
+    """The effective context length; with a star where more prompts might show a longer one.
+
+    With a dagger where shorter ones were left out.
+    """
     length = format_length(result.effective_length) if result.effective_length else "none"
-    return length + "*" * result.too_few_prompts
+    return length + "*" * result.too_few_prompts + "†" * result.gaps
 
 
 def _benchmarks(comparison: Comparison) -> tuple[Table, ...]:
@@ -180,7 +226,7 @@ def _benchmarks(comparison: Comparison) -> tuple[Table, ...]:
     apart = tuple(
         (
             Cell(_published_name(model.model, model.training_tokens)),
-            *(Cell(NOTHING if s is None else f"{s:.3f}") for s in model.scores),
+            *(Cell(NOTHING) if s is None else _figure(s) for s in model.scores),
         )
         for model in comparison.published
     )
@@ -205,19 +251,29 @@ def _score(benchmark: Benchmark, index: int) -> Cell:
     if score is None:
         return Cell(NOTHING)
     error = "" if score.error is None else f"±{score.error:.3f}"
-    return Cell(f"{score.value:.3f}", error, index in benchmark.best)
+    return Cell(f"{score.value:.3f}", error, index in benchmark.best, score.value)
 
 
 def _published_name(model: str, training_tokens: int | None) -> str:
     return f"{model} ({training_tokens / 1e12:g}T)" if training_tokens else model
 
 
-def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
-    def figure(values: dict[int, float] | None, length: int) -> Cell:
-        return Cell(f"{values[length]:.3f}" if values and length in values else NOTHING)
+def _figure(value: float) -> Cell:
+    return Cell(f"{value:.3f}", value=value)
 
+
+def _by_length(comparison: Comparison) -> Section:
+    tables = tuple(_curves(comparison, c) for c in comparison.curves if not c.member)
+    text = "Means alone; whether they differ significantly is not tested." if tables else ""
+    return Section(CURVES, text, tables=tables)
+
+
+def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
     rows = [
-        (Cell(format_length(n) if n else "0"), *(figure(values, n) for values in curves.values))
+        (
+            _length(n),
+            *(_figure(v[n]) if v and n in v else Cell(NOTHING) for v in curves.values),
+        )
         for n in curves.context_lengths
     ]
     foot = ()
@@ -245,11 +301,12 @@ def _profiles(comparison: Comparison) -> tuple[Table, ...]:
     for quantity, (title, unit) in QUANTITIES.items():
         rows = []
         for length in lengths:
-            cells = [Cell(format_length(length))]
+            cells = [_length(length)]
             for profile in profiles:
                 row = profile and profile.row(profile.models[0], length)
                 value = row and getattr(row, quantity)
-                cells.append(Cell(f"{value / unit:.3g}" if value else NOTHING))
+                shown = f"{value / unit:.3g}" if value else NOTHING
+                cells.append(Cell(shown, value=value or None))
             rows.append(tuple(cells))
         if any(cell.text != NOTHING for row in rows for cell in row[1:]):
             header = ("context", *comparison.names)
@@ -259,27 +316,34 @@ def _profiles(comparison: Comparison) -> tuple[Table, ...]:
 
 def _setup_differences(comparison: Comparison) -> Iterable[str]:
     for difference in comparison.setup_differences:
-        values = ", ".join(
-            f"{name} {value}"
-            for name, value in zip(comparison.names, difference.values, strict=True)
-            if value is not None
-        )
-        yield f"{difference.setting} ({_few(difference.tasks)}): {values}"
+        yield f"{difference.setting} ({_few(difference.tasks)}): {_values(comparison, difference)}"
+
+
+def _values(comparison: Comparison, difference: SetupDifference) -> str:
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in zip(comparison.names, difference.values, strict=True)
+        if value is not None
+    )
 
 
 def _caveats(comparison: Comparison) -> Iterable[str]:
-    grouped: dict[tuple[str, int, int], list[str]] = {}
+    tasks: dict[tuple[str, int, int], list[str]] = {}
     for caveat in comparison.caveats:
         key = caveat.reason, caveat.first, caveat.second
-        grouped.setdefault(key, []).append(caveat.task)
-    for (reason, first, second), tasks in grouped.items():
-        yield f"{comparison.names[first]} and {comparison.names[second]} ({_few(tasks)}): {reason}"
+        tasks.setdefault(key, []).append(caveat.task)
+    pairs: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (reason, first, second), concerned in tasks.items():
+        pair = f"{comparison.names[first]} and {comparison.names[second]}"
+        pairs.setdefault((reason, tuple(concerned)), []).append(pair)
+    for (reason, concerned), alike in pairs.items():
+        yield f"{_few(alike, '; ')} ({_few(concerned)}): {reason}"
 
 
-def _few(tasks: Sequence[str]) -> str:
-    """The names of some tasks, so many that a line holds them."""
-    named = ", ".join(tasks[:4])
-    return named if len(tasks) <= 4 else f"{named} and {len(tasks) - 4} more"
+def _few(names: Sequence[str], between: str = ", ") -> str:
+    """So many of the names that a line holds them."""
+    named = between.join(names[:4])
+    return named if len(names) <= 4 else f"{named} and {len(names) - 4} more"
 
 
 def _sources(comparison: Comparison) -> Iterable[str]:

@@ -21,6 +21,7 @@ _LATEX = {
     "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "–": "--",
     "[": "{[}", "]": "{]}", '"': r"\textquotedbl{}", "*": r"\textasteriskcentered{}",
+    "†": r"\textdagger{}",
 }  # fmt: skip
 
 
@@ -40,8 +41,9 @@ def markdown(comparison: Comparison) -> str:
     for section in sections(comparison):
         lines += [f"## {section.title}", ""]
         lines += [_markdown(section.text), ""] if section.text else []
-        lines += [f"- {_markdown(item)}" for item in section.items]
-        lines += [""] * bool(section.items)
+        items = (*section.alarms, *section.items)
+        lines += [f"- {_markdown(item)}" for item in items]
+        lines += [""] * bool(items)
         for table in section.tables:
             lines += [*_markdown_table(table), ""]
     return "\n".join(lines)
@@ -61,7 +63,7 @@ def latex(comparison: Comparison) -> str:
 def _wrap(section: Section, width: int) -> Iterator[str]:
     for text in [section.text] * bool(section.text):
         yield from textwrap.wrap(printable(text), width)
-    for item in section.items:
+    for item in (*section.alarms, *section.items):
         yield from textwrap.wrap(f"- {printable(item)}", width, subsequent_indent="  ")
 
 

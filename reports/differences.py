@@ -43,6 +43,7 @@ class PairTest:
     context_length: in tokens; None where all lengths are taken together.
     depths: the shallowest and the deepest needle, 0 to 1; None in benchmarks.
     part: which half of the depths: "shallow" or "deep"; None for all of them.
+    n_shot: of a benchmark, examples in each prompt.
     """
 
     task: str
@@ -56,6 +57,7 @@ class PairTest:
     context_length: int | None = None
     depths: tuple[float, float] | None = None
     part: str | None = None
+    n_shot: int | None = None
     higher_is_better: bool = True
 
     @property
@@ -95,7 +97,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Caveat:
-    """A pair of checkpoints that is not compared on a task, or not prompt by prompt, and why."""
+    """A pair of checkpoints that is not tested on a task, or not prompt by prompt, and why."""
 
     task: str
     first: int
@@ -154,8 +156,8 @@ def benchmark_tests(
 ) -> tuple[list[PairTest], list[Caveat]]:
     """Tests, not yet corrected, of all pairs on all benchmarks with standard errors.
 
-    They are not paired: results files hold means, and those of two checkpoints on the same
-    documents vary together, so that true differences may be missed, but not made up.
+    They are not paired: results files hold means. Those of two checkpoints on the same documents
+    usually vary together, so that true differences may be missed, and hardly any is made up.
     """
     tests, caveats = [], []
     for benchmark in benchmarks:
@@ -170,11 +172,17 @@ def benchmark_tests(
             if {"limit", "documents"} & set(differing(*runs, MARKED)):
                 caveats.append(Caveat(benchmark.task, i, j, False, "not of the same documents"))
             a, b = benchmark.scores[i], benchmark.scores[j]
-            if a.error and b.error and all(_documents(run) >= _FEWEST_DOCUMENTS for run in runs):
+            if not (a.error and b.error):
+                reason = "not tested: without a standard error above 0"
+                caveats.append(Caveat(benchmark.task, i, j, False, reason))
+            elif min(map(_documents, runs)) < _FEWEST_DOCUMENTS:
+                reason = f"not tested: fewer than {_FEWEST_DOCUMENTS} documents"
+                caveats.append(Caveat(benchmark.task, i, j, False, reason))
+            else:
                 p = z_test((a.value, a.error), (b.value, b.error))
                 tests.append(
                     PairTest(
-                        benchmark.task, i, j, MEANS, (a.value, b.value), p,
+                        benchmark.task, i, j, MEANS, (a.value, b.value), p, n_shot=benchmark.n_shot,
                         higher_is_better=benchmark.higher_is_better,
                     )
                 )  # fmt: skip
@@ -189,9 +197,9 @@ def correct(tests: Sequence[PairTest]) -> list[PairTest]:
 
 def find(tests: Sequence[PairTest]) -> list[Finding]:
     """What the significant ones among corrected tests say, in their order."""
-    groups: dict[tuple[str, int, int], list[PairTest]] = {}
+    groups: dict[tuple, list[PairTest]] = {}
     for test in tests:
-        groups.setdefault((test.task, test.first, test.second), []).append(test)
+        groups.setdefault((test.task, test.n_shot, test.first, test.second), []).append(test)
     return [finding for group in groups.values() for finding in _find_in(group)]
 
 

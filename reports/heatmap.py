@@ -27,7 +27,7 @@ from yoco_eval.lengths import format_length
 
 from .files import FIGURES, check_path, write_atomically, write_figure
 from .results import NeedleCell, NeedleRun
-from .style import COLUMN_WIDTH, FONT, PAGE_WIDTH, RC, TITLE_FONT
+from .style import COLUMN_WIDTH, FONT, PAGE_WIDTH, TITLE_FONT, figure_style
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def save_heatmap(run: NeedleRun, path: str | Path, title: str | None = None) -> 
     if path.suffix.lower() == ".csv":
         write_atomically(path, lambda file: file.write(_csv(run).encode()))
         return
-    with matplotlib.rc_context(RC):
+    with figure_style():
         write_figure(path, heatmap_figure(run, title))
 
 

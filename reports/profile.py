@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -27,10 +26,10 @@ from .style import (
     FONT,
     GRID,
     PAGE_WIDTH,
-    RC,
     SMALL_FONT,
     TITLE_FONT,
     color,
+    figure_style,
     length_axis,
     series,
     set_scale,
@@ -160,7 +159,7 @@ def save_profile(profile: Profile, path: str | Path) -> None:
         text = json.dumps({"kind": KIND, **asdict(profile)}, indent=2) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
         return
-    with matplotlib.rc_context(RC):
+    with figure_style():
         write_figure(path, profile_figure(profile))
 
 

@@ -17,6 +17,7 @@ from lm_eval.utils import simple_parse_args_string
 
 logger = logging.getLogger(__name__)
 
+_MOST_SAMPLES = 10**6  # of a cell; no test is exact and quick beyond
 _CELL_NUMBERS = ("context_length", "depth", "samples", "correct")  # that every cell has
 
 
@@ -77,8 +78,8 @@ class NeedleCell:
             raise ResultsError(f"depth {self.depth} is outside 0..1")
         if self.context_length < 1:
             raise ResultsError(f"context_length {self.context_length} is below 1")
-        if self.samples < 1:
-            raise ResultsError(f"samples {self.samples} is below 1")
+        if not 1 <= self.samples <= _MOST_SAMPLES:
+            raise ResultsError(f"samples {self.samples} is outside 1..{_MOST_SAMPLES}")
         if not 0 <= self.correct <= self.samples:
             raise ResultsError(f"correct {self.correct} is outside 0..{self.samples} (its samples)")
         if (self.right is None) != (self.wrong is None):

@@ -55,7 +55,7 @@ def read_samples(path: Path) -> tuple[list[NeedleSample], int]:
             for line in file:
                 try:
                     samples.append(_sample(json.loads(line)))
-                except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+                except (ArithmeticError, ValueError, TypeError, LookupError, RecursionError):
                     unread += 1
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -16,6 +16,8 @@ STATED, MARKED, REFUSED = "stated", "marked", "refused"
 _REFUSED = frozenset({"task version", "haystack", "needles", "data"})
 # Across these it holds, but for fewer prompts, or for others of the same kind.
 _MARKED = frozenset({"seed", "samples", "depths", "context lengths", "limit", "documents"})
+# Where a file lacks one of these, it is not known; where it lacks another, it was not set.
+_ALWAYS = frozenset({"task version", "documents", "backend", "dtype", "lm-eval"})
 _OF_THE_TASK = ("seed", "haystack", "needles", "data", "samples", "depths", "context_lengths")
 _OF_THE_RUN = ("limit", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 
@@ -49,7 +51,8 @@ def find_differences(
         settings = [run and setup(run) for run in runs]
         names = dict.fromkeys(name for one in settings if one for name in one)
         for name in names:
-            values = tuple(one and one.get(name, "default") for one in settings)
+            missing = "not told" if name in _ALWAYS else "default"
+            values = tuple(one and one.get(name, missing) for one in settings)
             if len({value for value in values if value is not None}) > 1:
                 found.setdefault((name, values), []).append(key[0])
     differences = [

@@ -1,20 +1,28 @@
 """The style of every figure: sizes on paper, and colours that the colour-blind can tell apart."""
 
+import logging
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import LogLocator, NullLocator
 
 from yoco_eval.lengths import format_length
 
+logger = logging.getLogger(__name__)
+
 COLUMN_WIDTH, PAGE_WIDTH = 3.4, 7.0  # inches
 FONT, TITLE_FONT, SMALL_FONT = 7, 8.5, 5.5  # points
 GRID = "#e6e6e6"  # lines behind curves
-RC = {  # for matplotlib.rc_context, around drawing and saving
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
+# Names may need letters that the first font lacks. Fonts that are not there would be warned of.
+_FONTS = ("DejaVu Sans", "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei")
+_RC = {
+    "font.family": [name for name in _FONTS if name in fontManager.get_font_names()],
     "font.size": FONT,
     "axes.linewidth": 0.6,
     "hatch.linewidth": 0.6,
@@ -27,10 +35,28 @@ RC = {  # for matplotlib.rc_context, around drawing and saving
 }
 
 # Okabe and Ito's palette, without the yellow that vanishes on white and the black that does on
-# black. Where there are more checkpoints than colours, lines and marks differ.
+# black. Where there are more checkpoints than colours, marks and lines differ: seven marks do not
+# repeat with six colours.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_MARKERS = "osD^vP"
+_MARKERS = "osD^vPX"
 _LINES = ("-", "--", ":")
+
+
+@contextmanager
+def figure_style(**more: Any) -> Iterator[None]:
+    """Draws and saves figures in the common style.
+
+    more: matplotlib's settings that differ. Letters that no font has are told in one line.
+    """
+    missing = "missing from font"
+    with matplotlib.rc_context(_RC | more), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield
+    for one in caught:
+        if missing not in str(one.message):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if any(missing in str(one.message) for one in caught):
+        logger.warning("some letters are drawn as boxes: no font that is installed has them")
 
 
 def series(index: int) -> dict[str, Any]:

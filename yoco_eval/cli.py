@@ -113,13 +113,12 @@ def _compare(args: argparse.Namespace) -> None:
             check_output(path)
         checkpoints = load_checkpoints(args.results, names)
         comparison = compare(checkpoints, args.threshold, args.published)
+        print_comparison(comparison, Console(highlight=False))
         for path in args.output:
             save_comparison(comparison, path)
+            print(f"wrote {path}")
     except ResultsError as error:
         raise UserError(error) from error
-    print_comparison(comparison, Console(highlight=False))
-    for path in args.output:
-        print(f"wrote {path}")
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -24,11 +24,13 @@ themeButton.addEventListener("click", () => {
 systemIsDark.addEventListener("change", labelTheme);
 labelTheme();
 
-// Tables: by the keys of the cells; rows without a figure come last.
-function compareKeys(a, b) {
-  if (a === "" || b === "") return (a === "") - (b === "");
-  const [x, y] = [Number(a), Number(b)];
-  return Number.isNaN(x) || Number.isNaN(y) ? a.localeCompare(b) : x - y;
+// Tables: by the keys of the cells, as numbers if all are; rows without a figure come last.
+function sortRows(rows, key, descending) {
+  const known = rows.filter((row) => key(row) !== "");
+  const numbers = known.every((row) => !Number.isNaN(Number(key(row))));
+  known.sort((a, b) => (numbers ? key(a) - key(b) : key(a).localeCompare(key(b))));
+  if (descending) known.reverse();
+  return [...known, ...rows.filter((row) => key(row) === "")];
 }
 
 for (const table of document.querySelectorAll("table")) {
@@ -38,11 +40,7 @@ for (const table of document.querySelectorAll("table")) {
     for (const other of heads) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", descending ? "descending" : "ascending");
     const body = table.tBodies[0];
-    const key = (row) => row.cells[column].dataset.key;
-    body.append(...[...body.rows].sort((a, b) => {
-      const order = compareKeys(key(a), key(b));
-      return descending && key(a) !== "" && key(b) !== "" ? -order : order;
-    }));
+    body.append(...sortRows([...body.rows], (row) => row.cells[column].dataset.key, descending));
   }));
 }
 
@@ -52,7 +50,19 @@ const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 for (const map of document.querySelectorAll("g.cells")) {
   const cells = [...map.querySelectorAll(".cell")];
   cells[0].setAttribute("tabindex", "0");
-  const at = (column, row) => cells.find((c) => c.dataset.column === column && c.dataset.row === row);
+  const place = (cell) => [Number(cell.dataset.column), Number(cell.dataset.row)];
+  // The nearest cell in that direction: grids may have gaps.
+  const neighbour = (cell, [dx, dy]) => {
+    const [x, y] = place(cell);
+    const distance = (other) => {
+      const [column, row] = place(other);
+      const along = (column - x) * dx + (row - y) * dy;
+      const aside = Math.abs((column - x) * dy) + Math.abs((row - y) * dx);
+      return along > 0 ? along + 1000 * aside : Infinity;
+    };
+    const next = cells.reduce((best, other) => (distance(other) < distance(best) ? other : best));
+    return distance(next) < Infinity ? next : undefined;
+  };
   map.addEventListener("keydown", (event) => {
     const cell = event.target.closest(".cell");
     if (event.key === "Enter" || event.key === " ") {
@@ -60,8 +70,7 @@ for (const map of document.querySelectorAll("g.cells")) {
       showSamples(cell);
     } else if (event.key in steps) {
       event.preventDefault();
-      const [dx, dy] = steps[event.key];
-      const next = at(String(+cell.dataset.column + dx), String(+cell.dataset.row + dy));
+      const next = neighbour(cell, steps[event.key]);
       if (!next) return;
       cell.setAttribute("tabindex", "-1");
       next.setAttribute("tabindex", "0");
@@ -102,7 +111,7 @@ function describe(sample, chosen) {
   };
   add("Sample", `${sample.sample}, a prompt of ${sample.tokens.toLocaleString("en")} tokens`);
   add("Needle", excerpt(sample));
-  add("Question", sample.question);
+  add("Asked", sample.question);
   add("Expected", sample.expected);
   const answers = [...sample.answers].sort((a, b) => (b.checkpoint === chosen) - (a.checkpoint === chosen));
   for (const answer of answers) {
@@ -120,14 +129,13 @@ function excerpt(sample) {
     parts.append(sample.needle);
     return parts;
   }
-  const end = begin + sample.needle.length;
-  parts.append("… " + sample.excerpt.slice(0, begin), element("mark", sample.needle));
-  parts.append(sample.excerpt.slice(end) + " …");
+  const before = sample.excerpt.slice(0, begin);
+  const after = sample.excerpt.slice(begin + sample.needle.length);
+  parts.append(before && `… ${before}`, element("mark", sample.needle), after && `${after} …`);
   return parts;
 }
 
 // Figures are saved as on paper: black on white, without what is there for clicks.
-const PAPER = { "--ink": "#000000", "--grid": "#e6e6e6", "--missing": "#f2f2f2" };
 const PNG_SCALE = 300 / 72;  // dots per point
 
 function standalone(figure) {
@@ -142,7 +150,7 @@ function standalone(figure) {
   }
   svg.prepend(ground);
   let text = new XMLSerializer().serializeToString(svg);
-  for (const [name, value] of Object.entries(PAPER)) text = text.replaceAll(`var(${name})`, value);
+  for (const [name, value] of Object.entries(data.colors)) text = text.replaceAll(`var(${name})`, value);
   return { text, width, height };
 }
 

@@ -1,9 +1,10 @@
 """Figures of comparisons: what is drawn of whom, in which colours, and that it fits."""
 
+import logging
+import math
 import re
 import xml.etree.ElementTree as ET
 
-import matplotlib
 import pytest
 from made_results import LENGTHS, needle_results, results, trained_to, write
 from matplotlib.colors import same_color, to_hex
@@ -15,12 +16,12 @@ from yoco_eval.reports.comparison_files import save_comparison
 from yoco_eval.reports.profile import Profile, ProfileRow, save_profile
 from yoco_eval.reports.results import ResultsError
 from yoco_eval.reports.runs import load_checkpoints
-from yoco_eval.reports.style import PAGE_WIDTH, RC, color
+from yoco_eval.reports.style import PAGE_WIDTH, color, figure_style, series, spacing
 
 
 @pytest.fixture(autouse=True)
 def style():
-    with matplotlib.rc_context(RC):
+    with figure_style():
         yield
 
 
@@ -125,7 +126,36 @@ def test_curves(full):
     assert [line.get_ydata()[0] for line in loss.lines] == [3.0, 2.0, 1.0]
 
 
-@pytest.mark.parametrize("name", ["short", "a-checkpoint-s-name-as-long-as-some-people-like-them"])
+def test_long_names_are_told_apart(tmp_path):
+    folders = [
+        write(tmp_path / f"yoco-3b-pretrained-step-{k}000-lr-3e-4", needle_results(lambda *_: 1.0))
+        for k in (9, 10)
+    ]
+    *maps, _ = axes(panels(compare(load_checkpoints(folders)))[0])
+    assert [ax.texts[-2].get_text() for ax in maps] == ["…9000…", "…10000…"]
+
+
+def test_many_checkpoints_stand_at_their_lengths(tmp_path):
+    """However many there are and however close the lengths, points stay by their length."""
+    lengths = [4096, 6144, 8192, 12288, 16384, 2**19, 3 * 2**18, 2**20]
+    folders = [
+        write(tmp_path / f"c{k}", needle_results(lambda *_: 0.5, lengths=lengths)).parent
+        for k in range(12)
+    ]
+    (ax,) = axes(panels(compare(load_checkpoints(folders)))[1])
+    for line in ax.lines[:12]:
+        assert ax.get_xlim()[0] < line.get_xdata()[0] and line.get_xdata()[-1] < ax.get_xlim()[1]
+        for x, length in zip(line.get_xdata(), lengths, strict=True):
+            assert abs(x - math.log2(length)) < 0.3 * spacing(lengths)
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+    assert "1M" in labels(ax) and "4K" in labels(ax)
+    looks = {(s["color"], s["marker"], s["linestyle"]) for s in map(series, range(36))}
+    assert len(looks) == 36
+
+
+@pytest.mark.parametrize("name", ["short", "a-checkpoint-s-name-as-long-as-some-people-like-them",
+                                  "and-longer-" * 12])  # fmt: skip
 def test_everything_fits(tmp_path, name):
     """No text leaves the page or its neighbours' place, whatever the number of checkpoints."""
     folders = []
@@ -175,6 +205,15 @@ def test_hostile_names(tmp_path):
     texts = [e.text for e in ET.parse(tmp_path / "c.svg").iter() if e.tag.endswith("}text")]
     assert "$\\frac{1}{0}$ <b>&\N{REPLACEMENT CHARACTER}[31m _^…" in texts
     assert re.fullmatch(r"[\w.-]+", panels(comparison)[0].name)
+
+
+def test_letters_that_no_font_has_are_told_once(tmp_path, caplog, recwarn):
+    write(tmp_path / "a", needle_results(lambda *_: 0.5, lengths=LENGTHS[:2]))
+    comparison = compare(load_checkpoints([tmp_path / "a"], ["\N{CUNEIFORM SIGN A}" * 3]))
+    with caplog.at_level(logging.WARNING):
+        save_comparison(comparison, tmp_path / "c.png")
+    assert caplog.text.count("some letters are drawn as boxes") == 1
+    assert not [one for one in recwarn if "missing from font" in str(one.message)]
 
 
 def test_nothing_to_draw(tmp_path):

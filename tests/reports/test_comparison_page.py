@@ -104,7 +104,7 @@ def test_summary_comes_first_then_heatmaps(show, logged):
     assert effective[0] == ["task", "demo-4k", "demo-64k", "demo-256k", "demo-1m"]
     assert effective[1] == ["yoco_needle", "4K", "64K", "256K", "1M"]
     found = page.locator("#differences li").all_inner_texts()
-    assert found[0] == page.locator("li.regression").first.inner_text()
+    assert found[0] == page.locator("li.alarm").first.inner_text()
     assert found[0].startswith("REGRESSION: demo-1m is worse than the earlier demo-64k in arc_easy")
     assert any(item.startswith("yoco_needle: demo-64k is better than demo-4k") for item in found)
     assert page.locator(".heatmaps svg").count() == 4
@@ -126,7 +126,7 @@ def test_a_click_on_a_failed_cell_shows_its_samples(show, logged):
     number = told["Expected"]
     assert first.locator("mark").inner_text() == f"The special number of Oslo is {number}."
     assert told["Needle"].startswith("… Hay.") and told["Needle"].endswith("Straw. …")
-    assert told["Question"] == "What is the number of Oslo?"
+    assert told["Asked"] == "What is the number of Oslo?"
     assert terms[4:] == ["demo-64k", "demo-4k", "demo-256k", "demo-1m"]  # the chosen one first
     assert told["demo-64k"].strip() == "7, I guess."
     assert told["demo-1m"].strip() == f"{number}."
@@ -161,6 +161,22 @@ def test_the_keyboard_reaches_all(show, logged):
     assert focused.inner_text() == "Save as SVG"
 
 
+def test_the_keyboard_reaches_all_cells_of_a_grid_with_gaps(show, tmp_path):
+    write(tmp_path / "a", needle_results(lambda *_: 1.0, lengths=[4096, 2**20], depths=[0, 1]))
+    write(tmp_path / "b", needle_results(lambda *_: 1.0, lengths=LENGTHS))
+    page = show(compare(load_checkpoints([tmp_path / "a", tmp_path / "b"])))
+    focused = page.locator(":focus")
+    cell(page, "a", "4K", "0").focus()
+    seen = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
+        page.keyboard.press(key)
+        seen.append(focused.get_attribute("aria-label").partition(":")[0])
+    assert [place.removeprefix("a, ") for place in seen] == [
+        "1M tokens, depth 0 %", "1M tokens, depth 0 %", "1M tokens, depth 100 %",
+        "4K tokens, depth 100 %", "4K tokens, depth 0 %",
+    ]  # fmt: skip
+
+
 def test_tables_are_sorted(show, logged):
     page = show(logged)
     table = page.locator("#needles table")
@@ -174,6 +190,7 @@ def test_tables_are_sorted(show, logged):
     table.get_by_role("button", name="demo-64k").click()
     scores = [float(row[2].split()[0]) for row in rows(page, table)[1:-1]]
     assert scores == sorted(scores) and scores[0] < scores[-1]
+    assert scores[0] == 0.11  # as numbers
     # Published rows stay apart from the measured ones.
     benchmarks = page.locator("#benchmarks table")
     before = rows(page, benchmarks)
@@ -258,6 +275,30 @@ def test_hostile_texts_are_shown_not_obeyed(show, tmp_path):
     assert article.locator("mark").text_content() == HOSTILE
     assert page.evaluate("window.harmed") is None
     assert page.locator("main script, main img, dialog img, dialog script").count() == 0
+
+
+def test_lengths_are_sorted_as_numbers(show, tmp_path):
+    lengths = [4096, 2**20, 3 * 2**19, 2**21, 100_000]
+    write(tmp_path / "a", needle_results(lambda *_: 1.0, lengths=lengths))
+    page = show(compare(load_checkpoints([tmp_path / "a"])))
+    table = page.locator("#needles table")
+    table.get_by_role("button", name="context").click()
+    assert [row[0] for row in rows(page, table)[1:-1]] == ["4K", "100000", "1M", "1.5M", "2M"]
+
+
+def test_figures_with_gaps_and_odd_task_names_are_saved(show, tmp_path):
+    odd = "task\x1b[31m\x01<&"
+    write(tmp_path / "a", needle_results(lambda *_: 1.0, lengths=LENGTHS[:1], task=odd))
+    write(tmp_path / "b", needle_results(lambda *_: 1.0, lengths=LENGTHS[:2], task=odd))
+    page = show(compare(load_checkpoints([tmp_path / "a", tmp_path / "b"])))
+    for kind in ("SVG", "PNG"):
+        with page.expect_download() as download:
+            page.locator("figure").first.get_by_role("button", name=f"Save as {kind}").click()
+        download.value.save_as(tmp_path / f"saved.{kind}")
+    text = (tmp_path / "saved.SVG").read_text()
+    ET.fromstring(text)
+    assert "var(" not in text and "pattern" in text  # the hatching of cells without results
+    assert (tmp_path / "saved.PNG").read_bytes().startswith(b"\x89PNG")
 
 
 def test_four_checkpoints_take_few_megabytes(logged, tmp_path):

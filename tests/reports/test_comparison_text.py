@@ -177,14 +177,78 @@ def test_restrictions_are_told(tmp_path):
     assert "- haystack (yoco_needle): a synthetic, b synthetic, c essays" in text
     assert "- seed (yoco_needle): a 0, b 1, c 0" in text
     assert "- a and b (yoco_needle): not paired: other prompts (another seed)" in text
-    assert "- a and c (yoco_needle): not compared: another haystack" in text
+    assert "- a and c; b and c (yoco_needle): not compared: another haystack" in text
+    assert "yoco_needle does not compare: a synthetic, b synthetic, c essays." in text
+    pair = compare(load_checkpoints([tmp_path / name for name in "ac"]))
+    assert "No tests were made: see below." in terminal(pair)
+
+
+def test_settings_that_a_file_does_not_tell(tmp_path):
+    scores = {"arc_easy": {"acc,none": 0.5}}
+    whole, bare = results(scores), results(scores, lm_eval_version=None)
+    whole["config"]["limit"] = 40
+    del bare["config"]["model_dtype"]
+    for name, data in (("a", whole), ("b", bare)):
+        write(tmp_path / name, data)
+    text = terminal(compare(load_checkpoints([tmp_path / "a", tmp_path / "b"])))
+    assert "- dtype (arc_easy): a float32, b not told" in text
+    assert "- lm-eval (arc_easy): a 0.4.13, b not told" in text
+    assert "- limit (arc_easy): a 40, b default" in text
+
+
+def test_benchmarks_of_several_numbers_of_examples_are_told_apart(tmp_path):
+    for name, score in (("a", 0.5), ("b", 0.7)):
+        for shots in (0, 25):
+            data = results({"arc": {"acc,none": score, "acc_stderr,none": 0.01}}, shots=shots)
+            write(tmp_path / name, data, f"results_{shots}.json")
+    comparison = compare(load_checkpoints([tmp_path / "a", tmp_path / "b"]))
+    assert "b is better than a in arc (0-shot) (0.7 against 0.5), arc (25-shot)" in " ".join(
+        terminal(comparison).split()
+    )
+    tests = [row for row in csv.DictReader(io.StringIO(saved(comparison, tmp_path, "csv")))
+             if row["kind"] == "test"]  # fmt: skip
+    assert [row["n_shot"] for row in tests] == ["0", "25"]
+
+
+def test_effective_lengths_that_mislead_are_marked(tmp_path):
+    """Of a checkpoint that was evaluated at a long context length alone."""
+    write(tmp_path / "a", needle_results(trained_to(4096), lengths=LENGTHS[:3]))
+    write(tmp_path / "b", needle_results(lambda *_: 1.0, lengths=[LENGTHS[2]]))
+    comparison = compare(load_checkpoints([tmp_path / "a", tmp_path / "b"]))
+    text = terminal(comparison)
+    assert ["effective", "4K", "16K†"] in [line.split() for line in text.splitlines()]
+    assert "†: shorter context lengths, at which others were evaluated, were left" in text
+    assert r"16K\textdagger{}" in saved(comparison, tmp_path, "tex")
+    rows = list(csv.DictReader(io.StringIO(saved(comparison, tmp_path, "csv"))))
+    effective = [row for row in rows if row["kind"] == "effective length"]
+    assert [(row["value"], row["note"]) for row in effective] == [
+        ("4096", ""), ("16384", "shorter ones left out"),
+    ]  # fmt: skip
+
+
+def test_bounds_tell_on_which_side_of_the_threshold_they_are(tmp_path):
+    """That of 54 right answers of 55 is 0.904."""
+    data = needle_results(lambda *_: 1.0, lengths=[4096])
+    cell = data["configs"]["yoco_needle"]["metadata"]["cells"][0]
+    cell |= {"correct": 4, "right": [0, 1, 2, 3], "wrong": [4]}
+    write(tmp_path / "a", data)
+    text = terminal(compare(load_checkpoints([tmp_path / "a"])))
+    lines = [line.split() for line in text.splitlines()]
+    assert ["4K", "0.98", "0.904–1.00"] in lines and ["effective", "4K"] in lines
 
 
 def test_too_few_prompts_are_told(tmp_path):
     write(tmp_path, needle_results(lambda *_: 1.0, samples=2))
-    text = terminal(compare(load_checkpoints([tmp_path], ["a"])))
+    comparison = compare(load_checkpoints([tmp_path], ["a"]))
+    text = terminal(comparison)
     assert ["effective", "none*"] in [line.split() for line in text.splitlines()]
     assert "it takes 35 of each length" in " ".join(text.split())
+    (row,) = [
+        row
+        for row in csv.DictReader(io.StringIO(saved(comparison, tmp_path, "csv")))
+        if row["kind"] == "effective length"
+    ]
+    assert (row["value"], row["note"]) == ("0", "too few prompts")
 
 
 def test_refused_outputs(full, tmp_path):

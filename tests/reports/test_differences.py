@@ -201,8 +201,14 @@ def test_benchmarks_that_are_not_tested(compared):
     few = {"n-samples": {"arc_easy": {"original": 1000, "effective": 10}}}
     comparison = compared(benchmark(0.6, **few), benchmark(0.9))
     assert not comparison.tests
-    assert [caveat.reason for caveat in comparison.caveats] == ["not of the same documents"]
-    assert not compared(benchmark(0.6, error="N/A"), benchmark(0.9)).tests
+    assert [caveat.reason for caveat in comparison.caveats] == [
+        "not of the same documents", "not tested: fewer than 30 documents",
+    ]  # fmt: skip
+    for error in ("N/A", 0.0):
+        comparison = compared(benchmark(0.6, error=error), benchmark(0.9))
+        assert not comparison.tests
+        reasons = [caveat.reason for caveat in comparison.caveats]
+        assert reasons == ["not tested: without a standard error above 0"]
     comparison = compared(benchmark(0.6, versions={"arc_easy": 2}), benchmark(0.9))
     assert not comparison.tests and comparison.caveats[0].refused
     assert comparison.benchmarks[0].best == ()

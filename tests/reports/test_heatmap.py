@@ -203,9 +203,9 @@ def test_csv(tmp_path):
 
 
 def test_settings_of_matplotlib_are_left_alone(tmp_path):
-    before = {key: matplotlib.rcParams[key] for key in heatmap.RC}
+    before = dict(matplotlib.rcParams)
     save_heatmap(TYPICAL, tmp_path / "a.svg")
-    assert {key: matplotlib.rcParams[key] for key in heatmap.RC} == before
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_refused_outputs(tmp_path):

@@ -147,11 +147,12 @@ def test_logged_samples(tmp_path):
     }  # fmt: skip
     line = {"doc": doc, "arguments": {"arg_0": "x" * 10_000}, "filtered_resps": [" 7"], "acc": 0.0}
     lines = [json.dumps(line), "{", "3", '{"doc": {}}', json.dumps({**line, "filtered_resps": []})]
+    lines.append(json.dumps({**line, "doc": doc | {"context_length": float("inf")}}))
     (tmp_path / "samples_yoco_needle_2025.jsonl").write_text("\n".join(lines))
     path = load(tmp_path).samples["yoco_needle"]
     sample = NeedleSample(
         4096, 0.3, 1, "What?", "123", " 7", "It is 123.", doc["excerpt"], 4090, False
     )
-    assert read_samples(path) == ([sample], 4)
+    assert read_samples(path) == ([sample], 5)
     with pytest.raises(ResultsError, match="gone: cannot be read"):
         read_samples(tmp_path / "gone")
