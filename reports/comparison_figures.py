@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os.path import commonprefix
@@ -23,7 +23,7 @@ from .heatmap import (
     grid_height,
     text_width,
 )
-from .results import printable
+from .results import one_line
 from .style import (
     FONT,
     GRID,
@@ -120,7 +120,7 @@ def _heatmaps(comparison: Comparison, task: NeedleTask) -> Panel:
     rows = math.ceil(sum(result is not None for result in task.results) / columns)
     height = _TITLE + rows * (_CAPTION + grid_height(len(task.depths)) + _BELOW)
     draw = partial(_draw_heatmaps, comparison, task, columns, height)
-    return Panel(NEEDLES, f"{file_name(task.task)}-heatmaps", _line(task.task), height, draw)
+    return Panel(NEEDLES, f"{file_name(task.task)}-heatmaps", one_line(task.task), height, draw)
 
 
 def _map_columns(task: NeedleTask) -> int:
@@ -192,7 +192,7 @@ def _needle_plots(comparison: Comparison) -> Iterator[_Plot]:
 
 def _curve_plots(comparison: Comparison) -> Iterator[_Plot]:
     for curves in comparison.curves:
-        if not curves.member and curves.metric != "loss_to":
+        if not curves.member:
             title = f"{curves.task}: {METRICS.get(curves.metric, curves.metric)}"
             yield _Plot(title, _from_one_token(curves), share=curves.metric == "acc")
 
@@ -219,53 +219,51 @@ def _cost_plots(comparison: Comparison) -> Iterator[_Plot]:
 def _plots(
     comparison: Comparison, section: str, name: str, title: str, plots: Sequence[_Plot]
 ) -> Panel:
-    shown = [i for i in range(len(comparison.names)) if any(plot.curves[i] for plot in plots)]
-    legend = _legend_rows([_short_names(comparison.names)[i] for i in shown])
+    names = {
+        index: label
+        for index, label in enumerate(_short_names(comparison.names))
+        if any(plot.curves[index] for plot in plots)
+    }
+    legend = math.ceil(len(names) / _legend_columns(names.values())) * _LEGEND_ROW
     rows = math.ceil(len(plots) / _PLOT_COLUMNS)
-    height = _TITLE + legend * _LEGEND_ROW + rows * (_ABOVE + _PLOT_HEIGHT + _BELOW)
-    draw = partial(_draw_plots, comparison, title, plots, shown, legend, height)
+    height = _TITLE + legend + rows * (_ABOVE + _PLOT_HEIGHT + _BELOW)
+    draw = partial(_draw_plots, title, plots, names, _TITLE + legend, height)
     return Panel(section, name, title, height, draw)
 
 
-def _legend_rows(names: Sequence[str]) -> int:
-    return math.ceil(len(names) / _legend_columns(names))
-
-
-def _legend_columns(names: Sequence[str]) -> int:
+def _legend_columns(names: Collection[str]) -> int:
     """How many names stand side by side."""
     widest = text_width(names, FONT) / 72 + 0.5
     return max(1, min(len(names), int((PAGE_WIDTH - 0.2) / widest)))
 
 
 def _draw_plots(
-    comparison: Comparison,
     title: str,
     plots: Sequence[_Plot],
-    shown: Sequence[int],
-    legend: int,
+    names: dict[int, str],
+    top: float,
     height: float,
     figure: FigureBase,
 ) -> None:
+    """names: in the legend, by place among the checkpoints. top: of the plots, in inches."""
     _draw_title(figure, title, height)
-    names = [_short_names(comparison.names)[i] for i in shown]
     figure.legend(
-        handles=[Line2D([], [], label=n, **series(i)) for i, n in zip(shown, names, strict=True)],
+        handles=[Line2D([], [], label=name, **series(index)) for index, name in names.items()],
         loc="upper center", bbox_to_anchor=(0.5, 1 - (_TITLE - 0.08) / height), borderaxespad=0,
-        ncols=_legend_columns(names), frameon=False, fontsize=FONT,
+        ncols=_legend_columns(names.values()), frameon=False, fontsize=FONT,
     )  # fmt: skip
     columns = min(len(plots), _PLOT_COLUMNS)
-    # A single plot gets the room of two: curves need width, but not a whole page of it.
+    # A single plot leaves some room: curves need width, but not a whole page of it.
     whole = (PAGE_WIDTH - _RIGHT) / max(columns, 1.6)
     for place, plot in enumerate(plots):
         row, column = divmod(place, columns)
-        top = _TITLE + legend * _LEGEND_ROW + row * (_ABOVE + _PLOT_HEIGHT + _BELOW) + _ABOVE
-        width = whole - _LEFT
-        ax = _add_axes(figure, column * whole + _LEFT, top, width, _PLOT_HEIGHT, height)
-        _draw_plot(plot, ax)
+        above = top + row * (_ABOVE + _PLOT_HEIGHT + _BELOW) + _ABOVE
+        left = column * whole + _LEFT
+        _draw_plot(plot, _add_axes(figure, left, above, whole - _LEFT, _PLOT_HEIGHT, height))
 
 
 def _draw_plot(plot: _Plot, ax: Axes) -> None:
-    title = ax.set_title(_line(plot.title), size=FONT, pad=4)
+    title = ax.set_title(one_line(plot.title), size=FONT, pad=4)
     room = 1.1 * ax.get_window_extent().width
     title.set_size(max(SMALL_FONT, FONT * min(1, room / title.get_window_extent().width)))
     lengths = sorted({length for curve in plot.curves for length in curve or ()})
@@ -314,18 +312,14 @@ def _add_axes(
 
 def _draw_title(figure: FigureBase, title: str, height: float) -> None:
     figure.text(
-        0.5, 1 - 0.06 / height, _line(title), size=TITLE_FONT, weight="bold", ha="center",
+        0.5, 1 - 0.06 / height, one_line(title), size=TITLE_FONT, weight="bold", ha="center",
         va="top",
     )  # fmt: skip
 
 
-def _line(text: str) -> str:
-    return " ".join(printable(text).split())
-
-
 def _short_names(names: Sequence[str]) -> list[str]:
     """The names, long ones without what all have in common at either end."""
-    lines = [_line(name) for name in names]
+    lines = [one_line(name) for name in names]
     if max(map(len, lines)) <= _LONGEST or len(set(lines)) < 2:
         return [_shortened(line, 2 * _LONGEST) for line in lines]
     start = len(commonprefix(lines))

@@ -39,7 +39,7 @@ from .comparison_tables import (
     sections,
 )
 from .heatmap import HATCH, MISSING, format_depths, heatmap_figure
-from .results import printable
+from .results import one_line, printable
 from .style import GRID, figure_style
 
 _FILES = Path(__file__).parent / "html"
@@ -151,7 +151,7 @@ def _heatmaps(comparison: Comparison, place: int) -> Iterator[_Drawn]:
     task = comparison.needles[place]
     for index, result in enumerate(task.results):
         if result:
-            name = " ".join(printable(comparison.names[index]).split())
+            name = one_line(comparison.names[index])
             figure = heatmap_figure(result.run, name, task.context_lengths, task.depths)
             prefix = f"heatmap-{place}-{index}"
             title = f"{name}, {task.task}: accuracy by context length and needle depth"
@@ -193,7 +193,7 @@ def _cells(
 
 
 def _cell_key(context_length: int, depth: float) -> str:
-    return f"{context_length}/{depth:g}"
+    return f"{context_length}/{depth}"
 
 
 def _svg(figure: Figure, prefix: str, title: str, overlay: ET.Element | None = None) -> Markup:
@@ -223,7 +223,7 @@ def _svg(figure: Figure, prefix: str, title: str, overlay: ET.Element | None = N
     for size in ("width", "height"):
         root.attrib.pop(size)
     root.set("role", "group" if overlay is not None else "img")
-    root.set("aria-label", " ".join(printable(title).split()))
+    root.set("aria-label", one_line(title))
     if overlay is not None:
         root.append(overlay)
     return Markup(ET.tostring(root, encoding="unicode"))

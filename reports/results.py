@@ -241,6 +241,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def one_line(text: str) -> str:
+    """The printable text without line breaks, for titles and labels."""
+    return " ".join(printable(text).split())
+
+
 def _name_model(data: dict) -> tuple[str, tuple[str, ...]]:
     """The model's name for titles, and what tells it apart from other models."""
     config = data["config"]

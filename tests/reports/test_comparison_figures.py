@@ -118,8 +118,9 @@ def test_curves(full):
     assert titles == [
         "yoco_ruler: accuracy", "yoco_babilong: accuracy",
         "yoco_long_loss_book: loss, nats per token",
+        "yoco_long_loss_book: loss of all up to there",
     ]  # fmt: skip
-    ruler, babilong, loss = axes(panels(full)[2])
+    ruler, babilong, loss, _ = axes(panels(full)[2])
     assert [line.get_ydata()[1] for line in ruler.lines] == [0.6, 0.7, 0.8]
     assert labels(babilong) == ["1K"]  # 0K has no place on a logarithmic axis
     assert ruler.get_ylim() == babilong.get_ylim() == (-0.02, 1.02)
