@@ -99,14 +99,16 @@ class NeedleTask:
     published: tuple[PublishedNeedles, ...]
 
     @property
+    def runs(self) -> list[NeedleRun]:
+        return [result.run for result in self.results if result]
+
+    @property
     def context_lengths(self) -> list[int]:
-        there = [result for result in self.results if result]
-        return sorted({length for result in there for length in result.run.context_lengths})
+        return sorted({length for run in self.runs for length in run.context_lengths})
 
     @property
     def depths(self) -> list[float]:
-        there = [result for result in self.results if result]
-        return sorted({depth for result in there for depth in result.run.depths})
+        return sorted({depth for run in self.runs for depth in run.depths})
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,11 @@ class Comparison:
     @property
     def names(self) -> list[str]:
         return [checkpoint.name for checkpoint in self.checkpoints]
+
+    @property
+    def has_published(self) -> bool:
+        """Whether there is any row of the literature."""
+        return bool(self.published) or any(task.published for task in self.needles)
 
     @property
     def regressions(self) -> list[Finding]:
@@ -238,7 +245,7 @@ def _samples(checkpoint: Checkpoint, skipped: list[Skipped]) -> dict[str, list[N
             skipped.append(Skipped(path, str(error).removeprefix(f"{path}: ")))
             continue
         if unread:
-            skipped.append(Skipped(path, f"{unread} of its lines are no samples of {task}"))
+            skipped.append(Skipped(path, f"lines that are no samples of {task}: {unread}"))
     return samples
 
 

@@ -37,7 +37,7 @@ from .style import (
 )
 
 # Inches.
-_LEFT, _RIGHT = 0.48, 0.1  # beside the axes: labels of the y axis, nothing
+_LEFT, _RIGHT = 0.48, 0.2  # beside the axes: labels of the y axis; of the threshold
 _BAR = 0.64  # right of heatmaps: the colour bar
 _TITLE = 0.28
 _CAPTION = 0.3  # above each heatmap: checkpoint, figures
@@ -125,10 +125,10 @@ def _heatmaps(comparison: Comparison, task: NeedleTask) -> Panel:
 
 def _map_columns(task: NeedleTask) -> int:
     """How many heatmaps stand side by side: as many as leave their figures readable."""
-    runs = [result.run for result in task.results if result]
-    for columns in range(min(len(runs), 4), 1, -1):
+    figures = [cell_figures(run, task.runs) for run in task.runs]
+    for columns in range(min(len(figures), 4), 1, -1):
         width = _map_width(columns) / len(task.context_lengths)
-        if all(fit_font(cell_figures(run), width) >= CELL_FONT[0] for run in runs):
+        if all(fit_font(texts, width) >= CELL_FONT[0] for texts in figures):
             return columns
     return 1
 
@@ -152,7 +152,7 @@ def _draw_heatmaps(
         top = _TITLE + row * (_CAPTION + rows + _BELOW) + _CAPTION
         left = _LEFT + column * (width + _GAP)
         ax = _add_axes(figure, left, top, width, rows, height)
-        draw_heatmap(result.run, ax, task.context_lengths, task.depths)
+        draw_heatmap(result.run, ax, task.runs)
         if column:
             ax.set_ylabel("")
             ax.set_yticks([])
@@ -253,8 +253,7 @@ def _draw_plots(
         ncols=_legend_columns(names.values()), frameon=False, fontsize=FONT,
     )  # fmt: skip
     columns = min(len(plots), _PLOT_COLUMNS)
-    # A single plot leaves some room: curves need width, but not a whole page of it.
-    whole = (PAGE_WIDTH - _RIGHT) / max(columns, 1.6)
+    whole = (PAGE_WIDTH - _RIGHT) / columns
     for place, plot in enumerate(plots):
         row, column = divmod(place, columns)
         above = top + row * (_ABOVE + _PLOT_HEIGHT + _BELOW) + _ABOVE
@@ -285,6 +284,10 @@ def _draw_plot(plot: _Plot, ax: Axes) -> None:
         set_scale(ax, plot.scale)
     if plot.line is not None:
         ax.axhline(plot.line, color="0.5", linewidth=0.6, linestyle="--")
+        ax.annotate(
+            f"{plot.line:g}", (1, plot.line), (1, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", size=SMALL_FONT, color="0.5", va="center",
+        )  # fmt: skip
     ax.grid(axis="y", color=GRID, linewidth=0.5)
     ax.set_axisbelow(True)
     length_axis(ax, lengths)

@@ -40,14 +40,16 @@ from .comparison_tables import (
 )
 from .heatmap import HATCH, MISSING, format_depths, heatmap_figure
 from .results import one_line, printable
-from .style import GRID, figure_style
+from .style import GRID, color, figure_style
 
 _FILES = Path(__file__).parent / "html"
 _SVG = "http://www.w3.org/2000/svg"
 ET.register_namespace("", _SVG)
 ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 _INK = "#010203"  # drawn where the page's own colour of text shall stand
-_COLORS = {"--ink": _INK, "--grid": GRID, "--missing": MISSING, "--hatch": HATCH}
+_COLORS = {  # that are others in the dark
+    "--ink": _INK, "--grid": GRID, "--missing": MISSING, "--hatch": HATCH, "--first": color(0),
+}  # fmt: skip
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _LONGEST = 2000  # characters of an answer that are shown
 
@@ -152,7 +154,7 @@ def _heatmaps(comparison: Comparison, place: int) -> Iterator[_Drawn]:
     for index, result in enumerate(task.results):
         if result:
             name = one_line(comparison.names[index])
-            figure = heatmap_figure(result.run, name, task.context_lengths, task.depths)
+            figure = heatmap_figure(result.run, name, task.runs)
             prefix = f"heatmap-{place}-{index}"
             title = f"{name}, {task.task}: accuracy by context length and needle depth"
             svg = _svg(figure, prefix, title, _cells(figure, task, place, name, index, result))
@@ -193,7 +195,7 @@ def _cells(
 
 
 def _cell_key(context_length: int, depth: float) -> str:
-    return f"{context_length}/{depth}"
+    return f"{context_length}/{float(depth)}"
 
 
 def _svg(figure: Figure, prefix: str, title: str, overlay: ET.Element | None = None) -> Markup:
@@ -205,8 +207,8 @@ def _svg(figure: Figure, prefix: str, title: str, overlay: ET.Element | None = N
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", facecolor="none", metadata=nothing)
     text = file.getvalue().decode()
-    for variable, color in _COLORS.items():
-        text = text.replace(color, f"var({variable})")
+    for variable, value in _COLORS.items():
+        text = text.replace(value, f"var({variable})")
     root = ET.fromstring(text)
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)

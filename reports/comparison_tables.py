@@ -138,8 +138,8 @@ def _benchmark_name(comparison: Comparison, finding: Finding) -> str:
 def effective_note(comparison: Comparison) -> str:
     """What an effective context length is."""
     return (
-        "Effective: the longest context length at which, and at all shorter ones, the 95 % "
-        f"interval of the accuracy (Wilson) lies above {comparison.threshold:g}."
+        "Effective: the longest evaluated context length at which, and at all shorter ones, the "
+        f"95 % interval of the accuracy (Wilson) lies above {comparison.threshold:g}."
     )
 
 
@@ -179,7 +179,8 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Table:
             f"Published, not measured here, at {format_length(length)} ({source}): {models}."
         )
     header = ("context", *comparison.names)
-    return Table(task.task, header, tuple(rows), foot, notes=tuple(notes))
+    title = f"{task.task}: accuracy, with 95 % intervals"
+    return Table(title, header, tuple(rows), foot, notes=tuple(notes))
 
 
 def _accuracy(result: NeedleResult | None, length: int, threshold: float) -> Cell:

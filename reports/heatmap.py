@@ -66,19 +66,16 @@ def check_output(path: Path) -> None:
 
 
 def heatmap_figure(
-    run: NeedleRun,
-    title: str | None = None,
-    lengths: Sequence[int] = (),
-    depths: Sequence[float] = (),
+    run: NeedleRun, title: str | None = None, beside: Sequence[NeedleRun] = ()
 ) -> Figure:
     """One heatmap with title and colour bar, as wide as a paper's column or, if need be, page.
 
-    lengths, depths: of the grid, where they are more than the run's own.
+    beside: as in `draw_heatmap`.
     """
-    lengths, depths = list(lengths or run.context_lengths), list(depths or run.depths)
+    lengths, depths = _grid([run, *beside])
     ticks = text_width(format_depths(depths), FONT) / 72
     left, right = 0.32 + ticks, 0.6
-    figures, columns = cell_figures(run), len(lengths)
+    figures, columns = cell_figures(run, beside), len(lengths)
     for width in (COLUMN_WIDTH, PAGE_WIDTH):
         grid_width = width - left - right
         if fit_font(figures, grid_width / columns) >= COMFORTABLE_FONT:
@@ -97,7 +94,7 @@ def heatmap_figure(
     figure = Figure(figsize=(width, total))
     frame = (left / width, bottom / total, grid_width / width, height / total)
     ax = figure.add_axes(frame)
-    draw_heatmap(run, ax, lengths, depths)
+    draw_heatmap(run, ax, beside)
     bar = figure.add_axes((1 - (right - 0.08) / width, frame[1], 0.09 / width, frame[3]))
     add_color_bar(figure, bar)
 
@@ -111,16 +108,14 @@ def heatmap_figure(
     return figure
 
 
-def draw_heatmap(
-    run: NeedleRun, ax: Axes, lengths: Sequence[int] = (), depths: Sequence[float] = ()
-) -> QuadMesh:
+def draw_heatmap(run: NeedleRun, ax: Axes, beside: Sequence[NeedleRun] = ()) -> QuadMesh:
     """Draws the cells and both axes, without title and colour bar, into `ax` as it lies now.
 
-    lengths, depths: of the grid, where they are more than the run's own.
+    beside: runs that are drawn side by side with this one: all have one grid, and as many digits.
     Returns the coloured cells. Fonts are sized to fit; figures too small to read are left out, with
     a warning.
     """
-    lengths, depths = list(lengths or run.context_lengths), list(depths or run.depths)
+    lengths, depths = _grid([run, *beside])
     accuracy = {(cell.context_length, cell.depth): cell.accuracy for cell in run.cells}
     grid = [[accuracy.get((n, depth), math.nan) for n in lengths] for depth in depths]
     ax.set(xlim=(0, len(lengths)), ylim=(len(depths), 0))
@@ -136,7 +131,7 @@ def draw_heatmap(
     ax.tick_params(length=0, pad=3)
     ax.spines[:].set_visible(False)
 
-    figures = cell_figures(run)
+    figures = cell_figures(run, beside)
     font = fit_font(figures, cell_width, cell_height)
     if font < CELL_FONT[0]:
         logger.warning(
@@ -216,12 +211,19 @@ def describe(run: NeedleRun) -> str:
     )
 
 
-def cell_figures(run: NeedleRun) -> dict[NeedleCell, str]:
+def _grid(runs: Sequence[NeedleRun]) -> tuple[list[int], list[float]]:
+    """The context lengths and depths of any of them."""
+    lengths = sorted({length for run in runs for length in run.context_lengths})
+    return lengths, sorted({depth for run in runs for depth in run.depths})
+
+
+def cell_figures(run: NeedleRun, beside: Sequence[NeedleRun] = ()) -> dict[NeedleCell, str]:
     """Every cell's accuracy as text: one decimal if that is exact in all cells, else two.
 
+    beside: runs whose cells count, too.
     Only exact values are written 0.00 and 1.00: 399 of 400 is 0.99.
     """
-    if all(10 * cell.correct % cell.samples == 0 for cell in run.cells):
+    if all(10 * cell.correct % cell.samples == 0 for one in (run, *beside) for cell in one.cells):
         return {cell: f"{cell.accuracy:.1f}" for cell in run.cells}
     figures = {}
     for cell in run.cells:

@@ -7,6 +7,7 @@ stop a report of the rest.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 from .profile import Profile, load_profile
 from .results import NeedleRun, ResultsError, ResultsFile, parse_cells, read_results
 from .samples import find_samples
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,22 @@ def load_checkpoints(
                 f"{path}: no such file or folder; give what lm_eval got as --output_path"
             )
     names = _check_names(names, len(paths)) if names else _names(paths)
-    return [_load(path, name) for path, name in zip(paths, names, strict=True)]
+    checkpoints = [_load(path, name) for path, name in zip(paths, names, strict=True)]
+    _check_apart(checkpoints)
+    return checkpoints
+
+
+def _check_apart(checkpoints: Sequence[Checkpoint]) -> None:
+    """A file that counts for two, of a folder and one within it, would compare with itself."""
+    owners: dict[Path, Checkpoint] = {}
+    for checkpoint in checkpoints:
+        for file in {run.file.path.resolve() for run in checkpoint.tasks.values()}:
+            other = owners.setdefault(file, checkpoint)
+            if other is not checkpoint:
+                raise ResultsError(
+                    f"{other.path} and {checkpoint.path}: both hold {file.name}; give each "
+                    "checkpoint's own folder"
+                )
 
 
 def _check_names(names: Sequence[str], paths: int) -> Sequence[str]:
@@ -127,6 +145,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _load(path: Path, name: str) -> Checkpoint:
     files, profiles, skipped = _read_files(path)
     files, of_others = _one_model(files)
+    if of_others:
+        logger.warning(
+            "%s holds results of several models; only those of %s count. Give each model's own "
+            "folder to compare them", path, files[-1].model,
+        )  # fmt: skip
     skipped += of_others
     tasks: dict[tuple[str, int | None], TaskRun] = {}
     needles: dict[str, NeedleRun] = {}

@@ -114,6 +114,8 @@ def _compare(args: argparse.Namespace) -> None:
         checkpoints = load_checkpoints(args.results, names)
         comparison = compare(checkpoints, args.threshold, args.published)
         print_comparison(comparison, Console(highlight=False))
+        if args.published and not comparison.has_published:
+            print("yoco-eval: nothing was published of these tasks", file=sys.stderr)
         for path in args.output:
             save_comparison(comparison, path)
             print(f"wrote {path}")

@@ -91,7 +91,7 @@ function showSamples(cell) {
   const body = document.getElementById("samples-body");
   body.replaceChildren();
   if (!samples.length) {
-    body.append(element("p", "The samples of this cell were not logged: lm_eval --log_samples does."));
+    body.append(element("p", "There are no logged samples of this cell: lm_eval --log_samples writes them."));
   }
   const right = (sample) => sample.answers.find((answer) => answer.checkpoint === chosen).right;
   samples.sort((a, b) => right(a) - right(b) || a.sample - b.sample);  // failures first

@@ -82,7 +82,7 @@ def test_logged_samples_stand_with_their_cells(tmp_path):
     assert any("not paired: an older" in caveat.reason for caveat in comparison.caveats)
     (skip,) = comparison.checkpoints[0].skipped
     assert (skip.path.name, skip.reason) == (
-        log.name, "1 of its lines are no samples of yoco_needle",
+        log.name, "lines that are no samples of yoco_needle: 1",
     )  # fmt: skip
 
 

@@ -138,6 +138,16 @@ def test_names(tmp_path):
             load_checkpoints(several, given)
 
 
+def test_a_folder_of_several_models_is_told(tmp_path, caplog):
+    """As lm-eval makes it of two evaluations with one --output_path."""
+    for date, name in enumerate(("old", "new")):
+        write(tmp_path / name, needle_results(half, name, date=1e9 + date))
+    assert load(tmp_path).needles["yoco_needle"].path.parent.name == "new"
+    assert f"{tmp_path} holds results of several models; only those of new count" in caplog.text
+    with pytest.raises(ResultsError, match="both hold results_2025.*; give each checkpoint's own"):
+        load_checkpoints([tmp_path, tmp_path / "new"])
+
+
 def test_logged_samples(tmp_path):
     write(tmp_path, needle_results(half), "results_2025.json")
     doc = {
