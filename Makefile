@@ -21,7 +21,7 @@ demo: .venv/installed
 # One thread for each of the two processes: more would wait for each other on two cores.
 test: .venv/installed-test
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # torch comes first and alone, so that its pin decides which build is taken.
 .venv/installed: setup.cfg setup.py pyproject.toml constraints.txt

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.tasks._index import TaskIndex
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from yoco_eval.cli import main
@@ -176,6 +177,22 @@ class Bomb:
         return os.mkdir, (str(self.target),)
 
 
+@pytest.fixture(scope="module")
+def indexed_once():
+    """Has lm-eval read its thousands of task files once for all tests, which takes it seconds."""
+    build, built = TaskIndex.build, {}
+
+    def build_once(paths, **options):
+        key = (*map(str, paths), *sorted(options.items()))
+        if key not in built:
+            built[key] = build(paths, **options)
+        return dict(built[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build_once))
+        yield
+
+
 @pytest.mark.parametrize(
     ("arguments", "grid", "message"),
     [
@@ -194,7 +211,7 @@ class Bomb:
         ("", {"sample": 3}, "'sample' is unknown; did you mean 'samples'?"),
     ],
 )  # fmt: skip
-def test_bad_input(bad, monkeypatch, arguments, grid, message):
+def test_bad_input(bad, indexed_once, monkeypatch, arguments, grid, message):
     """Refused in one line, before anything is computed."""
     grid = {k: v.format(bad=bad) if isinstance(v, str) else v for k, v in {**GRID, **grid}.items()}
     given = ["--model_args", arguments.format(bad=bad)] if arguments else []

@@ -107,3 +107,12 @@ def trained_to(limit):
         return 1.0 if (1 - depth) * length <= limit else 0.02
 
     return accuracy
+
+
+def write_family(folder):
+    """Folders of four stages of context extension, which were given the same prompts."""
+    folders = []
+    for name, limit in {"4k": 2**12, "64k": 2**16, "256k": 2**18, "1m": 2**20}.items():
+        data = needle_results(trained_to(limit), f"demo-{name}", draws=name)
+        folders.append(write(folder / f"demo-{name}" / "abc", data).parent.parent)
+    return folders
