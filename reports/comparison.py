@@ -32,7 +32,7 @@ from .differences import (
     needle_tests,
 )
 from .profile import Profile
-from .results import NeedleRun, ResultsError
+from .results import NeedleRun, ResultsError, common_grid
 from .runs import Checkpoint, Skipped
 from .samples import NeedleSample, read_samples
 from .setups import SetupDifference, find_differences
@@ -104,11 +104,11 @@ class NeedleTask:
 
     @property
     def context_lengths(self) -> list[int]:
-        return sorted({length for run in self.runs for length in run.context_lengths})
+        return common_grid(self.runs)[0]
 
     @property
     def depths(self) -> list[float]:
-        return sorted({depth for run in self.runs for depth in run.depths})
+        return common_grid(self.runs)[1]
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def _needle_tasks(
     found = []
     for task in tasks:
         runs = [checkpoint.needles.get(task) for checkpoint in checkpoints]
-        lengths = {length for run in runs if run for length in run.context_lengths}
+        lengths, _ = common_grid(filter(None, runs))
         results = tuple(
             _needle_result(run, lengths, logged.get(task, []), threshold) if run else None
             for run, logged in zip(runs, samples, strict=True)
@@ -284,7 +284,7 @@ def _needle_tasks(
 
 
 def _needle_result(
-    run: NeedleRun, lengths: set[int], samples: Sequence[NeedleSample], threshold: float
+    run: NeedleRun, lengths: Sequence[int], samples: Sequence[NeedleSample], threshold: float
 ) -> NeedleResult:
     """lengths: those of all checkpoints."""
     by_length = []
@@ -296,7 +296,7 @@ def _needle_result(
                                  threshold)  # fmt: skip
     beyond = [one for one in by_length if one.context_length > (effective or 0)]
     too_few = bool(beyond) and beyond[0].correct == beyond[0].samples
-    gaps = any(length < (effective or 0) for length in lengths.difference(run.context_lengths))
+    gaps = any(length < (effective or 0) for length in set(lengths) - set(run.context_lengths))
     grid: dict[tuple[int, float], tuple[NeedleSample, ...]] = {}
     for sample in samples:
         cell = sample.context_length, sample.depth

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from yoco_eval import __version__
 from yoco_eval.lengths import format_length
 
 from .comparison import Comparison, NeedleResult, NeedleTask
-from .comparison_figures import curve_panels, file_name
+from .comparison_figures import Panel, curve_panels, file_name
 from .comparison_tables import (
     GAPS,
     NEEDLES,
@@ -90,7 +90,8 @@ def html(comparison: Comparison) -> str:
     environment.filters["key"] = _sort_key
     parts = environment.get_template("parts.html").module
     with figure_style(**{"axes.facecolor": "none"}, **dict.fromkeys(_INKED, _INK)):
-        shown = [_show(comparison, section) for section in sections(comparison)]
+        curves = curve_panels(comparison)
+        shown = [_show(comparison, section, curves) for section in sections(comparison)]
     return environment.get_template("page.html").render(
         version=__version__,
         names=comparison.names,
@@ -102,7 +103,7 @@ def html(comparison: Comparison) -> str:
         data=_embedded(
             {
                 "names": comparison.names,
-                "samples": _samples(comparison),
+                "samples": [_samples(task) for task in comparison.needles],
                 "colors": _COLORS | {"--ink": "#000000"},  # of figures that are saved
             }
         ),
@@ -119,14 +120,14 @@ def _embedded(data: Any) -> Markup:
     return Markup(text)
 
 
-def _show(comparison: Comparison, section: Section) -> _Shown:
+def _show(comparison: Comparison, section: Section, curves: Sequence[Panel]) -> _Shown:
     heatmaps = {}
     if section.title == NEEDLES:
         for place, task in enumerate(comparison.needles):
             heatmaps[task.task] = list(_heatmaps(comparison, place))
     figures = [
         _Drawn(panel.name, panel.title, _svg(panel.figure(), panel.name, panel.title))
-        for panel in curve_panels(comparison)
+        for panel in curves
         if panel.section == section.title
     ]
     return _Shown(section, heatmaps, figures)
@@ -231,12 +232,8 @@ def _svg(figure: Figure, prefix: str, title: str, overlay: ET.Element | None = N
     return Markup(ET.tostring(root, encoding="unicode"))
 
 
-def _samples(comparison: Comparison) -> list[dict[str, list[dict[str, Any]]]]:
-    """By task and cell: prompts, each once, with the answers of all checkpoints that got it."""
-    return [_samples_of(task) for task in comparison.needles]
-
-
-def _samples_of(task: NeedleTask) -> dict[str, list[dict[str, Any]]]:
+def _samples(task: NeedleTask) -> dict[str, list[dict[str, Any]]]:
+    """By cell: prompts, each once, with the answers of all checkpoints that got it."""
     cells: dict[str, dict[tuple, dict[str, Any]]] = {}
     for index, result in enumerate(task.results):
         for (context_length, depth), samples in (result.samples if result else {}).items():

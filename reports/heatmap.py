@@ -26,7 +26,7 @@ from rich.text import Text
 from yoco_eval.lengths import format_length
 
 from .files import FIGURES, check_path, write_atomically, write_figure
-from .results import NeedleCell, NeedleRun
+from .results import NeedleCell, NeedleRun, common_grid
 from .style import COLUMN_WIDTH, FONT, PAGE_WIDTH, TITLE_FONT, figure_style
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def heatmap_figure(
 
     beside: as in `draw_heatmap`.
     """
-    lengths, depths = _grid([run, *beside])
+    lengths, depths = common_grid([run, *beside])
     ticks = text_width(format_depths(depths), FONT) / 72
     left, right = 0.32 + ticks, 0.6
     figures, columns = cell_figures(run, beside), len(lengths)
@@ -115,7 +115,7 @@ def draw_heatmap(run: NeedleRun, ax: Axes, beside: Sequence[NeedleRun] = ()) -> 
     Returns the coloured cells. Fonts are sized to fit; figures too small to read are left out, with
     a warning.
     """
-    lengths, depths = _grid([run, *beside])
+    lengths, depths = common_grid([run, *beside])
     accuracy = {(cell.context_length, cell.depth): cell.accuracy for cell in run.cells}
     grid = [[accuracy.get((n, depth), math.nan) for n in lengths] for depth in depths]
     ax.set(xlim=(0, len(lengths)), ylim=(len(depths), 0))
@@ -209,12 +209,6 @@ def describe(run: NeedleRun) -> str:
         f"{span} sample{'s' * (span != '1')} per cell, "
         f"{run.prompts} prompt{'s' * (run.prompts != 1)}"
     )
-
-
-def _grid(runs: Sequence[NeedleRun]) -> tuple[list[int], list[float]]:
-    """The context lengths and depths of any of them."""
-    lengths = sorted({length for run in runs for length in run.context_lengths})
-    return lengths, sorted({depth for run in runs for depth in run.depths})
 
 
 def cell_figures(run: NeedleRun, beside: Sequence[NeedleRun] = ()) -> dict[NeedleCell, str]:

@@ -8,6 +8,7 @@ task and whatever backend left such cells, they are read alike.
 import json
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -127,6 +128,13 @@ class NeedleRun:
     def accuracy(self) -> float:
         """The share of all prompts answered right."""
         return sum(cell.correct for cell in self.cells) / self.prompts
+
+
+def common_grid(runs: Iterable[NeedleRun]) -> tuple[list[int], list[float]]:
+    """The context lengths and depths of any of the runs, ascending."""
+    cells = [cell for run in runs for cell in run.cells]
+    lengths = sorted({cell.context_length for cell in cells})
+    return lengths, sorted({cell.depth for cell in cells})
 
 
 def read_results(path: Path) -> ResultsFile:
