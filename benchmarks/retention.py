@@ -3,7 +3,9 @@
     python benchmarks/retention.py [--tokens 32768] [--output retention.json]
 
 The floor is the time in which a copy, measured in the same run, moves what the operation must read
-and write once: q, k, v, output, the swish gate and the last states where there are any. The peer is
+and write once: q, k, v, output, the swish gate and the last states where there are any. The gates'
+logits are normal numbers, with which a state forgets by 2^-126 in 1700 tokens, and the kernels do
+not sum what is forgotten; and these plus 8, which forget nothing in any text. The peer is
 flash-linear-attention's chunk_simple_gla, where that is installed; it gets the logarithms of the
 gates ready-made, and neither rotates, normalises nor applies a gate. The step of decoding is timed
 in a CUDA graph of many, each with a state of its own.
@@ -49,6 +51,7 @@ def main() -> None:
     one, many = (args.tokens,), (PACKED,) * (args.tokens // PACKED)
     rows = [
         prefill(f"{args.tokens} tokens", one, bandwidth, device, bare=True),
+        prefill("with gates that forget nothing", one, bandwidth, device, bare=True, open_by=8),
         prefill("with rotary, norm and swish", one, bandwidth, device, bare=False),
         prefill(f"{len(many)} x {PACKED} tokens packed", many, bandwidth, device, bare=True),
         step(bandwidth, device),
@@ -58,10 +61,16 @@ def main() -> None:
 
 
 def prefill(
-    case: str, lengths: tuple[int, ...], bandwidth: float, device: torch.device, bare: bool
+    case: str,
+    lengths: tuple[int, ...],
+    bandwidth: float,
+    device: torch.device,
+    bare: bool,
+    open_by: float = 0,
 ) -> dict[str, str | float | None]:
     sequences = Sequences(lengths, (0,) * len(lengths), device)
     q, k, v, swish, gate = inputs(sequences.total, device)
+    gate += open_by
     angles = rotary_angles(sequences.positions, DIM, THETA, q.dtype)
     parts = (None, None) if bare else (angles, swish)
     arguments = (q, k, v, gate, sequences, None, *parts)

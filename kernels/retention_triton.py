@@ -225,6 +225,32 @@ def _head(x_ptr, start, row_stride, head, rows, mask, DIM: tl.constexpr, PADDED:
     return tl.load(x_ptr + at, mask=mask, other=0.0)
 
 
+@triton.jit
+def _lasting_chunks(gate_ptr, gate_row, first, end, CHUNK: tl.constexpr):
+    """Of a segment of whole chunks, how many at its end add to the state after it.
+
+    What the gates after a chunk let through must not be below float32's smallest normal number.
+    """
+    MANY: tl.constexpr = 16  # chunks at a time; the loads of more take too many registers
+    SMALLEST: tl.constexpr = -126.0  # its logarithm
+    gate_ptr += (end - 1) * tl.cast(gate_row, tl.int64)
+    back = tl.arange(0, MANY * CHUNK)
+    chunk = tl.arange(0, MANY)
+    count = 0
+    after = 0.0
+    while (count < (end - first) // CHUNK) & (after >= SMALLEST):
+        # The gates of the chunk after each: its last token's first.
+        token = (count - 1) * CHUNK + back
+        there = (token >= 0) & (token < end - first)
+        gate = tl.load(gate_ptr - token * gate_row, mask=there, other=0.0)
+        log_gate = tl.where(there, _log_gate(gate.to(tl.float32)), 0.0)
+        decay = after + tl.cumsum(tl.sum(tl.reshape(log_gate, (MANY, CHUNK)), axis=1), axis=0)
+        here = (count + chunk) * CHUNK < end - first
+        after = tl.min(decay, axis=0)
+        count += tl.sum((here & (decay >= SMALLEST)).to(tl.int32), axis=0)
+    return count
+
+
 @triton.jit(do_not_specialize=["k_row", "v_row", "gate_row"])
 def _sum_segments(
     k_ptr,  # [T, HEADS, DIM]
@@ -246,7 +272,7 @@ def _sum_segments(
     """What a segment of whole chunks adds to the state.
 
     It walks from the last chunk to the first, so that the sum needs no decay, and leaves in the L2
-    cache what `_retain` reads first.
+    cache what `_retain` reads first. It stops where the gates have let nothing through.
     """
     TILES: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     PRECISION: tl.constexpr = "ieee" if k_ptr.dtype.element_ty == tl.float32 else "tf32"
@@ -265,9 +291,10 @@ def _sum_segments(
     scale = DIM**-0.5
     sums = tl.zeros((BLOCK, PADDED), tl.float32)
     after = 0.0  # log-decay from the end of the chunk to the end of the segment
+    chunks = _lasting_chunks(gate_ptr + head, gate_row, first, end, CHUNK)
     gates = gate_ptr + head + rows * gate_row
     gate = tl.load(gates + (end - CHUNK) * tl.cast(gate_row, tl.int64))
-    for i in range(0, (end - first) // CHUNK):
+    for i in range(0, chunks):
         start = end - (i + 1) * CHUNK
         k = _head(k_ptr, start, k_row * UNIT, head, rows, k_mask, DIM, PADDED)
         v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)

@@ -286,6 +286,28 @@ def test_triton_extreme_gates(triton_version, close, dtype, device, gate):
     compare(triton_version, close, args | {"gate": torch.full_like(args["gate"], gate)})
 
 
+@pytest.mark.parametrize("reach", [500, 1e6], ids=["500_tokens", "all"])
+def test_triton_sums_of_long_segments(triton_version, close, dtype, device, reach, monkeypatch):
+    """Gates of which so many in a row let 2^-126 through, in segments of 1200 tokens."""
+    monkeypatch.setattr(triton_version, "programs", lambda device: 2)
+    args = packed([2401], 1, 16, dtype, device, states=1)
+    gate = torch.tensor(2 ** (-126 * 16 / reach), dtype=torch.float64).logit().item()
+    compare(triton_version, close, args | {"gate": torch.full_like(args["gate"], gate)})
+
+
+def test_triton_sums_leave_out_what_has_decayed(
+    triton_version, close, dtype, device, monkeypatch
+):
+    monkeypatch.setattr(triton_version, "programs", lambda device: 2)
+    args = packed([2401], 1, 16, dtype, device) | {"angles": None, "keep": False}
+    args["gate"].fill_(-1.0)  # 2^-126 in 1065 tokens
+    expected, _ = gated_retention_reference(**in_float64(args))
+    args["k"][:64] = float("nan")
+    out, _ = triton_version.gated_retention(**args)
+    assert out[:1200].isnan().all()  # in its own segment, all outputs see it
+    close(out[1216:], expected[1216:])
+
+
 @pytest.mark.parametrize("dim", [4, 8, 32, 48, 64, 96, 128, 256])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_triton_step(triton_version, close, dtype, device, dim, batch):
