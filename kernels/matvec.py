@@ -2,8 +2,8 @@
 
 Decoding one token reads every weight once and computes next to nothing with it, so its time is the
 weights' bytes over the memory's bandwidth, and launches: each function here is one launch, then.
-For more rows they are the library's matrix product with the other operations beside it. Rows of
-all matrices are contiguous.
+For more rows they are the library's matrix product with the other operations beside it, but SwiGLU
+may be fused (`swiglu_linear`). Rows of all matrices are contiguous.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dispatch import run_triton, use_triton
 from .norm import rms_norm
-from .swiglu import swiglu
+from .swiglu_linear import swiglu_linear
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -50,7 +50,7 @@ def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: floa
         from .matvec_triton import norm_swiglu_linear as fast
 
         return run_triton(fast, x, norm_weight, weight, eps)
-    return swiglu(F.linear(rms_norm(x, norm_weight, eps), weight))
+    return swiglu_linear(rms_norm(x, norm_weight, eps), weight)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:

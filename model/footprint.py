@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from yoco_eval.kernels.dispatch import triton_takes
+from yoco_eval.kernels.swiglu_linear import fused
 
 from .config import YocoConfig
 from .yoco import Yoco
@@ -115,7 +116,10 @@ def _activation_bytes(
         mixer += 8 * dim + dim * config.self_head_dim // 32
     elif dtype == torch.float16 and not config.sliding_window:
         mixer += 8 * dim  # retention runs in float32
-    feed_forward = 2 * hidden + max(dim, hidden)
+    if fused(chunk, dim, hidden, dtype, device):
+        feed_forward = dim + hidden
+    else:
+        feed_forward = 2 * hidden + max(dim, hidden)
     angles = config.self_head_dim + config.attn_head_dim
     layer = chunk * (dim + angles + max(mixer, feed_forward)) * dtype.itemsize
     scoring = logits * (dtype.itemsize + 3 * max(dtype.itemsize, 4))
