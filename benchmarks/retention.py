@@ -7,7 +7,7 @@ and write once: q, k, v, output, the swish gate and the last states where there 
 logits are normal numbers, with which a state forgets by 2^-126 in 1700 tokens, and the kernels do
 not sum what is forgotten; and these plus 8, which forget nothing in any text. The peer is
 flash-linear-attention's chunk_simple_gla, where that is installed; it gets the logarithms of the
-gates ready-made, and neither rotates, normalises nor applies a gate. The step of decoding is timed
+gates ready-made, and neither normalises nor applies a gate. The step of decoding is timed
 in a CUDA graph of many, each with a state of its own.
 """
 
@@ -52,7 +52,7 @@ def main() -> None:
     rows = [
         prefill(f"{args.tokens} tokens", one, bandwidth, device, bare=True),
         prefill("with gates that forget nothing", one, bandwidth, device, bare=True, open_by=8),
-        prefill("with rotary, norm and swish", one, bandwidth, device, bare=False),
+        prefill("with norm and swish", one, bandwidth, device, bare=False),
         prefill(f"{len(many)} x {PACKED} tokens packed", many, bandwidth, device, bare=True),
         step(bandwidth, device),
     ]
@@ -71,9 +71,7 @@ def prefill(
     sequences = Sequences(lengths, (0,) * len(lengths), device)
     q, k, v, swish, gate = inputs(sequences.total, device)
     gate += open_by
-    angles = rotary_angles(sequences.positions, DIM, THETA, q.dtype)
-    parts = (None, None) if bare else (angles, swish)
-    arguments = (q, k, v, gate, sequences, None, *parts)
+    arguments = (q, k, v, gate, sequences, None, None if bare else swish)
     moved = (4 if bare else 5) * q.numel() * q.element_size() + gate.nbytes
     moved += len(lengths) * HEADS * DIM * DIM * 4
     peer = simple_gla(q, k, v, gate, sequences) if bare else None

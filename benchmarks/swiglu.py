@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from common import environment, lengths, report, require_gpu, seconds
 
+from yoco_eval.kernels.fused_linear import fuses_swiglu, swiglu_linear
 from yoco_eval.kernels.swiglu import swiglu
-from yoco_eval.kernels.swiglu_linear import fused, swiglu_linear
 from yoco_eval.model.shapes import SHAPES
 
 TURN = 0.25  # seconds
@@ -38,7 +38,7 @@ def main() -> None:
     rows = []
     for tokens in args.tokens:
         x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
-        if not fused(tokens, width, hidden, x.dtype, device):
+        if not fuses_swiglu(tokens, width, hidden, x.dtype, device):
             sys.exit(f"error: {tokens} tokens are not fused on this card")
         rows.append({"tokens": tokens} | compare(x, weight, args.turns))
     title = f"SwiGLU of a matrix product, K = {width}, F = {hidden}, bfloat16"

@@ -3,7 +3,7 @@
 Decoding one token reads every weight once and computes next to nothing with it, so its time is the
 weights' bytes over the memory's bandwidth, and launches: each function here is one launch, then.
 For more rows they are the library's matrix product with the other operations beside it, but SwiGLU
-may be fused (`swiglu_linear`). Rows of all matrices are contiguous.
+may be fused (`fused_linear`). Rows of all matrices are contiguous.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import run_triton, use_triton
+from .fused_linear import swiglu_linear
 from .norm import rms_norm
-from .swiglu_linear import swiglu_linear
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:

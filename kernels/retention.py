@@ -11,8 +11,8 @@ Shapes of the three forms: q, k [B, H, T, Dk]; v [B, H, T, Dv]; log_gate [B, H, 
 state [B, H, Dk, Dv] (None stands for zeros); outputs [B, H, T, Dv] in v's dtype.
 
 What a layer calls is `gated_retention`, over sequences packed on one token axis, and, for one token
-of each, `gated_retention_step`: they also rotate, scale, take the gate's logarithm, normalise and
-apply the swish gate. On a GPU both are Triton kernels (`retention_triton`).
+of each, `gated_retention_step`: they also scale, take the gate's logarithm, normalise and apply the
+swish gate, and the step rotates. On a GPU both are Triton kernels (`retention_triton`).
 
 Scores, states and sums may exceed float16's range. Float16 inputs are therefore multiplied as
 float32 ones, on a GPU without its tensor cores: their prefill is slower than bfloat16's. An output
@@ -40,7 +40,6 @@ def gated_retention(
     gate: Tensor,
     sequences: Sequences,
     states: Tensor | None = None,
-    angles: tuple[Tensor, Tensor] | None = None,
     swish: Tensor | None = None,
     eps: float = 1e-5,
     keep: bool = True,
@@ -48,13 +47,12 @@ def gated_retention(
     """Gated retention of packed sequences, each with its own starting state.
 
     Args:
-        q, k, v: [T, H, D], views with any row stride; k is scaled by D^(-1/2) here.
+        q, k, v: [T, H, D], views with any row stride. q and k are rotated, k is yet to be scaled
+            by D^(-1/2).
         gate: [T, H], the gates' logits: a = logsigmoid(gate) / 16, in float32.
         sequences: which tokens form a sequence, and which state it continues.
         states: [m, H, D, D] float32 (float64 for float64 inputs), of which `sequences.sources`
             picks each sequence's; None stands for zeros. Not changed.
-        angles: cos and sin [T, D / 2] by which q and k are rotated, in place where that is faster:
-            do not use them afterwards. None: they are not rotated.
         swish: [T, H, D]: the output is silu(swish) * RMSNorm(o) over each head; None: o itself.
         eps: of that RMSNorm, which has no weight.
         keep: whether the states after the sequences are asked for.
@@ -69,9 +67,9 @@ def gated_retention(
         dtype = q.dtype
         if dtype == torch.float16:
             q, k, v, swish = (x if x is None else x.float() for x in (q, k, v, swish))
-        out, last = run_triton(fast, q, k, v, gate, sequences, states, angles, swish, eps, keep)
+        out, last = run_triton(fast, q, k, v, gate, sequences, states, swish, eps, keep)
         return out.to(dtype), last
-    return gated_retention_reference(q, k, v, gate, sequences, states, angles, swish, eps, keep)
+    return gated_retention_reference(q, k, v, gate, sequences, states, swish, eps, keep)
 
 
 def gated_retention_reference(
@@ -81,14 +79,11 @@ def gated_retention_reference(
     gate: Tensor,
     sequences: Sequences,
     states: Tensor | None = None,
-    angles: tuple[Tensor, Tensor] | None = None,
     swish: Tensor | None = None,
     eps: float = 1e-5,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """`gated_retention` in PyTorch, on any device and differentiable."""
-    if angles is not None:
-        q, k = rotate(q, angles), rotate(k, angles)
     k = _wide(k) * q.shape[-1] ** -0.5
     inputs = (q, k, _wide(v), retention_log_gate(gate))
     if states is not None and sequences.sources is not None:

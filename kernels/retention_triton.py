@@ -11,9 +11,9 @@ heads of 128 and s = 11 that is 5.8 x 192 MiB in bfloat16, or 0.39 ms at 3 TB/s,
 states, which mostly stay in the L2 cache. Operations: per token and head 2 D (3 D + 2 C) for chunks
 of C = 64, 1.0e11 in that example, 0.10 ms at 1 PFLOP/s.
 
-Rotation before 1, and norm and gate after 3, move 4 and 3 x 192 MiB more. In `_retain` they cost
-more than that: its state fills the registers, so that one program runs at a time on a
-multiprocessor, and nothing hides what they wait for.
+4 moves 3 x 192 MiB more. In `_retain` norm and gate cost more than that: its state fills the
+registers, so that one program runs at a time on a multiprocessor, and nothing hides what they wait
+for.
 
 The step reads and writes a float32 state once, 8 D^2 bytes per sequence and head, 3 MiB for 24
 heads of 128, with 5 operations for each number of it.
@@ -33,7 +33,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import in_units, padded, programs
-from .rotary import rotate
 from .sequences import Sequences, to_device
 
 MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
@@ -49,7 +48,6 @@ def gated_retention(
     gate: Tensor,
     sequences: Sequences,
     states: Tensor | None,
-    angles: tuple[Tensor, Tensor] | None,
     swish: Tensor | None,
     eps: float,
     keep: bool,
@@ -77,8 +75,6 @@ def gated_retention(
     if states is not None:
         states = states.contiguous()
 
-    if angles is not None:
-        q, k = rotate(q, angles, in_place=True), rotate(k, angles, in_place=True)
     unit, (q_row, k_row, v_row) = in_units(q.stride(0), k.stride(0), v.stride(0))
     shared = {
         "HEADS": heads,
@@ -225,32 +221,6 @@ def _head(x_ptr, start, row_stride, head, rows, mask, DIM: tl.constexpr, PADDED:
     return tl.load(x_ptr + at, mask=mask, other=0.0)
 
 
-@triton.jit
-def _lasting_chunks(gate_ptr, gate_row, first, end, CHUNK: tl.constexpr):
-    """Of a segment of whole chunks, how many at its end add to the state after it.
-
-    What the gates after a chunk let through must not be below float32's smallest normal number.
-    """
-    MANY: tl.constexpr = 16  # chunks at a time; the loads of more take too many registers
-    SMALLEST: tl.constexpr = -126.0  # its logarithm
-    gate_ptr += (end - 1) * tl.cast(gate_row, tl.int64)
-    back = tl.arange(0, MANY * CHUNK)
-    chunk = tl.arange(0, MANY)
-    count = 0
-    after = 0.0
-    while (count < (end - first) // CHUNK) & (after >= SMALLEST):
-        # The gates of the chunk after each: its last token's first.
-        token = (count - 1) * CHUNK + back
-        there = (token >= 0) & (token < end - first)
-        gate = tl.load(gate_ptr - token * gate_row, mask=there, other=0.0)
-        log_gate = tl.where(there, _log_gate(gate.to(tl.float32)), 0.0)
-        decay = after + tl.cumsum(tl.sum(tl.reshape(log_gate, (MANY, CHUNK)), axis=1), axis=0)
-        here = (count + chunk) * CHUNK < end - first
-        after = tl.min(decay, axis=0)
-        count += tl.sum((here & (decay >= SMALLEST)).to(tl.int32), axis=0)
-    return count
-
-
 @triton.jit(do_not_specialize=["k_row", "v_row", "gate_row"])
 def _sum_segments(
     k_ptr,  # [T, HEADS, DIM]
@@ -272,10 +242,12 @@ def _sum_segments(
     """What a segment of whole chunks adds to the state.
 
     It walks from the last chunk to the first, so that the sum needs no decay, and leaves in the L2
-    cache what `_retain` reads first. It stops where the gates have let nothing through.
+    cache what `_retain` reads first. It stops where the gates let through less than float32 holds.
     """
     TILES: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     PRECISION: tl.constexpr = "ieee" if k_ptr.dtype.element_ty == tl.float32 else "tf32"
+    BATCH: tl.constexpr = 16  # chunks, after which the gates are asked
+    SMALLEST: tl.constexpr = -126.0  # log2 of float32's smallest normal number
     tile = tl.program_id(0) % TILES
     head = tl.program_id(0) // TILES % HEADS
     segment = tl.program_id(0) // (TILES * HEADS)
@@ -291,20 +263,25 @@ def _sum_segments(
     scale = DIM**-0.5
     sums = tl.zeros((BLOCK, PADDED), tl.float32)
     after = 0.0  # log-decay from the end of the chunk to the end of the segment
-    chunks = _lasting_chunks(gate_ptr + head, gate_row, first, end, CHUNK)
     gates = gate_ptr + head + rows * gate_row
     gate = tl.load(gates + (end - CHUNK) * tl.cast(gate_row, tl.int64))
-    for i in range(0, chunks):
-        start = end - (i + 1) * CHUNK
-        k = _head(k_ptr, start, k_row * UNIT, head, rows, k_mask, DIM, PADDED)
-        v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
-        log_gate = _log_gate(gate.to(tl.float32))
-        # Loaded one chunk ahead; at the last one, that chunk's own again.
-        gate = tl.load(gates + tl.maximum(start - CHUNK, first) * tl.cast(gate_row, tl.int64))
-        weight = tl.exp2(after + tl.cumsum(log_gate, axis=0, reverse=True) - log_gate) * scale
-        after += tl.sum(log_gate, axis=0)
-        k = (k * weight[:, None]).to(v.dtype)
-        sums = tl.dot(tl.trans(v), k, sums, input_precision=PRECISION)
+    chunks = (end - first) // CHUNK
+    for batch in range(0, chunks, BATCH):
+        stop = tl.minimum(batch + BATCH, chunks)
+        if after < SMALLEST:
+            stop = batch
+        for i in range(batch, stop):
+            start = end - (i + 1) * CHUNK
+            k = _head(k_ptr, start, k_row * UNIT, head, rows, k_mask, DIM, PADDED)
+            v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
+            log_gate = _log_gate(gate.to(tl.float32))
+            # Loaded one chunk ahead; at the last one, that chunk's own again.
+            ahead = tl.maximum(start - CHUNK, first)
+            gate = tl.load(gates + ahead * tl.cast(gate_row, tl.int64))
+            weight = tl.exp2(after + tl.cumsum(log_gate, axis=0, reverse=True) - log_gate) * scale
+            after += tl.sum(log_gate, axis=0)
+            k = (k * weight[:, None]).to(v.dtype)
+            sums = tl.dot(tl.trans(v), k, sums, input_precision=PRECISION)
 
     state = segment.to(tl.int64) * HEADS + head
     at = value[:, None] + channel * DIM

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from yoco_eval.kernels.dispatch import triton_takes
-from yoco_eval.kernels.swiglu_linear import fused
+from yoco_eval.kernels.fused_linear import fuses_swiglu
 
 from .config import YocoConfig
 from .yoco import Yoco
@@ -116,7 +116,7 @@ def _activation_bytes(
         mixer += 8 * dim + dim * config.self_head_dim // 32
     elif dtype == torch.float16 and not config.sliding_window:
         mixer += 8 * dim  # retention runs in float32
-    if fused(chunk, dim, hidden, dtype, device):
+    if fuses_swiglu(chunk, dim, hidden, dtype, device):
         feed_forward = dim + hidden
     else:
         feed_forward = 2 * hidden + max(dim, hidden)

@@ -99,9 +99,13 @@ class Stack(nn.Module):
             address += weight.nbytes
         return memory.nbytes() == self._shape[0] * self._shape[1] * weights[0].itemsize
 
-    def split(self, y: Tensor) -> tuple[Tensor, ...]:
-        """The output [T, rows] of the matrix product, cut into the maps' own: views."""
-        return y.split(self._sizes, dim=-1)[: len(self._linears)]
+    def split(self, y: Tensor, first: int = 0) -> tuple[Tensor, ...]:
+        """The output [T, rows] of the matrix product, cut into the maps' own: views.
+
+        Args:
+            first: the map with which y begins, where it is the product with part of the matrix.
+        """
+        return y.split(self._sizes[first:], dim=-1)[: len(self._linears) - first]
 
 
 def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -25,6 +25,7 @@ from yoco_eval.kernels.attention import (
 )
 from yoco_eval.kernels.cache import store_keys_values
 from yoco_eval.kernels.dispatch import use_triton
+from yoco_eval.kernels.fused_linear import rotary_linear
 from yoco_eval.kernels.matvec import linear_add, norm_linear, norm_swiglu_linear
 from yoco_eval.kernels.norm import rms_norm
 from yoco_eval.kernels.retention import gated_retention, gated_retention_step
@@ -82,26 +83,27 @@ class GatedRetention(nn.Module):
         self.out_proj = linear(config.dim, config.dim)
         self.stack = Stack(self, "q_proj", "k_proj", "v_proj", "g_proj", "gt_proj")
 
-    def project(self, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        y = norm_linear(x, norm, self.stack.weight, self.eps)
-        *parts, gate = self.stack.split(y)
-        q, k, v, swish = (part.unflatten(-1, (self.heads, self.head_dim)) for part in parts)
-        return q, k, v, swish, gate
-
     def forward(
         self, x: Tensor, norm: Tensor, angles: Angles, sequences: Sequences, state: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v, swish, gate = self.project(x, norm)
-        out, state = gated_retention(
-            q, k, v, gate, sequences, state, angles, swish, self.eps, keep
+        rotated, rest = rotary_linear(
+            rms_norm(x, norm, self.eps), self.stack.weight, angles, 2 * self.heads * self.head_dim
         )
+        q, k = rotated.chunk(2, dim=1)
+        *parts, gate = self.stack.split(rest, first=2)
+        v, swish = (self._heads(part) for part in parts)
+        out, state = gated_retention(q, k, v, gate, sequences, state, swish, self.eps, keep)
         return linear_add(out.flatten(-2), self.out_proj.weight, x), state
 
     def step(self, x: Tensor, norm: Tensor, angles: Angles, state: Tensor) -> Tensor:
-        q, k, v, swish, gate = self.project(x, norm)
+        *parts, gate = self.stack.split(norm_linear(x, norm, self.stack.weight, self.eps))
+        q, k, v, swish = (self._heads(part) for part in parts)
         out = gated_retention_step(q, k, v, gate, state, angles, swish, self.eps)
         return linear_add(out.flatten(-2), self.out_proj.weight, x)
+
+    def _heads(self, part: Tensor) -> Tensor:
+        return part.unflatten(-1, (self.heads, self.head_dim))
 
 
 class SlidingWindowAttention(nn.Module):

@@ -132,7 +132,6 @@ def packed(
         "gate": gate,
         "sequences": sequences,
         "states": torch.randn(states, heads, dim, dim).to(device, wide) if states else None,
-        "angles": rotary_angles(sequences.positions, dim, 1e4, dtype),
         "swish": swish,
         "eps": 1e-3,
         "keep": True,
@@ -150,11 +149,9 @@ def in_float64(args):
     return {name: wide(x) for name, x in args.items()}
 
 
-def one_by_one(q, k, v, gate, sequences, states, angles, swish, eps, keep):
+def one_by_one(q, k, v, gate, sequences, states, swish, eps, keep):
     """Each sequence by itself, through the recurrence."""
     outputs, lasts = [], []
-    k = k if angles is None else rotate(k, angles)
-    q = q if angles is None else rotate(q, angles)
     for i, (start, end) in enumerate(zip(sequences.offsets, sequences.offsets[1:], strict=False)):
         source = i if sequences.sources is None else sequences.sources[i]
         parts = (x[None, start:end].transpose(1, 2) for x in (q, k / k.shape[-1] ** 0.5, v))
@@ -187,7 +184,7 @@ def test_each_sequence_continues_its_own_state_by_default():
 
 
 def test_what_is_not_asked_for_is_left_out():
-    args = packed([20, 4]) | {"angles": None, "swish": None, "keep": False}
+    args = packed([20, 4]) | {"swish": None, "keep": False}
     out, last = gated_retention(**args)
     assert last is None and out.is_contiguous()
     torch.testing.assert_close(out, one_by_one(**args)[0], rtol=0, atol=1e-11)
@@ -205,14 +202,19 @@ def test_gradients_flow_through_a_batch_of_packed_sequences():
 
 def step_arguments(args):
     """Those of `gated_retention_step`, of sequences of one token."""
-    return {name: args[name] for name in ("q", "k", "v", "gate", "angles", "swish", "eps")}
+    q = args["q"]
+    angles = rotary_angles(args["sequences"].positions, q.shape[2], 1e4, q.dtype)
+    return {name: args[name] for name in ("q", "k", "v", "gate", "swish", "eps")} | {
+        "angles": angles
+    }
 
 
 def test_step_changes_its_states_in_place():
     args = packed([1, 1, 1], states=3)
-    expected, last = one_by_one(**args)
-    state = args["states"].clone()
-    out = gated_retention_step(**step_arguments(args), state=state)
+    step, state = step_arguments(args), args["states"].clone()
+    rotated = {name: rotate(args[name], step["angles"]) for name in ("q", "k")}
+    expected, last = one_by_one(**args | rotated)
+    out = gated_retention_step(**step, state=state)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(state, last, rtol=0, atol=1e-12)
 
@@ -235,7 +237,7 @@ def compare(triton_version, close, args):
     """Runs the kernels and checks all that they return, and that the states are not changed."""
     states = None if args["states"] is None else args["states"].clone()
     expected, expected_last = gated_retention_reference(**in_float64(args))
-    out, last = triton_version.gated_retention(**args)  # which may overwrite q and k
+    out, last = triton_version.gated_retention(**args)
     assert out.dtype == args["q"].dtype and out.is_contiguous()
     close(out, expected)
     if args["keep"]:
@@ -261,11 +263,11 @@ def test_triton(triton_version, close, dtype, device, dim, lengths, given):
     sources = tuple((2 * i + 1) % 3 for i in range(len(lengths))) if given else None
     args = packed(lengths, 2, dim, dtype, device, sources, 3 if given else 0, pad=6)
     if not given:
-        args |= {"angles": None, "swish": None}
+        args |= {"swish": None}
     compare(triton_version, close, args)
 
 
-@pytest.mark.parametrize("changes", [{"angles": None}, {"swish": None}, {"keep": False}], ids=str)
+@pytest.mark.parametrize("changes", [{"swish": None}, {"keep": False}], ids=str)
 def test_triton_options(triton_version, close, dtype, device, changes):
     compare(triton_version, close, packed([200, 7], 1, 64, dtype, device) | changes)
 
@@ -299,8 +301,8 @@ def test_triton_sums_leave_out_what_has_decayed(
     triton_version, close, dtype, device, monkeypatch
 ):
     monkeypatch.setattr(triton_version, "programs", lambda device: 2)
-    args = packed([2401], 1, 16, dtype, device) | {"angles": None, "keep": False}
-    args["gate"].fill_(-1.0)  # 2^-126 in 1065 tokens
+    args = packed([2401], 1, 16, dtype, device) | {"keep": False}
+    args["gate"].fill_(-2.0)  # 2^-126 in 657 tokens
     expected, _ = gated_retention_reference(**in_float64(args))
     args["k"][:64] = float("nan")
     out, _ = triton_version.gated_retention(**args)
@@ -312,12 +314,13 @@ def test_triton_sums_leave_out_what_has_decayed(
 @pytest.mark.parametrize("batch", [1, 5])
 def test_triton_step(triton_version, close, dtype, device, dim, batch):
     args = packed([1] * batch, 3, dim, dtype, device, states=batch)
-    wide = in_float64(args)
-    out = triton_version.gated_retention_step(**step_arguments(args), state=args["states"])
-    expected = gated_retention_step_reference(**step_arguments(wide), state=wide["states"])
+    step, state = step_arguments(args), args["states"]
+    wide, wide_state = in_float64(step), state.double()
+    out = triton_version.gated_retention_step(**step, state=state)
+    expected = gated_retention_step_reference(**wide, state=wide_state)
     assert out.dtype == dtype and out.is_contiguous()
     close(out, expected)
-    close(args["states"], wide["states"])
+    close(state, wide_state)
 
 
 @pytest.mark.parametrize("lengths", [[1], [64], [65], [5000], [3000, 10, 640, 1], [64] * 50])
@@ -365,13 +368,14 @@ def test_sums_beyond_the_range_of_float16(kernels, device, monkeypatch):
         args = packed(lengths, dtype=torch.float16, device=device, states=2)
         args |= {name: 300 * args[name] for name in "qkv"}
         args["states"] = 1e6 * args["states"]
-        wide = in_float64(args)
-        expected, expected_last = gated_retention_reference(**wide)
         if lengths == [1, 1]:
-            last = args["states"].clone()
-            out = gated_retention_step(**step_arguments(args), state=last)
+            step, last = step_arguments(args), args["states"]
+            wide, expected_last = in_float64(step), last.double()
+            out = gated_retention_step(**step, state=last)
+            expected = gated_retention_step_reference(**wide, state=expected_last)
         else:
             out, last = gated_retention(**args)
+            expected, expected_last = gated_retention_reference(**in_float64(args))
         assert out.dtype == torch.float16 and last.dtype == torch.float32
         assert (out - expected).norm() < 1e-2 * expected.norm()
         assert (last - expected_last).norm() < 1e-2 * expected_last.norm()
