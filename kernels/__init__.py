@@ -1,1 +1,1 @@
-"""Pure functions on tensors: gated retention, attention, rotary embedding and normalisation."""
+"""Pure functions on tensors: retention, attention, rotary embedding, norms, matrix products."""

@@ -1,8 +1,11 @@
-"""Matrix products of many tokens with what follows them, in one kernel where that is faster.
+"""Matrix products of many tokens with what follows them, in the same kernel where that is faster.
 
 What follows a product is limited by memory: it reads what the product has just written. Fused, it
 is done while the numbers are still in registers. That asks for a product of our own, which keeps up
 with the library's on Hopper only; elsewhere the two run one after the other.
+
+Fused, a number is rounded once, at the end; otherwise after the product, too. So a half of SwiGLU's
+beyond float16's range is infinite only there.
 """
 
 from __future__ import annotations
@@ -18,22 +21,21 @@ from .dispatch import run_triton, triton_takes, use_triton
 from .rotary import rotate
 from .swiglu import swiglu
 
-_MIN_TOKENS = 2048  # of fewer, the library often cuts the product better
+MIN_TOKENS = 2048  # of fewer, the library often cuts the product better
 
 
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     """swiglu(x times the transpose of `weight`).
 
-    Fused, the product is rounded once, after SwiGLU; otherwise before it, too.
-
     Args:
-        x: [T, K], contiguous.
-        weight: [2 * F, K], contiguous, the rows of the activated half first.
+        x: [T, K].
+        weight: [2 * F, K], the rows of the activated half first.
 
     Returns:
         [T, F], of x's dtype.
     """
-    if use_triton(x, weight) and fuses_swiglu(*x.shape, len(weight) // 2, x.dtype, x.device):
+    takes = _described(x, weight) and use_triton(x, weight)
+    if takes and fuses_swiglu(*x.shape, len(weight) // 2, x.dtype, x.device):
         from .fused_linear_triton import swiglu_linear as fast
 
         return run_triton(fast, x, weight)
@@ -45,19 +47,20 @@ def rotary_linear(
 ) -> tuple[Tensor, Tensor]:
     """x times the transpose of `weight`, the first columns cut into heads and rotated.
 
-    Fused, these are rounded once, after the rotation; otherwise before it, too.
+    The product of the other columns is the library's in any case.
 
     Args:
-        x: [T, K], contiguous.
-        weight: [N, K], contiguous.
+        x: [T, K].
+        weight: [N, K].
         angles: cos and sin [T, D / 2] of `rotary_angles`, in x's dtype.
         columns: how many of the N are rotated, a multiple of D.
 
     Returns:
-        [T, columns / D, D] and [T, N - columns], of x's dtype.
+        [T, columns / D, D] and [T, N - columns], of x's dtype; they may be views of one matrix.
     """
     dim = 2 * angles[0].shape[1]
-    if use_triton(x, weight, *angles) and _fuses_rotation(*x.shape, dim, x.dtype, x.device):
+    takes = _described(x, weight, *angles) and use_triton(x, weight, *angles)
+    if takes and columns and _fuses_rotation(*x.shape, dim, x.dtype, x.device):
         from .fused_linear_triton import rotary_linear as fast
 
         heads = run_triton(fast, x, weight[:columns], angles)
@@ -76,29 +79,46 @@ def fuses_swiglu(
 def _fuses_rotation(
     tokens: int, width: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether the kernel takes heads of `dim` channels: some must fill its tile."""
+    """Whether x [tokens, width] times heads of `dim` channels is rotated by the product's kernel.
+
+    Whole heads fill its tile of 256 columns, and a row of angles takes 16 bytes at least.
+    """
     return dim in (16, 32, 64, 128, 256) and _fuses(tokens, width, dtype, device)
 
 
 def _fuses(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there are kernels for that, and enough tokens for them.
+    """Whether the kernels take x [tokens, width], and pay.
 
-    They need tensor descriptors, of rows that lie a multiple of 16 bytes apart, and the matrix
-    units, which are not exact in float32.
+    They need rows that lie a multiple of 16 bytes apart, and Hopper's matrix units, which are not
+    exact in float32.
     """
     return (
-        tokens >= _MIN_TOKENS
+        tokens >= MIN_TOKENS
         and width % 8 == 0
         and triton_takes(device, dtype)
         and dtype != torch.float32
         and _on_hopper(device)
+        and _has_descriptors()
     )
+
+
+def _described(x: Tensor, weight: Tensor, *angles: Tensor) -> bool:
+    """Whether tensor descriptors can tell where these lie. What does not fit together they would
+    not notice: it is left to the library, which does."""
+    return (
+        x.shape[1] == weight.shape[1]
+        and all(len(part) == len(x) for part in angles)
+        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, weight, *angles))
+    )
+
+
+def _on_hopper(device: torch.device) -> bool:
+    # ROCm gives some AMD GPUs the same number.
+    nvidia = torch.version.hip is None and torch.cuda.is_available()
+    return nvidia and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @cache
-def _on_hopper(device: torch.device) -> bool:
-    return (
-        torch.cuda.is_available()
-        and torch.cuda.get_device_capability(device) == (9, 0)
-        and find_spec("triton.tools.tensor_descriptor") is not None  # Triton 3.4 has it
-    )
+def _has_descriptors() -> bool:
+    """Triton 3.4 and later have them; 3.4 to 3.7 compile these kernels."""
+    return find_spec("triton.tools.tensor_descriptor") is not None

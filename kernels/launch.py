@@ -24,9 +24,14 @@ def in_units(*strides: int) -> tuple[int, list[int]]:
     return unit, [stride // unit for stride in strides]
 
 
-@cache
 def programs(device: torch.device) -> int:
     """How many programs to cut work for: two per multiprocessor."""
+    return 2 * multiprocessors(device)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; a few for the interpreter, which has none."""
     if device.type != "cuda":
-        return 16
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -47,8 +47,8 @@ def gated_retention(
     """Gated retention of packed sequences, each with its own starting state.
 
     Args:
-        q, k, v: [T, H, D], views with any row stride. q and k are rotated, k is yet to be scaled
-            by D^(-1/2).
+        q, k, v: [T, H, D], views with any row stride. q and k come rotated; k is scaled by
+            D^(-1/2) here.
         gate: [T, H], the gates' logits: a = logsigmoid(gate) / 16, in float32.
         sequences: which tokens form a sequence, and which state it continues.
         states: [m, H, D, D] float32 (float64 for float64 inputs), of which `sequences.sources`
@@ -138,10 +138,11 @@ def gated_retention_step(
     """Gated retention of one token of each of B sequences, as decoding asks for it.
 
     Args:
-        q, k, v, swish: [B, H, D]; gate: [B, H]; angles: cos and sin [B, D / 2]; all of them as in
-            `gated_retention`.
+        q, k, v, swish: [B, H, D]; gate: [B, H]; as in `gated_retention`, but q and k are not
+            rotated yet.
         state: [B, H, D, D] float32 (float64 for float64 inputs), contiguous, CHANGED IN PLACE to
             the states after the tokens.
+        angles: cos and sin [B, D / 2] of `rotary_angles`, in q's dtype.
         eps: of the RMSNorm.
 
     Returns:

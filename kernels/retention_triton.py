@@ -5,11 +5,12 @@ Prefill cuts each sequence into segments, so that a single one fills the card, a
  2. `_scan_segments`: from these sums and their decays, the state after each of these segments;
  3. `_retain`: each segment from its starting state, chunk by chunk, with the state in registers;
  4. `_norm_swish`: norm and gate, in place.
-With s segments to a sequence, 1 and 3 read k and v 2 - 1 / s times and q once, write the output
-once, and move D^2 float32 numbers of state four times per segment and head. For 32768 tokens, 24
-heads of 128 and s = 11 that is 5.8 x 192 MiB in bfloat16, or 0.39 ms at 3 TB/s, and 4 x 16.5 MiB of
-states, which mostly stay in the L2 cache. Operations: per token and head 2 D (3 D + 2 C) for chunks
-of C = 64, 1.0e11 in that example, 0.10 ms at 1 PFLOP/s.
+With s segments to a sequence, 1 and 3 read k and v up to 2 - 1 / s times (less where the gates
+forget) and q once, write the output once, and move D^2 float32 numbers of state four times per
+segment and head. For 32768 tokens, 24 heads of 128 and s = 11 that is up to 5.8 x 192 MiB in
+bfloat16, or 0.39 ms at 3 TB/s, and 4 x 16.5 MiB of states, which mostly stay in the L2 cache.
+Operations: per token and head 2 D (3 D + 2 C) for chunks of C = 64, 1.0e11 in that example, 0.10 ms
+at 1 PFLOP/s.
 
 4 moves 3 x 192 MiB more. In `_retain` norm and gate cost more than that: its state fills the
 registers, so that one program runs at a time on a multiprocessor, and nothing hides what they wait
@@ -269,7 +270,7 @@ def _sum_segments(
     for batch in range(0, chunks, BATCH):
         stop = tl.minimum(batch + BATCH, chunks)
         if after < SMALLEST:
-            stop = batch
+            stop = batch  # what is older adds nothing
         for i in range(batch, stop):
             start = end - (i + 1) * CHUNK
             k = _head(k_ptr, start, k_row * UNIT, head, rows, k_mask, DIM, PADDED)

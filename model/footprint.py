@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from yoco_eval.kernels.dispatch import triton_takes
-from yoco_eval.kernels.fused_linear import fuses_swiglu
+from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
 
 from .config import YocoConfig
 from .yoco import Yoco
@@ -114,16 +114,23 @@ def _activation_bytes(
     if not triton_takes(device, dtype):
         # Rotated and widened copies, and the states between chunks of 64 tokens.
         mixer += 8 * dim + dim * config.self_head_dim // 32
-    elif dtype == torch.float16 and not config.sliding_window:
+    elif config.sliding_window:
+        mixer += 3 * dim  # keys and values packed behind those before them, and rotated queries
+    elif dtype == torch.float16:
         mixer += 8 * dim  # retention runs in float32
-    if fuses_swiglu(chunk, dim, hidden, dtype, device):
-        feed_forward = dim + hidden
-    else:
-        feed_forward = 2 * hidden + max(dim, hidden)
+    # Queries and outputs; and of two spans that a text reads, what is added up in float32.
+    cross = 2 * dim + 8 * dim // dtype.itemsize
     angles = config.self_head_dim + config.attn_head_dim
-    layer = chunk * (dim + angles + max(mixer, feed_forward)) * dtype.itemsize
+
+    def layer(tokens: int) -> int:
+        fused = fuses_swiglu(tokens, dim, hidden, dtype, device)
+        feed_forward = dim + hidden if fused else 2 * hidden + max(dim, hidden)
+        return tokens * (dim + angles + max(mixer, cross, feed_forward)) * dtype.itemsize
+
+    # A text's last tokens may be too few to be fused.
+    layers = max(layer(chunk), layer(min(chunk, MIN_TOKENS - 1)))
     scoring = logits * (dtype.itemsize + 3 * max(dtype.itemsize, 4))
-    return max(layer, scoring) + _OVERHEAD
+    return max(layers, scoring) + _OVERHEAD
 
 
 def prefill_operations(config: YocoConfig, length: int) -> int:

@@ -81,6 +81,7 @@ class GatedRetention(nn.Module):
         self.g_proj = linear(config.dim, config.dim)
         self.gt_proj = linear(config.dim, config.n_self_heads)
         self.out_proj = linear(config.dim, config.dim)
+        # First what is rotated.
         self.stack = Stack(self, "q_proj", "k_proj", "v_proj", "g_proj", "gt_proj")
 
     def forward(

@@ -98,41 +98,87 @@ def test_triton_rotary(shape, device, dtype, close, kernels):
     close(out, rotate_reference(product, tuple(part.double() for part in angles)))
 
 
-def test_kernels_where_they_pay(monkeypatch):
+def test_triton_more_tiles_than_programs(device, dtype, close, kernels, monkeypatch):
+    """In groups, of which the last is smaller; the programs take several tiles each."""
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(kernels, "_GROUP", 2)
+    x, weight = inputs(600, 32, 528, device, dtype)
+    product = x.double() @ weight.double().T
+    close(kernels.swiglu_linear(x, weight), swiglu_reference(product))
+    angles = angles_of(600, 16, device, dtype)
+    expected = rotate_reference(
+        product.unflatten(1, (33, 16)), tuple(part.double() for part in angles)
+    )
+    close(kernels.rotary_linear(x, weight, angles), expected)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
     monkeypatch.setattr(fused_linear, "triton_takes", lambda device, dtype: True)
     monkeypatch.setattr(fused_linear, "_on_hopper", lambda device: True)
-    rule = (12672, 3072, 8192, torch.bfloat16, torch.device("cuda"))
-    assert fuses_swiglu(*rule)
-    for i, other in ((0, 100), (1, 3076), (2, 8190), (3, torch.float32)):
-        assert not fuses_swiglu(*rule[:i], other, *rule[i + 1 :])
-    for hopper, takes in ((False, True), (True, False)):
-        monkeypatch.setattr(fused_linear, "_on_hopper", lambda device, answer=hopper: answer)
-        monkeypatch.setattr(
-            fused_linear, "triton_takes", lambda device, dtype, answer=takes: answer
-        )
-        assert not fuses_swiglu(*rule)
+    monkeypatch.setattr(fused_linear, "_has_descriptors", lambda: True)
 
 
-@pytest.mark.parametrize("pays", [True, False])
-def test_dispatch(pays, monkeypatch, kernels):
-    """The kernels get what they take, where they pay, and the library the rest."""
-    x, weight = inputs(5, 16, 24, "cpu", torch.float32)
-    angles = angles_of(5, 16, "cpu", torch.float32)
+def test_kernels_where_they_pay(on_hopper, monkeypatch):
+    rules = {
+        fuses_swiglu: (2048, 3072, 8192, torch.bfloat16, torch.device("cuda")),
+        fused_linear._fuses_rotation: (2048, 3072, 128, torch.bfloat16, torch.device("cuda")),
+    }
+    for rule, case in rules.items():
+        assert rule(*case)
+        for i, other in ((0, 2047), (1, 3076), (2, 100), (3, torch.float32)):
+            assert not rule(*case[:i], other, *case[i + 1 :])
+    for reason in ("triton_takes", "_on_hopper", "_has_descriptors"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_linear, reason, lambda *_: False)
+            assert not any(rule(*case) for rule, case in rules.items())
+
+
+@pytest.fixture
+def calls(on_hopper, monkeypatch):
+    """What runs: "apart", or a kernel with its arguments."""
+    calls = []
+    monkeypatch.setattr(fused_linear, "MIN_TOKENS", 5)
     monkeypatch.setattr(fused_linear, "use_triton", lambda *tensors: True)
-    monkeypatch.setattr(fused_linear, "_fuses", lambda *rule: pays)
-    monkeypatch.setattr(fused_linear, "swiglu", lambda product: "apart")
-    monkeypatch.setattr(fused_linear, "rotate", lambda heads, angles, in_place: "apart")
-    monkeypatch.setattr(fused_linear, "run_triton", lambda fast, *operands: (fast, *operands))
+    monkeypatch.setattr(fused_linear, "swiglu", lambda product: calls.append("apart"))
+    monkeypatch.setattr(fused_linear, "rotate", lambda *_, in_place: calls.append("apart"))
+    monkeypatch.setattr(fused_linear, "run_triton", lambda *call: calls.append(call))
+    return calls
 
-    result = swiglu_linear(x, weight[:16])
-    assert result == "apart" if not pays else result[0] is kernels.swiglu_linear
-    heads, rest = rotary_linear(x, weight, angles, 16)
+
+def test_dispatch(calls, kernels):
+    """The kernels get what they take, and the library the rest."""
+    x, weight = inputs(5, 16, 24, "cpu", torch.float16)
+    angles = angles_of(5, 16, "cpu", torch.float16)
+    swiglu_linear(x, weight[:16])
+    _, rest = rotary_linear(x, weight, angles, 16)
     torch.testing.assert_close(rest, x @ weight[16:].T)
-    if not pays:
-        assert heads == "apart"
-    else:
-        assert heads[0] is kernels.rotary_linear
-        assert torch.equal(heads[2], weight[:16])
+    (fast, *given), (fast_rotary, *given_rotary) = calls
+    assert fast is kernels.swiglu_linear and fast_rotary is kernels.rotary_linear
+    torch.testing.assert_close(given, [x, weight[:16]], rtol=0, atol=0)
+    torch.testing.assert_close(given_rotary, [x, weight[:16], angles], rtol=0, atol=0)
+
+
+def test_what_descriptors_do_not_take_is_left_to_the_library(calls):
+    x, weight = inputs(5, 16, 32, "cpu", torch.float16)
+    angles = angles_of(5, 16, "cpu", torch.float16)
+    unaligned = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(5, 16)
+    operands = [(x[:4], weight), (x.T.contiguous().T, weight), (unaligned, weight)]
+    operands.append((x, weight.T.contiguous().T))
+    for pair in operands:
+        swiglu_linear(*pair)
+        rotary_linear(*pair, tuple(part[: len(pair[0])] for part in angles), 16)
+    rotary_linear(x, weight, angles, 0)
+    assert calls == ["apart"] * 9
+    for wrong in (weight[:, :8].contiguous(), torch.cat((weight, weight), 1)):
+        with pytest.raises(RuntimeError):
+            swiglu_linear(x, wrong)
+
+
+def test_angles_of_other_tokens_are_refused(on_hopper):
+    x, weight = inputs(5000, 16, 16, "cpu", torch.float16)
+    with pytest.raises(RuntimeError):
+        rotary_linear(x, weight, angles_of(4999, 16, "cpu", torch.float16), 16)
 
 
 @pytest.mark.skipif(NO_HOPPER, reason="needs a Hopper GPU")
@@ -142,7 +188,12 @@ def test_many_tokens_take_the_kernels_and_gradients_do_not(kernels):
     assert torch.equal(swiglu_linear(x, weight), kernels.swiglu_linear(x, weight))
     heads, _ = rotary_linear(x, weight, angles, 512)
     assert torch.equal(heads, kernels.rotary_linear(x, weight[:512], angles))
+
     weight.requires_grad_()
-    heads, rest = rotary_linear(x, weight, angles, 512)
-    (swiglu_linear(x, weight).sum() + heads.sum() + rest.sum()).backward()
-    assert weight.grad.any()
+    (gradient,) = torch.autograd.grad(swiglu_linear(x, weight).sum(), weight)
+    (expected,) = torch.autograd.grad(swiglu_reference(x @ weight.T).sum(), weight)
+    torch.testing.assert_close(gradient, expected)
+    (gradient,) = torch.autograd.grad(rotary_linear(x, weight, angles, 1024)[0].sum(), weight)
+    heads = (x @ weight.T).unflatten(1, (-1, 64))
+    (expected,) = torch.autograd.grad(rotate_reference(heads, angles).sum(), weight)
+    torch.testing.assert_close(gradient, expected)

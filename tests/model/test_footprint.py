@@ -1,10 +1,13 @@
 """Estimates of memory and work against a model that is really built and run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from yoco_eval.model import Yoco
+from yoco_eval.model import footprint as module
 from yoco_eval.model.footprint import (
     cache_bytes,
     decode_bytes,
@@ -13,6 +16,7 @@ from yoco_eval.model.footprint import (
     state_bytes,
     weight_bytes,
 )
+from yoco_eval.model.shapes import SHAPES, set_random_weights
 
 
 @pytest.fixture
@@ -53,11 +57,43 @@ def test_memory_grows_with_length_by_the_cache_alone(published):
     assert long.total - short.total == cache_bytes(config, torch.bfloat16, 900)
 
 
+def test_what_is_fused_takes_less_but_not_a_text_s_last_tokens(monkeypatch):
+    def activations(chunk):
+        return footprint(SHAPES["3b"], torch.bfloat16, 2**20, chunk).activations
+
+    monkeypatch.setattr(module, "triton_takes", lambda device, dtype: True)
+    apart = [activations(chunk) for chunk in (12672, 2112, 2047)]
+    monkeypatch.setattr(module, "fuses_swiglu", lambda tokens, *shape: tokens >= 2048)
+    fused = [activations(chunk) for chunk in (12672, 2112, 2047)]
+    assert fused[0] < 0.9 * apart[0]
+    assert fused[1] == fused[2] == apart[2] < apart[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("window", [None, 1024])
+@pytest.mark.parametrize("chunk", [2112, 12672])
+def test_activations_on_a_gpu(window, chunk):
+    """Not more than estimated, and not much less, of a chunk and of fewer tokens than are fused."""
+    device = torch.device("cuda")
+    config = replace(SHAPES["3b"], n_layers=2, vocab_size=1000, sliding_window=window)
+    model = Yoco.empty(config, device, torch.bfloat16)
+    set_random_weights(model, 0)
+    extra = []
+    with torch.inference_mode():
+        for tokens in (chunk, 2047):
+            cache = model.new_cache(tokens)
+            ids = torch.zeros(tokens, dtype=torch.long, device=device)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model.prefill(ids, cache)
+            extra.append(torch.cuda.max_memory_allocated() - before)
+    memory = footprint(config, torch.bfloat16, chunk, chunk)
+    assert 0.6 * memory.activations < max(extra) < memory.activations + memory.states
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("length", [8192, 131072])
 def test_the_peak_on_a_gpu(length):
-    from yoco_eval.model.shapes import SHAPES, set_random_weights
-
     config, chunk, device = SHAPES["3b"], 4096, torch.device("cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,102 @@
+"""Matrix products fused with SwiGLU or rotation, against the library's product and the two apart.
+
+    python benchmarks/fused_linear.py [--tokens 512,1k,2k,4k,12672] [--output fused_linear.json]
+
+The shapes are those of YOCO-3B's feed-forward layers and of its queries and keys, in bfloat16. The
+kernels are timed for few tokens, too, where the model does not use them. The three forms take turns
+of a tenth of a second, so that each runs at the clock that the card's power limit leaves it; the
+first turn does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from common import environment, lengths, report, require_gpu, seconds
+from torch import Tensor
+
+from yoco_eval.kernels import fused_linear_triton
+from yoco_eval.kernels.rotary import rotary_angles, rotate
+from yoco_eval.kernels.swiglu import swiglu
+from yoco_eval.model.shapes import SHAPES
+
+TURN = 0.1  # seconds
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=lengths, default="512,1k,2k,4k,12672")
+    parser.add_argument("--turns", type=int, default=5, help="of each; their median counts")
+    parser.add_argument("--output", type=Path, help="also write to this .json file")
+    args = parser.parse_args()
+    device = require_gpu()
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        sys.exit("error: the kernels are for Hopper GPUs, such as the H100")
+    rows = [
+        {"fused with": name, "tokens": tokens} | compare(forms(tokens, device), args.turns)
+        for name, forms in (("SwiGLU", swiglu_forms), ("rotation", rotation_forms))
+        for tokens in args.tokens
+    ]
+    title = "A matrix product and what follows it, YOCO-3B shape, bfloat16"
+    report(title, rows, environment(), args.output)
+
+
+Forms = dict[str, Callable[[], Tensor]]
+
+
+def swiglu_forms(tokens: int, device: torch.device) -> Forms:
+    x, weight = operands(tokens, 2 * SHAPES["3b"].hidden_dim, device)
+    return {
+        "fused": lambda: fused_linear_triton.swiglu_linear(x, weight),
+        "apart": lambda: swiglu(F.linear(x, weight)),
+        "product": lambda: F.linear(x, weight),
+    }
+
+
+def rotation_forms(tokens: int, device: torch.device) -> Forms:
+    config = SHAPES["3b"]
+    x, weight = operands(tokens, 2 * config.dim, device)
+    positions = torch.arange(tokens, device=device)
+    angles = rotary_angles(positions, config.self_head_dim, config.rope_theta, x.dtype)
+
+    def apart() -> Tensor:
+        heads = F.linear(x, weight).unflatten(1, (-1, config.self_head_dim))
+        return rotate(heads, angles, in_place=True)
+
+    return {
+        "fused": lambda: fused_linear_triton.rotary_linear(x, weight, angles),
+        "apart": apart,
+        "product": lambda: F.linear(x, weight),
+    }
+
+
+def operands(tokens: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = SHAPES["3b"].dim
+    x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+    return x, torch.randn(columns, width, device=device, dtype=torch.bfloat16) / width**0.5
+
+
+def compare(forms: Forms, turns: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    repeats = 3
+    for _ in range(turns + 1):
+        for name, form in forms.items():
+            times[name].append(seconds(lambda: [form() for _ in range(repeats)]) / repeats)  # noqa: B023
+        repeats = max(1, round(TURN / times["apart"][-1]))
+    medians = {name: median(taken[1:]) for name, taken in times.items()}
+    return {
+        **{f"{name} ms": time * 1e3 for name, time in medians.items()},
+        "fused / apart": medians["fused"] / medians["apart"],
+        "fused / product": medians["fused"] / medians["product"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
