@@ -1,7 +1,8 @@
 """A plain Transformer with YOCO's interface, as a yardstick: what caching once is compared with.
 
-RMSNorm, rotary embedding, grouped queries and SwiGLU, in all layers alike, on the same kernels as
-YOCO. It keeps keys and values of every layer, and every prompt token passes through all of them.
+RMSNorm, rotary embedding, grouped queries and SwiGLU, in all layers alike, on YOCO's kernels where
+YOCO has the same part. It keeps keys and values of every layer, and every prompt token passes
+through all of them.
 """
 
 from __future__ import annotations

@@ -30,6 +30,15 @@ def assert_near(output, reference, dtype):
 
 
 @torch.inference_mode()
+def test_prefill_of_many_tokens(pair):
+    """So many that products are fused, in bfloat16 on Hopper."""
+    torch.manual_seed(0)
+    ids = torch.randint(90, (5000,))
+    out, expected = (model.prefill(ids.to(model.device), model.new_cache(5000)) for model in pair)
+    assert_near(out, expected, pair[0].dtype)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("chunk", [1, 63, 1000])
 def test_chunked_prefill(pair, ids, chunk):
     fast, exact = pair
