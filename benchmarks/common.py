@@ -29,6 +29,13 @@ def lengths(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def count(text: str) -> int:
+    """A positive whole number on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def require_gpu() -> torch.device:
     """The GPU that the benchmarks run on; ends the program where there is none."""
     if not torch.cuda.is_available():

@@ -18,10 +18,10 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from common import environment, lengths, report, require_gpu, seconds
+from common import count, environment, lengths, report, require_gpu, seconds
 from torch import Tensor
 
-from yoco_eval.kernels import fused_linear_triton
+from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
 from yoco_eval.kernels.rotary import rotary_angles, rotate
 from yoco_eval.kernels.swiglu import swiglu
 from yoco_eval.model.shapes import SHAPES
@@ -32,13 +32,18 @@ TURN = 0.1  # seconds
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=lengths, default="512,1k,2k,4k,12672")
-    parser.add_argument("--turns", type=int, default=5, help="of each; their median counts")
+    parser.add_argument(
+        "--tokens", type=lengths, default="512,1k,2k,4k,12672", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--turns", type=count, default=5, help="of each; their median counts (default: 5)"
+    )
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
     device = require_gpu()
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        sys.exit("error: the kernels are for Hopper GPUs, such as the H100")
+    config = SHAPES["3b"]
+    if not fuses_swiglu(MIN_TOKENS, config.dim, config.hidden_dim, torch.bfloat16, device):
+        sys.exit("error: the kernels are for Hopper GPUs, such as the H100, and need Triton 3.4")
     rows = [
         {"fused with": name, "tokens": tokens} | compare(forms(tokens, device), args.turns)
         for name, forms in (("SwiGLU", swiglu_forms), ("rotation", rotation_forms))
@@ -52,6 +57,8 @@ Forms = dict[str, Callable[[], Tensor]]
 
 
 def swiglu_forms(tokens: int, device: torch.device) -> Forms:
+    from yoco_eval.kernels import fused_linear_triton  # not everywhere: see above
+
     x, weight = operands(tokens, 2 * SHAPES["3b"].hidden_dim, device)
     return {
         "fused": lambda: fused_linear_triton.swiglu_linear(x, weight),
@@ -61,6 +68,8 @@ def swiglu_forms(tokens: int, device: torch.device) -> Forms:
 
 
 def rotation_forms(tokens: int, device: torch.device) -> Forms:
+    from yoco_eval.kernels import fused_linear_triton
+
     config = SHAPES["3b"]
     x, weight = operands(tokens, 2 * config.dim, device)
     positions = torch.arange(tokens, device=device)

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import environment, lengths, report, require_gpu, seconds
+from common import count, environment, lengths, report, require_gpu, seconds
 
 from yoco_eval.lengths import format_length
 from yoco_eval.memory import chunk_sizes
@@ -32,8 +32,10 @@ def main() -> None:
     parser.add_argument(
         "--lengths", type=lengths, default="64k,1m", help="in tokens (default: %(default)s)"
     )
-    parser.add_argument("--chunk", type=int, help="tokens fed at a time (default: as the engine)")
-    parser.add_argument("--turns", type=int, default=3, help="of each; their median counts")
+    parser.add_argument("--chunk", type=count, help="tokens fed at a time (default: as the engine)")
+    parser.add_argument(
+        "--turns", type=count, default=3, help="of each; their median counts (default: 3)"
+    )
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
     device = require_gpu()

@@ -21,7 +21,7 @@ from .dispatch import run_triton, triton_takes, use_triton
 from .rotary import rotate
 from .swiglu import swiglu
 
-MIN_TOKENS = 2048  # of fewer, the library often cuts the product better
+MIN_TOKENS = 2048  # for fewer, launching may take longer than the fusion saves
 
 
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:

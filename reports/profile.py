@@ -322,6 +322,7 @@ def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str
     ax.set_title(title, size=FONT)
     set_scale(ax, scale)
     missing = {row.length for row in profile.rows if row.outcome != MEASURED}
+    highest = 0.0
     below = 0.0  # the highest value that such a word hangs over
     for index, model in enumerate(profile.models):
         rows = sorted((row for row in profile.rows if row.model == model), key=lambda r: r.length)
@@ -331,6 +332,7 @@ def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str
             [getattr(row, quantity) for row in measured],
             **series(index),
         )
+        highest = max([highest, *(getattr(row, quantity) for row in measured)])
         below = max([below, *(getattr(row, quantity) for row in measured if row.length in missing)])
         for row in rows:
             if row.outcome != MEASURED:
@@ -340,7 +342,7 @@ def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str
                     transform=ax.get_xaxis_transform(),
                 )
     if scale == "linear":
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, max(ax.get_ylim()[1], 1.04 * highest))  # room for the markers
     if below:  # leave the words room
         low, top = ax.transScale.transform([(1, ax.get_ylim()[0]), (1, below)])[:, 1]
         room = ax.transScale.inverted().transform((1, low + (top - low) / 0.45))[1]

@@ -175,7 +175,8 @@ def _plan(args: argparse.Namespace) -> int:
         result = estimate(config, dtype, device, args.length, args.prefill_chunk)
     except ValueError as error:
         raise UserError(error) from error
-    print_estimate(result, args.shape or args.pretrained, device, Console(highlight=False))
+    console = Console(highlight=False)
+    print_estimate(result, args.shape or args.pretrained, dtype, device, console)
     return 0 if result.fit.fits else 1
 
 

@@ -56,10 +56,13 @@ def estimate(
     return Estimate(fitted, prefill, decode)
 
 
-def print_estimate(result: Estimate, name: str, device: torch.device, console: Console) -> None:
+def print_estimate(
+    result: Estimate, name: str, dtype: torch.dtype, device: torch.device, console: Console
+) -> None:
     """A table of the memory, and what follows from it."""
     fitted = result.fit
-    console.print(f"{name}, {format_length(fitted.length)} tokens on {device}\n")
+    kind = str(dtype).removeprefix("torch.")
+    console.print(f"{name}, {format_length(fitted.length)} tokens on {device} in {kind}\n")
     table = Table(box=None, padding=(0, 4, 0, 0))
     table.add_column("memory")
     table.add_column("GiB", justify="right")

@@ -42,7 +42,7 @@ def test_what_fits_is_said(free, capsys):
     longest = result.fit.longest
     assert not result.fit.fits and 2**17 < longest < 2**19
     assert estimate(SHAPES["3b"], torch.bfloat16, CPU, longest).fit.fits
-    print_estimate(result, "3b", CPU, Console(width=80))
+    print_estimate(result, "3b", torch.bfloat16, CPU, Console(width=80))
     shown = capsys.readouterr().out
     assert f"texts of up to {longest} tokens would" in " ".join(shown.split())
     assert "weights" in shown
@@ -77,7 +77,7 @@ def test_a_full_device_leaves_the_times_out(monkeypatch, capsys):
 def test_command(what, capsys):
     assert main(["plan", *what, "--length", "64k", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
-    assert "64K tokens on cpu" in shown and "of prefill" in shown
+    assert "64K tokens on cpu in float32" in shown and "of prefill" in shown
 
 
 @pytest.mark.parametrize(
