@@ -80,6 +80,29 @@ def _place(tile, down, ACROSS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _product(
+    x,
+    weight,
+    m,
+    n,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """A tile of the product, [ROWS, COLUMNS] in float32; HALVES: as many columns of each half."""
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, WIDTH, DEPTH):
+        if HALVES:
+            w = tl.reshape(weight.load([0, n * (COLUMNS // 2), k]), (COLUMNS, DEPTH))
+        else:
+            w = weight.load([n * COLUMNS, k])
+        sums = tl.dot(x.load([m * ROWS, k]), tl.trans(w), sums)
+    return sums
+
+
+@triton.jit
 def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
@@ -100,10 +123,7 @@ def _swiglu_linear(
 ):
     for tile in tl.range(tl.program_id(0), down * ACROSS, tl.num_programs(0), flatten=True):
         m, n = _place(tile, down, ACROSS, GROUP)
-        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, WIDTH, DEPTH):
-            w = tl.reshape(weight.load([0, n * (COLUMNS // 2), k]), (COLUMNS, DEPTH))
-            sums = tl.dot(x.load([m * ROWS, k]), tl.trans(w), sums)
+        sums = _product(x, weight, m, n, WIDTH, ROWS, COLUMNS, DEPTH, HALVES=True)
         a, b = _halves(sums, ROWS, COLUMNS)
         out.store([m * ROWS, n * (COLUMNS // 2)], (a * tl.sigmoid(a) * b).to(out.dtype))
 
@@ -126,10 +146,7 @@ def _rotary_linear(
 ):
     for tile in tl.range(tl.program_id(0), down * ACROSS, tl.num_programs(0), flatten=True):
         m, n = _place(tile, down, ACROSS, GROUP)
-        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, WIDTH, DEPTH):
-            w = weight.load([n * COLUMNS, k])
-            sums = tl.dot(x.load([m * ROWS, k]), tl.trans(w), sums)
+        sums = _product(x, weight, m, n, WIDTH, ROWS, COLUMNS, DEPTH, HALVES=False)
         c = cos.load([m * ROWS, 0]).to(tl.float32)[:, None, :]
         s = sin.load([m * ROWS, 0]).to(tl.float32)[:, None, :]
         even, odd = tl.split(tl.reshape(sums, (ROWS, COLUMNS // DIM, DIM // 2, 2)))
