@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +45,10 @@ def main() -> None:
     config = SHAPES["3b"]
     if not fuses_swiglu(MIN_TOKENS, config.dim, config.hidden_dim, torch.bfloat16, device):
         sys.exit("error: the kernels are for Hopper GPUs, such as the H100, and need Triton 3.4")
+    from yoco_eval.kernels import fused_linear_triton as kernels  # which loads only there
+
     rows = [
-        {"fused with": name, "tokens": tokens} | compare(forms(tokens, device), args.turns)
+        {"fused with": name, "tokens": tokens} | compare(forms(kernels, tokens, device), args.turns)
         for name, forms in (("SwiGLU", swiglu_forms), ("rotation", rotation_forms))
         for tokens in args.tokens
     ]
@@ -56,20 +59,16 @@ def main() -> None:
 Forms = dict[str, Callable[[], Tensor]]
 
 
-def swiglu_forms(tokens: int, device: torch.device) -> Forms:
-    from yoco_eval.kernels import fused_linear_triton  # not everywhere: see above
-
+def swiglu_forms(kernels: ModuleType, tokens: int, device: torch.device) -> Forms:
     x, weight = operands(tokens, 2 * SHAPES["3b"].hidden_dim, device)
     return {
-        "fused": lambda: fused_linear_triton.swiglu_linear(x, weight),
+        "fused": lambda: kernels.swiglu_linear(x, weight),
         "apart": lambda: swiglu(F.linear(x, weight)),
         "product": lambda: F.linear(x, weight),
     }
 
 
-def rotation_forms(tokens: int, device: torch.device) -> Forms:
-    from yoco_eval.kernels import fused_linear_triton
-
+def rotation_forms(kernels: ModuleType, tokens: int, device: torch.device) -> Forms:
     config = SHAPES["3b"]
     x, weight = operands(tokens, 2 * config.dim, device)
     positions = torch.arange(tokens, device=device)
@@ -80,7 +79,7 @@ def rotation_forms(tokens: int, device: torch.device) -> Forms:
         return rotate(heads, angles, in_place=True)
 
     return {
-        "fused": lambda: fused_linear_triton.rotary_linear(x, weight, angles),
+        "fused": lambda: kernels.rotary_linear(x, weight, angles),
         "apart": apart,
         "product": lambda: F.linear(x, weight),
     }
