@@ -7,6 +7,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ from yoco_eval.lengths import parse_lengths
 from yoco_eval.reports.files import ResultsError, write_atomically
 
 _FLUSH_BYTES = 1 << 28  # several times any L2 cache
+_TURN = 0.1  # seconds
 
 
 def lengths(text: str) -> list[int]:
@@ -76,6 +78,27 @@ def measure(run: Callable[[], object], repeats: int = 20) -> float:
     return median(start.elapsed_time(end) for start, end in events) / 1000
 
 
+def in_turns(forms: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Median GPU time in seconds of one run of each form.
+
+    The forms take turns, of about a tenth of a second or of one run, so that each is timed at the
+    clock that the card's power limit leaves it. The first turn, on a card still cool, does not
+    count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    repeats = 1
+    for _ in range(turns + 1):
+        for name, form in forms.items():
+            times[name].append(seconds(partial(_repeat, form, repeats)) / repeats)
+        repeats = max(1, round(_TURN / min(taken[-1] for taken in times.values())))
+    return {name: median(taken[1:]) for name, taken in times.items()}
+
+
+def _repeat(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
 def copy_bandwidth() -> float:
     """Bytes read and written per second by a copy of 1 GiB."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
@@ -102,7 +125,13 @@ def report(
     path: Path | None,
 ) -> None:
     """Prints one table, None as a dash, and writes the same as JSON to `path` unless it is None."""
-    table = Table(title=title, caption=", ".join(f"{k} {v}" for k, v in environment.items()))
+    table = Table(
+        title=title,
+        caption=", ".join(f"{k} {v}" for k, v in environment.items()),
+        box=None,
+        pad_edge=False,
+        padding=(0, 1),
+    )
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:

@@ -3,9 +3,7 @@
     python benchmarks/fused_linear.py [--tokens 512,1k,2k,4k,12672] [--output fused_linear.json]
 
 The shapes are those of YOCO-3B's feed-forward layers and of its queries and keys, in bfloat16. The
-kernels are timed for few tokens, too, where the model does not use them. The three forms take turns
-of a tenth of a second, so that each runs at the clock that the card's power limit leaves it; the
-first turn does not count.
+kernels are timed for few tokens, too, where the model does not use them.
 """
 
 from __future__ import annotations
@@ -14,20 +12,17 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from common import count, environment, lengths, report, require_gpu, seconds
+from common import count, environment, in_turns, lengths, report, require_gpu
 from torch import Tensor
 
 from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
 from yoco_eval.kernels.rotary import rotary_angles, rotate
 from yoco_eval.kernels.swiglu import swiglu
 from yoco_eval.model.shapes import SHAPES
-
-TURN = 0.1  # seconds
 
 
 @torch.inference_mode()
@@ -92,17 +87,11 @@ def operands(tokens: int, columns: int, device: torch.device) -> tuple[Tensor, T
 
 
 def compare(forms: Forms, turns: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    repeats = 3
-    for _ in range(turns + 1):
-        for name, form in forms.items():
-            times[name].append(seconds(lambda: [form() for _ in range(repeats)]) / repeats)  # noqa: B023
-        repeats = max(1, round(TURN / times["apart"][-1]))
-    medians = {name: median(taken[1:]) for name, taken in times.items()}
+    times = in_turns(forms, turns)
     return {
-        **{f"{name} ms": time * 1e3 for name, time in medians.items()},
-        "fused / apart": medians["fused"] / medians["apart"],
-        "fused / product": medians["fused"] / medians["product"],
+        **{f"{name} ms": time * 1e3 for name, time in times.items()},
+        "fused / apart": times["fused"] / times["apart"],
+        "fused / product": times["fused"] / times["product"],
     }
 
 

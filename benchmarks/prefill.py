@@ -2,8 +2,7 @@
 
     python benchmarks/prefill.py [--lengths 64k,1m] [--chunk 12672]
 
-Both feed the same number of tokens in the same chunks through the same weights, in turns, of which
-the first does not count: it brings the card to the clock that its power limit leaves it. The
+Both feed the same number of tokens in the same chunks through the same weights, in turns. The
 products alone are the library's. What the ratio is above 1 is everything else, norms, retention,
 activation, cache, and by how much our fused products are slower or faster than the library's.
 """
@@ -12,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
-from common import count, environment, lengths, report, require_gpu, seconds
+from common import count, environment, in_turns, lengths, report, require_gpu
 
 from yoco_eval.lengths import format_length
 from yoco_eval.memory import chunk_sizes
@@ -54,18 +53,19 @@ def main() -> None:
         peak = torch.cuda.max_memory_allocated()
         products = matrix_products(model, chunk)
         alone(products, 4 * chunk)
-        prefill, floor = [], []
-        for _ in range(args.turns + 1):
-            floor.append(seconds(lambda: alone(products, len(ids))))  # noqa: B023, F821
-            prefill.append(seconds(lambda: feed(model, ids, len(ids), chunk)))  # noqa: B023
-        del products
+        forms = {
+            "products": partial(alone, products, length),
+            "prefill": partial(feed, model, ids, length, chunk),
+        }
+        times = in_turns(forms, args.turns)
+        del products, forms
         cache = 2 * config.n_attn_kv_heads * config.attn_head_dim * length * 2
         rows.append(
             {
                 "tokens": format_length(length),
-                "prefill s": median(prefill[1:]),
-                "products s": median(floor[1:]),
-                "ratio": median(prefill[1:]) / median(floor[1:]),
+                "prefill s": times["prefill"],
+                "products s": times["products"],
+                "ratio": times["prefill"] / times["products"],
                 "peak GiB": peak / GIB,
                 "beyond weights and cache GiB": (peak - weights - cache) / GIB,
             }
