@@ -20,7 +20,8 @@ from .sequences import Sequences, Span, Spans
 
 Angles = tuple[Tensor, Tensor]
 
-_SCORES = 1 << 25  # queries are taken in blocks so that no more scores exist at a time
+SCORES = 1 << 25  # queries are taken in blocks so that no more scores exist at a time
+_KEYS = 1 << 14  # widened at a time
 
 
 def cache_attention(
@@ -54,7 +55,7 @@ def cache_attention_reference(
     outputs = []
     for first, end, run in query_runs(spans):
         total = sum(span.end_key - span.first_key for span in run)
-        block = max(1, _SCORES // (total * q.shape[1]))
+        block = max(1, SCORES // (total * q.shape[1]))
         for start in range(first, end, block):
             stop = min(start + block, end)
             cut = [cut_span(span, start, stop) for span in run]
@@ -93,21 +94,45 @@ def cut_span(span: Span, first_query: int, end_query: int) -> Span:
 def _attend(q: Tensor, keys: Tensor, values: Tensor, spans: list[Span]) -> Tensor:
     """q [T, Hq, D], rotated, over spans that all have these T queries: [T, Hq, D]."""
     length, heads = q.shape[0], keys.shape[0]
-    ranges = [slice(span.first_key, span.end_key) for span in spans]
-    if len(ranges) == 1:
-        keys, values = keys[:, ranges[0]], values[:, ranges[0]]
-    else:  # a copy, since what lies between the ranges may be NaN, which no mask would hide
-        keys, values = (torch.cat([x[:, r] for r in ranges], 1) for x in (keys, values))
+    spans = sorted(spans, key=lambda span: span.first_key)
     # A group's query heads read the same keys, so they are queries of one head.
     grouped = q.transpose(0, 1).unflatten(0, (heads, -1))
     group = grouped.shape[1]
+    grouped = grouped.flatten(1, 2)
     visible = None
     if length > 1 and any(span.causal for span in spans):
         visible = torch.cat([_visible(span, q.device) for span in spans], 1).repeat(group, 1)
-    out = F.scaled_dot_product_attention(
-        grouped.flatten(1, 2)[None], keys[None], values[None], attn_mask=visible
-    )
-    return out[0].unflatten(1, (group, length)).flatten(0, 1).transpose(0, 1)
+    if all(a.end_key == b.first_key for a, b in pairwise(spans)):
+        every = slice(spans[0].first_key, spans[-1].end_key)
+        operands = (x[None] for x in (grouped, keys[:, every], values[:, every]))
+        out = F.scaled_dot_product_attention(*operands, attn_mask=visible)[0]
+    else:
+        out = _attend_apart(grouped, keys, values, spans, visible)
+    return out.unflatten(1, (group, length)).flatten(0, 1).transpose(0, 1)
+
+
+def _attend_apart(
+    q: Tensor, keys: Tensor, values: Tensor, spans: list[Span], visible: Tensor | None
+) -> Tensor:
+    """q [Hkv, n, D] over spans with gaps between them: [Hkv, n, D].
+
+    The gaps may be NaN, which no mask would hide, and a long cache is not copied to leave them out.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    blocks = [
+        slice(first, min(first + _KEYS, span.end_key))
+        for span in spans
+        for first in range(span.first_key, span.end_key, _KEYS)
+    ]
+    q = q.to(wide) * q.shape[2] ** -0.5
+    scores = torch.cat([q @ keys[:, block].to(wide).mT for block in blocks], 2)
+    if visible is not None:
+        scores.masked_fill_(~visible, float("-inf"))
+    parts = scores.softmax(2).split([block.stop - block.start for block in blocks], 2)
+    out = torch.zeros_like(q)
+    for part, block in zip(parts, blocks, strict=True):
+        out += part @ values[:, block].to(wide)
+    return out.to(values.dtype)
 
 
 def _visible(span: Span, device: torch.device) -> Tensor:

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from .attention import Angles, cells, query_runs
-from .launch import padded, programs
+from .launch import packed_heads, padded, programs
 from .rotary import rotate
 from .sequences import Sequences, Span, Spans, to_device
 
@@ -257,6 +257,7 @@ def cache_attention(
     span = spans.spans[0]
     if len(spans.spans) == 1 and span.causal and len(q) >= _LONG_TEXT and _flash_takes(q):
         return _long_text_attention(q, keys, values, span, angles)
+    q = packed_heads(q)
     heads, _, dim = keys.shape
     shape = (q.shape[1], heads, dim, q.dtype, q.device)
     plan = spans.table(("cache_attention", shape), lambda: _plan(spans, *shape))
@@ -536,6 +537,7 @@ def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, length: Tensor, angles: Angles | None = None
 ) -> Tensor:
     """As `attention.decode_attention`; the launch depends on N, not on `length`."""
+    q = packed_heads(q)
     heads, capacity, dim = keys.shape
     block_m = max(16, triton.next_power_of_2(q.shape[1] // heads))
     config = _config(block_m, dim, q.dtype)
@@ -610,6 +612,7 @@ def sliding_window_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """As `attention.sliding_window_attention`."""
     _, heads, dim = q.shape
+    q, k, v = packed_heads(q), packed_heads(k), packed_heads(v)
     flash = _flash_takes(q) and _has_flash_attn()
     block_m = max(_block_sizes(q.dtype)) if max(sequences.lengths) > 64 else 32
     plan = sequences.table(

@@ -20,7 +20,7 @@ def store_keys_values(
     """Rotates k and writes it and v to slots `first` .. `first` + T - 1 of the cache.
 
     Args:
-        k, v: [T, Hkv, D], not rotated; the last dimension is contiguous.
+        k, v: [T, Hkv, D], not rotated.
         angles: cos and sin [T, D / 2].
         keys, values: [Hkv, N, D], contiguous; changed in place. `first` + T <= N.
         first: on the host; or an integer [1] on the device, so that each of a CUDA graph's replays

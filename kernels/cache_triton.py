@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_triton import load_rotated
-from .launch import padded
+from .launch import packed_heads, padded
 
 _BLOCK = 16  # tokens per program
 
@@ -27,6 +27,7 @@ def store_keys_values(
 ) -> None:
     """As `cache.store_keys_values`."""
     length, heads, dim = k.shape
+    k, v = packed_heads(k), packed_heads(v)
     _store_kernel[triton.cdiv(length, _BLOCK), heads](
         k, v, *angles, keys, values, first, length, keys.stride(0) // dim,
         K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), D=dim, D_PAD=padded(dim),

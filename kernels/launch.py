@@ -7,11 +7,17 @@ from functools import cache
 
 import torch
 import triton
+from torch import Tensor
 
 
 def padded(dim: int) -> int:
     """Columns of a tile that holds a head: a power of two, and 16 at least, as `tl.dot` needs."""
     return max(16, triton.next_power_of_2(dim))
+
+
+def packed_heads(x: Tensor) -> Tensor:
+    """x [T, H, D], copied unless its heads lie side by side in each row."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def in_units(*strides: int) -> tuple[int, list[int]]:

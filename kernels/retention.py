@@ -1,6 +1,7 @@
 """Gated retention: parallel, recurrent and chunkwise forms of one function.
 
-Per head, with a scalar log-gate a_p <= 0 for every token (YOCO, arXiv:2405.05254, section 3.1):
+Per head, with a scalar log-gate a_p <= 0, finite, for every token (YOCO, arXiv:2405.05254, section
+3.1):
 
     S_p = exp(a_p) S_(p-1) + k_p^T v_p        o_p = q_p S_p
 

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import in_units, padded, programs
+from .launch import in_units, packed_heads, padded, programs
 from .sequences import Sequences, to_device
 
 MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
@@ -59,8 +59,8 @@ def gated_retention(
     they must be.
     """
     length, heads, dim = q.shape
-    q, k, v = _packed_heads(q), _packed_heads(k), _packed_heads(v)
-    swish = None if swish is None else _packed_heads(swish)
+    q, k, v = packed_heads(q), packed_heads(k), packed_heads(v)
+    swish = None if swish is None else packed_heads(swish)
     gate = gate if gate.stride(1) == 1 else gate.contiguous()
     config = _config(dim, q.dtype)
     tiles = triton.cdiv(dim, config.block)
@@ -122,7 +122,8 @@ def gated_retention_step(
 ) -> Tensor:
     """`retention.gated_retention_step` on the GPU."""
     batch, heads, dim = q.shape
-    q, k, v, swish = (_packed_heads(x) for x in (q, k, v, swish))
+    q, k, v, swish = (packed_heads(x) for x in (q, k, v, swish))
+    gate = gate if gate.stride(1) == 1 else gate.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     columns = triton.next_power_of_2(dim)
     _step[(heads * batch,)](
@@ -186,11 +187,6 @@ def _segments(sequences: Sequences, rows: int, chunk: int) -> tuple[int, int, Te
             scans.append((begin, len(inner), source, 0))
     table = torch.tensor(inner + last + scans, dtype=torch.int32)
     return len(inner), len(scans), to_device(table, sequences.device)
-
-
-def _packed_heads(x: Tensor) -> Tensor:
-    """x [T, H, D], copied unless its heads lie side by side in each row."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def rotary_angles(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-@lru_cache
+@cache
 def _frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Of each pair, [head_dim / 2]; kept, so that only the first call copies to the device.
 

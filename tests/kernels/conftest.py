@@ -14,6 +14,16 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def head_by_head():
+    """Lays x [T, H, ...] out anew, one head behind the other, where kernels may expect rows."""
+
+    def lay_out(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    return lay_out
+
+
 @pytest.fixture(autouse=True)
 def returned_memory():
     """Gives a card's memory back: some tests take most of it, and others run beside them."""

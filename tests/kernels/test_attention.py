@@ -87,7 +87,8 @@ PACKED = tuple(Span(4 * i, 4 * i + 4, 6 * i + 1, 6 * i + 5, True) for i in range
 @pytest.mark.parametrize("mask_elements", [1, 300, 1 << 25])
 @pytest.mark.parametrize("spans", [SHARED_PREFIX, PACKED, (Span(0, 9, 2, 20, True),)])
 def test_cache_attention(heads, mask_elements, spans, monkeypatch):
-    monkeypatch.setattr(attention, "_SCORES", mask_elements)
+    monkeypatch.setattr(attention, "SCORES", mask_elements)
+    monkeypatch.setattr(attention, "_KEYS", 7)
     torch.manual_seed(1)
     spans = Spans(spans)
     q = randn(spans.spans[-1].end_query, heads[0], 8)
@@ -426,6 +427,19 @@ def test_triton_sliding_window_of_long_texts(length, dtype, device, close, trito
     sequences = Sequences((length,), (5000,), torch.device(device))
     past = randn(1, 2, 1023, 3, 128, dtype=dtype, device=device)
     check_window(triton_kernels, close, 1024, 128, sequences, past, dtype, sequences.device)
+
+
+def test_triton_takes_any_strides(device, dtype, triton_kernels, head_by_head):
+    q, k, v = randn(3, 40, 2, 32, dtype=dtype, device=device)
+    keys, values = randn(2, 2, 60, 32, dtype=dtype, device=device)
+    spans, length = Spans(SHARED_PREFIX), torch.tensor([50], device=device)
+    sequences = Sequences((40,), (0,), torch.device(device))
+    for run in (
+        lambda q, k, v: triton_kernels.cache_attention(q[:12], keys, values, spans),
+        lambda q, k, v: triton_kernels.decode_attention(q[:1], keys, values, length),
+        lambda q, k, v: triton_kernels.sliding_window_attention(q, k, v, 9, sequences)[0],
+    ):
+        assert torch.equal(run(q, k, v), run(*map(head_by_head, (q, k, v))))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="dispatch to Triton needs a GPU")

@@ -66,6 +66,17 @@ def test_triton_store_keys_values(length, on_device, dtype, device, close):
     check_triton(length, 64, first, dtype, device, close)
 
 
+def test_triton_stores_from_any_strides(dtype, device, head_by_head):
+    pytest.importorskip("triton")
+    from yoco_eval.kernels.cache_triton import store_keys_values
+
+    k, v, angles = projections(20, 3, 32, dtype, device)
+    rows, heads = (empty_cache(20, 3, 32, dtype, device) for _ in range(2))
+    store_keys_values(k, v, angles, *rows, FIRST)
+    store_keys_values(head_by_head(k), head_by_head(v), angles, *heads, FIRST)
+    assert torch.equal(rows, heads)
+
+
 @pytest.mark.parametrize("dim", HEAD_SIZES)
 def test_triton_store_head_sizes(dim, dtype, device, close):
     check_triton(20, dim, FIRST, dtype, device, close)

@@ -322,6 +322,20 @@ def test_triton_step(triton_version, close, dtype, device, dim, batch):
     close(state, wide_state)
 
 
+def test_triton_takes_any_strides(triton_version, dtype, device, head_by_head):
+    args = packed([1] * 5, 3, 32, dtype, device, states=5)
+    other = {
+        name: head_by_head(x) if name in ("q", "k", "v", "gate", "swish") else x
+        for name, x in args.items()
+    }
+    pairs = zip(*(triton_version.gated_retention(**a) for a in (args, other)), strict=True)
+    steps = [
+        triton_version.gated_retention_step(**step_arguments(a), state=args["states"].clone())
+        for a in (args, other)
+    ]
+    assert all(torch.equal(a, b) for a, b in (*pairs, steps))
+
+
 @pytest.mark.parametrize("lengths", [[1], [64], [65], [5000], [3000, 10, 640, 1], [64] * 50])
 def test_segments_cover_the_sequences(triton_version, lengths):
     sequences = Sequences(tuple(lengths), (0,) * len(lengths), torch.device("cpu"))
