@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import nn
 
+from yoco_eval.kernels.attention import SCORES
 from yoco_eval.kernels.dispatch import triton_takes
 from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
 
@@ -16,7 +17,7 @@ from .config import YocoConfig
 from .yoco import Yoco
 
 # What PyTorch's matrix library keeps for itself on a GPU, and small tensors.
-_OVERHEAD = 64 << 20
+OVERHEAD = 64 << 20
 _GPU = torch.device("cuda")
 
 
@@ -63,7 +64,7 @@ def footprint(
         weights=weight_bytes(config, dtype),
         cache=cache_bytes(config, dtype, length),
         states=3 * state_bytes(config, dtype),
-        activations=_activation_bytes(config, dtype, min(chunk, length), logits, device),
+        activations=_activation_bytes(config, dtype, length, min(chunk, length), logits, device),
     )
 
 
@@ -105,15 +106,22 @@ def passing_bytes(
 
 
 def _activation_bytes(
-    config: YocoConfig, dtype: torch.dtype, chunk: int, logits: int, device: torch.device
+    config: YocoConfig,
+    dtype: torch.dtype,
+    length: int,
+    chunk: int,
+    logits: int,
+    device: torch.device,
 ) -> int:
     """The widest point of a layer, beside its input; numbers per token, unless said otherwise."""
     dim, hidden = config.dim, config.hidden_dim
+    wide = max(dtype.itemsize, 4)
+    fast = triton_takes(device, dtype)
     projected = 3 * dim if config.sliding_window else 4 * dim + config.n_self_heads
     mixer = projected + dim  # the norm's output before, the mixer's after it
-    if not triton_takes(device, dtype):
-        # Rotated and widened copies, and the states between chunks of 64 tokens.
-        mixer += 8 * dim + dim * config.self_head_dim // 32
+    if not fast:
+        # Rotated, widened and padded copies, and the states between chunks of 64 tokens.
+        mixer += (11 * dim + dim * config.self_head_dim // 32) * wide // dtype.itemsize
     elif config.sliding_window:
         mixer += 3 * dim  # keys and values packed behind those before them, and rotated queries
     elif dtype == torch.float16:
@@ -129,8 +137,11 @@ def _activation_bytes(
 
     # A text's last tokens may be too few to be fused.
     layers = max(layer(chunk), layer(min(chunk, MIN_TOKENS - 1)))
-    scoring = logits * (dtype.itemsize + 3 * max(dtype.itemsize, 4))
-    return max(layers, scoring) + _OVERHEAD
+    # Without kernels for it, attention over the cache has scores, and the weights made of them.
+    scores = 0 if fast else min(SCORES, config.n_attn_heads * length * chunk) * 2 * wide
+    attention = chunk * (dim + cross) * dtype.itemsize + scores
+    scoring = logits * (dtype.itemsize + 3 * wide)
+    return max(layers, attention, scoring) + OVERHEAD
 
 
 def prefill_operations(config: YocoConfig, length: int) -> int:

@@ -7,6 +7,7 @@ prefix share its prefill, and so does a batch of them: its members read one cach
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from yoco_eval.model import Decoder, SelfState, Sequences, Span, Spans, Yoco, to_device
+from yoco_eval.model.footprint import state_bytes
 
 from .memory import Fit, fit
-from .prefixes import Item, Limits, Node, Step, merge, nest, plan
+from .prefixes import Item, Limits, Node, Step, merge, most_snapshots, nest, plan
 
 TokenIds = Sequence[int] | np.ndarray
 Progress = Callable[[int], object]
@@ -29,6 +31,9 @@ class ScoreRequest:
 
     context: TokenIds
     continuation: TokenIds
+
+    def __post_init__(self) -> None:
+        _check_context(self.context)
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,10 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is below 0; 0 decodes greedily")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature {self.temperature} is not a number from 0 on; 0 decodes greedily"
+            )
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is outside 0..1; 1 leaves every token in")
         if self.top_k < 0:
@@ -75,6 +82,16 @@ class GenerateRequest:
     finished: Callable[[list[int]], bool] = lambda tokens: False
     sampling: Sampling = Sampling()
 
+    def __post_init__(self) -> None:
+        _check_context(self.context)
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens {self.max_tokens} is below 0")
+
+
+def _check_context(context: TokenIds) -> None:
+    if len(context) == 0:
+        raise ValueError("a context is empty: its last token makes the first prediction")
+
 
 class Engine:
     """Scores and generates with a model.
@@ -86,12 +103,17 @@ class Engine:
         prefill_chunk: how many tokens are fed at a time; None: as many as pay and fit in memory.
             Changes cost and memory, not results.
 
-    Its methods raise ValueError, before anything is computed, where the memory does not suffice.
+    Raises:
+        ValueError: a number is below 1. Its methods raise it, before anything is computed, where
+            the memory does not suffice.
     """
 
     def __init__(
         self, model: Yoco, batch_size: int | None = 1, prefill_chunk: int | None = None
     ) -> None:
+        for name, number in (("batch_size", batch_size), ("prefill_chunk", prefill_chunk)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} {number} is below 1")
         self.model, self.batch_size, self.prefill_chunk = model, batch_size, prefill_chunk
 
     @torch.inference_mode()
@@ -110,9 +132,10 @@ class Engine:
         asked = [(i, request) for i, request in enumerate(requests) if len(request.continuation)]
         sequences = [np.concatenate((r.context, r.continuation[:-1])) for _, r in asked]
         items = nest(merge(sequences, [len(request.context) - 1 for _, request in asked]))
-        fitted = self._fit(items)
+        lengths = [len(item.tokens) for item in items]
+        fitted = self._fit(max(lengths, default=0), sum(lengths))
         limits = fitted.limits(self.batch_size, self.model.config, self.model.dtype)
-        steps = plan(items, limits)
+        steps = self._plan(items, limits, fitted)
         begin(sum(step.tokens for step in steps))
         launched: _Scores | None = None
         try:
@@ -151,11 +174,11 @@ class Engine:
         contexts = [request.context for request in requests]
         items = merge(contexts, [len(context) - 1 for context in contexts])
         room = max((request.max_tokens for request in requests), default=0)
-        chunk = self._fit(items, room).chunk
-        steps = plan(items, Limits())
+        fitted = self._fit(max(map(len, contexts), default=0) + room)
+        steps = self._plan(items, Limits(), fitted)
         begin(sum(step.tokens for step in steps))
         decoder = None
-        for step, walk in self._walk(steps, chunk, progress, room):
+        for step, walk in self._walk(steps, fitted.chunk, progress, room):
             (leaf,) = step.nodes
             walk.feed(leaf.item, len(leaf.item.tokens) - 1)
             decoder = decoder or self.model.decoder(walk.cache)
@@ -163,20 +186,21 @@ class Engine:
                 yield index, _decode(requests[index], decoder)
             progress(1)
 
-    def _fit(self, items: Sequence[Item], room: int = 0) -> Fit:
-        """Refuses what does not fit; `room` tokens may be generated after each item."""
-        model, lengths = self.model, [len(item.tokens) for item in items]
+    def _fit(self, length: int, tokens: int | None = None) -> Fit:
+        """Refuses contexts of up to `length` tokens, of `tokens` in all, that do not fit."""
+        config, dtype, device = self.model.config, self.model.dtype, self.model.device
         fitted = fit(
-            model.config,
-            model.dtype,
-            model.device,
-            max(lengths, default=0) + room,
-            self.prefill_chunk,
-            loaded=True,
-            tokens=sum(lengths),
+            config, dtype, device, length, self.prefill_chunk, loaded=True, tokens=tokens
         )
         fitted.check()
         return fitted
+
+    def _plan(self, items: Sequence[Item], limits: Limits, fitted: Fit) -> list[Step]:
+        """Refuses what branches so often that its snapshots do not fit."""
+        steps = plan(items, limits)
+        size = state_bytes(self.model.config, self.model.dtype)
+        fitted.check_snapshots(most_snapshots(steps) * size, limits.room)
+        return steps
 
     def _walk(
         self, steps: Sequence[Step], chunk: int, progress: Progress, room: int = 0

@@ -34,6 +34,7 @@ class Fit:
     """How a run with contexts of up to `length` tokens lies in the memory of a device.
 
     Attributes:
+        prefill_chunk: tokens to feed at a time, as asked for; None: it was left to `fit`.
         chunk: tokens fed at a time: the largest useful number that fits, else the smallest.
         logits: how many may exist at a time.
         memory: at the peak, in bytes.
@@ -44,6 +45,7 @@ class Fit:
     """
 
     length: int
+    prefill_chunk: int | None
     chunk: int
     logits: int
     memory: Footprint
@@ -71,20 +73,29 @@ class Fit:
         if self.fits:
             return
         besides = self.memory.states + self.memory.activations
-        mend = (
-            f"contexts of up to {self.longest} tokens fit; shorten them, or have them cut by "
-            f"max_length={self.longest}"
-            if self.longest
-            else "none fits"
-        )
-        if self.chunk > min(chunk_sizes(self.device)):
-            mend += f", or lower prefill_chunk={self.chunk}"
+        mends = []
+        if self.longest:
+            mends.append(f"shorten them to {self.longest} tokens, or have them cut by "
+                         f"max_length={self.longest}")
         raise ValueError(
             f"contexts of {format_length(self.length)} tokens need {gib(self.need)} beside the "
             f"weights on {self.device} ({gib(self.memory.cache)} for the cache, {gib(besides)} for "
-            f"states and activations), and {gib(self.free)} are free; {mend}, or take a device "
-            "with more memory"
+            f"states and activations), and {gib(self.free)} are free; {self._mends(*mends)}"
         )
+
+    def check_snapshots(self, size: int, room: int = 0) -> None:
+        """Raises ValueError unless `size` bytes of snapshots fit beside all else and `room`."""
+        left = self.free - self.need - room
+        if size > left:
+            raise ValueError(
+                f"where prompts branch, {gib(size)} of states have to be kept, and {gib(left)} "
+                f"are free for them on {self.device}; {self._mends()}"
+            )
+
+    def _mends(self, *mends: str) -> str:
+        if self.prefill_chunk and self.prefill_chunk > min(chunk_sizes(self.device)):
+            mends += (f"lower prefill_chunk={self.prefill_chunk}",)
+        return ", or ".join((*mends, "take a device with more memory"))
 
 
 def fit(
@@ -102,14 +113,16 @@ def fit(
         length: tokens of the longest context, with what is generated after it.
         chunk: tokens to feed at a time; None: as many as pay and fit.
         loaded: whether the weights are on the device already.
-        tokens: of all contexts together, of which a batch cannot have more; default: `length`.
+        tokens: of all contexts together, of which several may be fed at a time; None: one context
+            is fed at a time.
     """
     free = int(free_bytes(device) * _MARGIN)
 
     def needs(length: int, most: int) -> tuple[int, Footprint, int]:
         size = max(1, min(most, tokens or length))
         # A packed batch of a chunk's size may lie behind what its texts share.
-        memory = footprint(config, dtype, length + size, size, size * _LOGITS, device)
+        capacity = min(length + size, tokens or length)
+        memory = footprint(config, dtype, capacity, size, size * _LOGITS, device)
         return size, memory, memory.total - (memory.weights if loaded else 0)
 
     for most in (chunk,) if chunk else chunk_sizes(device):
@@ -118,7 +131,7 @@ def fit(
             break
     beyond = range(1, max(0, free) // cache_bytes(config, dtype, 1) + 2)
     longest = bisect_right(beyond, free, key=lambda length: needs(length, most)[2])
-    return Fit(length, size, size * _LOGITS, memory, need, free, longest, device)
+    return Fit(length, chunk, size, size * _LOGITS, memory, need, free, longest, device)
 
 
 def chunk_sizes(device: torch.device) -> tuple[int, ...]:

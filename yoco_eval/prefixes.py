@@ -169,6 +169,21 @@ def plan(items: Sequence[Item], limits: Limits) -> list[Step]:
     return list(_steps(_grow(items, shared, 0, len(items), 0, 0), 0, limits))
 
 
+def most_snapshots(steps: Sequence[Step]) -> int:
+    """How many snapshots, that of the empty text aside, exist at a time."""
+    kept: list[int] = []
+    most = 0
+    for step in steps:
+        while kept and kept[-1] > step.resume:
+            kept.pop()
+        if kept and step.last:
+            kept.pop()
+        if step.snapshot:
+            kept.append(step.nodes[0].end)
+            most = max(most, len(kept))
+    return most
+
+
 def _steps(nodes: Sequence[Node], resume: int, limits: Limits) -> Iterator[Step]:
     # With the largest branch last, of a path's snapshots only those are needed at a time below
     # which at least half of the tokens are still to come: few, however deep the tree.

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from yoco_eval.model import Yoco
 from yoco_eval.model import footprint as module
 from yoco_eval.model.footprint import (
+    OVERHEAD,
     cache_bytes,
     decode_bytes,
     footprint,
@@ -69,6 +70,25 @@ def test_what_is_fused_takes_less_but_not_a_text_s_last_tokens(monkeypatch):
     fused = [activations(chunk) for chunk in (12672, 2112, 2047)]
     assert fused[0] < 0.9 * apart[0]
     assert fused[1] == fused[2] == apart[2] < apart[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 256])
+def test_activations_on_a_cpu(window, dtype, live_bytes):
+    config = replace(
+        SHAPES["3b"], dim=1024, n_layers=2, hidden_dim=1408, n_self_heads=8, n_attn_heads=1,
+        n_attn_kv_heads=1, vocab_size=100, sliding_window=window,
+    )
+    model = Yoco(config).to(dtype).requires_grad_(False)
+    ids = torch.randint(100, (3000,))
+    with torch.inference_mode():
+        cache = model.new_cache(len(ids))
+        model.prefill(ids[:1], cache)
+        weights = [*model.parameters(), cache.keys, cache.values]
+        with live_bytes(besides=weights) as live:
+            model.prefill(ids[1:], cache)
+    memory = footprint(config, dtype, len(ids), len(ids), device=torch.device("cpu"))
+    assert live.peak < memory.activations + memory.states - OVERHEAD
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

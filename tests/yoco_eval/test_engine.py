@@ -236,3 +236,19 @@ def test_sampling_repeats_with_the_seed(exact):
         return collect(Engine(exact).generate, [request])[0][0]
 
     assert draw(1) == draw(1) != draw(2)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda model: ScoreRequest([], [1]), "context is empty"),
+        (lambda model: GenerateRequest([], 1), "context is empty"),
+        (lambda model: GenerateRequest([1], -1), "max_tokens -1"),
+        (lambda model: Sampling(temperature=float("nan")), "temperature nan"),
+        (lambda model: Engine(model, batch_size=0), "batch_size 0"),
+        (lambda model: Engine(model, prefill_chunk=-5), "prefill_chunk -5"),
+    ],
+)
+def test_refused_arguments(make, said, exact):
+    with pytest.raises(ValueError, match=said):
+        make(exact)

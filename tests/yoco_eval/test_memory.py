@@ -1,18 +1,16 @@
 """Budgets: the fastest chunk that fits, and refusals with the figures that help."""
 
 import re
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from yoco_eval import memory
 from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest
 from yoco_eval.lm import YocoLM
 from yoco_eval.memory import CHUNKS, check_weights, fit
 from yoco_eval.model import Yoco, YocoConfig
+from yoco_eval.model.footprint import cache_bytes, state_bytes
 from yoco_eval.model.shapes import SHAPES
 
 CONFIG, GPU, BF16 = SHAPES["3b"], torch.device("cuda"), torch.bfloat16
@@ -51,11 +49,67 @@ def test_a_refusal_names_what_fits(free):
     fit(CONFIG, BF16, GPU, longest, loaded=True).check()
     assert not fit(CONFIG, BF16, GPU, longest + 1000, loaded=True).fits
     greedy = fit(CONFIG, BF16, GPU, 10000, chunk=2**17, loaded=True, tokens=10**7)
-    with pytest.raises(ValueError, match="or lower prefill_chunk=131072"):
+    with pytest.raises(ValueError, match="free; lower prefill_chunk=131072, or take"):
         greedy.check()
     free(100)
-    with pytest.raises(ValueError, match="none fits"):
+    with pytest.raises(ValueError, match=r"0\.00 GiB are free; take a device with more memory$"):
         fit(CONFIG, BF16, GPU, 2**20, loaded=True).check()
+
+
+def test_contexts_fed_one_at_a_time_take_as_much_as_the_longest(exact, free):
+    one = fit(exact.config, torch.float64, exact.device, 70, chunk=10**6, loaded=True)
+    assert one.chunk == 70
+    assert one.memory.cache == cache_bytes(exact.config, torch.float64, 70)
+    free(round(one.need / 0.95) + 1)
+    requests = [GenerateRequest([i] * 65, 5) for i in range(1, 4)]
+    engine = Engine(exact, prefill_chunk=10**6)
+    assert len(list(engine.generate(requests, lambda n: None, lambda n: None))) == 3
+
+
+def binary_tree(depth, path=()):
+    """Contexts that branch in two after every 30 tokens."""
+    if depth == 0:
+        yield [*path, 1]
+    else:
+        for token in (2, 3):
+            yield from binary_tree(depth - 1, (*path, *[10 * token + depth] * 30))
+
+
+def test_snapshots_where_contexts_branch_are_part_of_the_memory(exact, free):
+    config, dtype = exact.config, torch.float64
+    contexts = list(binary_tree(4))
+    runs = {
+        "generate": [GenerateRequest(context, 1) for context in contexts],
+        "score": [ScoreRequest(context, [1]) for context in contexts],
+    }
+    for kind, requests in runs.items():
+        tokens = sum(map(len, contexts)) if kind == "score" else None
+        need = fit(config, dtype, exact.device, 121 + (kind == "generate"), 1, True, tokens).need
+
+        def run(snapshots, kind=kind, requests=requests, need=need):
+            # Of what is left when scoring, packed batches may have half.
+            left = (2 if kind == "score" else 1) * snapshots * state_bytes(config, dtype)
+            free(round((need + left) / 0.95) + 1)
+            results = getattr(Engine(exact, prefill_chunk=1), kind)
+            return list(results(requests, lambda n: None, lambda n: None))
+
+        with pytest.raises(ValueError, match="where prompts branch, .* of states have to be kept"):
+            run(2)
+        assert len(run(3)) == 16
+
+
+def test_scoring_behind_a_long_text_does_not_copy_its_cache(live_bytes, free):
+    config = YocoConfig(
+        dim=128, n_layers=2, hidden_dim=32, n_self_heads=2, n_attn_heads=2, n_attn_kv_heads=2,
+        vocab_size=100,
+    )
+    model = Yoco(config).requires_grad_(False)
+    stem = [5] * 150_000  # whose cache takes more than the estimate's allowance for small tensors
+    requests = [ScoreRequest(stem, [a, 7]) for a in (1, 2)]
+    need = fit(config, torch.float32, model.device, len(stem) + 1, loaded=True, tokens=10**6).need
+    with live_bytes() as live:
+        list(Engine(model).score(requests, lambda n: None, lambda n: None))
+    assert live.peak < need - 0.5 * cache_bytes(config, torch.float32, len(stem))
 
 
 def test_the_engine_refuses_before_it_computes(exact, free):
@@ -66,36 +120,8 @@ def test_the_engine_refuses_before_it_computes(exact, free):
     assert not begun
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        return result
-
-    def add(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.drop, key, size)
-
-    def drop(self, key, size):
-        self.seen.discard(key)
-        self.now -= size
-
-
 @pytest.mark.parametrize("sliding_window", [None, 1, 256])
-def test_packed_batches_stay_within_the_memory(sliding_window, monkeypatch):
+def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monkeypatch):
     """Many short questions after one long text; each brings a state or a window with it."""
     config = YocoConfig(
         dim=128, n_layers=4, hidden_dim=128, n_self_heads=2, n_attn_heads=2, n_attn_kv_heads=1,
@@ -113,7 +139,7 @@ def test_packed_batches_stay_within_the_memory(sliding_window, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: round((need + left) / 0.95))
     results, peaks = [], []
     for batch_size in (1, None):
-        with Live() as live:
+        with live_bytes() as live:
             scored = Engine(model, batch_size).score(requests, lambda n: None, lambda n: None)
             results.append(dict(scored))
         peaks.append(live.peak)
