@@ -6,6 +6,7 @@ measured, for want of memory or patience, is said where its figure would stand.
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -321,7 +322,8 @@ def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str
     """A line per model; where one was not measured, the top of the panel says why."""
     ax.set_title(title, size=FONT)
     set_scale(ax, scale)
-    missing = {row.length for row in profile.rows if row.outcome != MEASURED}
+    missing = Counter(row.length for row in profile.rows if row.outcome != MEASURED)
+    said: Counter[int] = Counter()
     highest = 0.0
     below = 0.0  # the highest value that such a word hangs over
     for index, model in enumerate(profile.models):
@@ -336,10 +338,13 @@ def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str
         below = max([below, *(getattr(row, quantity) for row in measured if row.length in missing)])
         for row in rows:
             if row.outcome != MEASURED:
-                ax.text(
-                    math.log2(row.length), 0.98, f"{row.outcome} ×", size=SMALL_FONT,
-                    color=color(index), rotation=90, ha="center", va="top",
-                    transform=ax.get_xaxis_transform(),
+                aside = said[row.length] - (missing[row.length] - 1) / 2
+                said[row.length] += 1
+                ax.annotate(
+                    f"{row.outcome} ×", (math.log2(row.length), 0.98),
+                    (1.3 * SMALL_FONT * aside, 0), textcoords="offset points",
+                    xycoords=ax.get_xaxis_transform(), size=SMALL_FONT, color=color(index),
+                    rotation=90, ha="center", va="top",
                 )
     if scale == "linear":
         ax.set_ylim(0, max(ax.get_ylim()[1], 1.04 * highest))  # room for the markers

@@ -317,7 +317,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
     plan = _command(
         commands,
         "plan",
-        "say what a run would need, without running it: memory, bounds on its time",
+        "estimate the memory and time that a run takes, without running it",
         """
   yoco-eval plan --shape 3b --length 1m
   yoco-eval plan --pretrained yoco-3b-1m/ --length 256k --device cuda:1""",
@@ -383,7 +383,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
         type=_seconds,
         default=120.0,
         metavar="S",
-        help="leave out lengths whose prefill takes more seconds than this (default: 120)",
+        help="give up a length whose prefill takes more seconds than this (default: 120)",
     )
     _add_where(profile)
     _add_output(profile, ".json, .png, .svg or .pdf")

@@ -1,4 +1,4 @@
-"""What a run will take, before it is started: memory by parts, and bounds on its time."""
+"""What a run will take, before it is started: memory by parts, and time as the device allows."""
 
 from __future__ import annotations
 

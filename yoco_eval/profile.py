@@ -148,12 +148,10 @@ def profile(
         lengths: in tokens, ascending. Once a model is out of memory or patience, the longer ones
             are not tried.
         device: of the models.
-        patience: the seconds that one prefill may take. A longer one is not started, as far as
-            the lengths before tell, and is given up when it gets there.
+        patience: the seconds that one prefill may take; a longer one is given up.
         chunk: how many tokens are fed at a time.
     """
     for name, build in builders.items():
-        measured: list[ProfileRow] = []
         outcome, model = MEASURED, None
         try:
             model = build()
@@ -165,15 +163,12 @@ def profile(
             sizes = _sizes(model, length) if model is not None else {}
             if sizes and sizes["cache_bytes"] > free_bytes(device):
                 outcome = OUT_OF_MEMORY
-            elif outcome == MEASURED and expected_seconds(measured, length) > patience:
-                outcome = OUT_OF_PATIENCE
             row = None
             if outcome == MEASURED:
                 try:
                     row = ProfileRow(
                         name, length, MEASURED, **sizes, **_measure(model, length, patience, chunk)
                     )
-                    measured.append(row)
                 except (MemoryError, RuntimeError) as error:
                     if not out_of_memory(error):
                         raise
@@ -184,22 +179,6 @@ def profile(
             yield row or ProfileRow(name, length, outcome, **sizes)
         del model
         _free(device)
-
-
-def expected_seconds(measured: Sequence[ProfileRow], length: int) -> float:
-    """Prefill time of a length, from those before: as it grew last, linearly at least.
-
-    From one row alone linear growth is assumed, and from none, nothing.
-    """
-    if not measured:
-        return 0.0
-    last = measured[-1]
-    power = 1.0
-    if len(measured) > 1:
-        before = measured[-2]
-        growth = math.log(last.prefill_seconds / before.prefill_seconds)
-        power = min(max(growth / math.log(last.length / before.length), 1.0), 2.0)
-    return last.prefill_seconds * (length / last.length) ** power
 
 
 def _measure(model: Model, length: int, patience: float, chunk: int) -> dict[str, float | None]:

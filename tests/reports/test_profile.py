@@ -160,7 +160,7 @@ def test_lines():
         for line, expected in zip(ax.lines, (YOCO, TRANSFORMER[:4]), strict=True):
             assert list(line.get_xdata()) == [math.log2(row.length) for row in expected]
             assert list(line.get_ydata()) == [getattr(row, quantity) for row in expected]
-        said = {text.get_position()[0]: text.get_text() for text in ax.texts}
+        said = {text.xy[0]: text.get_text() for text in ax.texts}
         assert said == {19: "out of patience ×", 20: "out of memory ×"}
     assert figure.axes[1].get_yscale() == "log"
     assert figure.axes[2].get_ylim()[0] == 0
@@ -171,10 +171,20 @@ def test_words_hang_above_the_lines():
     figure.draw_without_rendering()
     for ax in figure.axes[1:]:
         for text in ax.texts:
-            x, bottom = text.get_position()[0], text.get_window_extent().y0
+            x, bottom = text.xy[0], text.get_window_extent().y0
             row = YOCO[LENGTHS.index(2**x)]
             y = row.prefill_seconds if ax is figure.axes[1] else row.decode_tokens_per_second
             assert ax.transData.transform((x, y))[1] < bottom
+
+
+def test_words_of_two_models_stand_side_by_side():
+    out = [replace(YOCO[-1], outcome="out of memory", prefill_seconds=None,
+                   decode_tokens_per_second=None)]
+    figure = profile_figure(replace(PROFILE, rows=(*YOCO[:-1], *out, *TRANSFORMER)))
+    figure.draw_without_rendering()
+    for ax in figure.axes[1:]:
+        yoco, transformer = (text.get_window_extent() for text in ax.texts if text.xy[0] == 20)
+        assert yoco.x1 < transformer.x0
 
 
 def test_length_labels_carry_the_gains():

@@ -11,8 +11,7 @@ from yoco_eval.memory import CHUNKS
 from yoco_eval.model import Yoco
 from yoco_eval.model.shapes import SHAPES
 from yoco_eval.model.transformer import Transformer
-from yoco_eval.profile import ProfileError, expected_seconds, profile, run_profile
-from yoco_eval.reports.profile import ProfileRow
+from yoco_eval.profile import ProfileError, profile, run_profile
 
 CPU = torch.device("cpu")
 
@@ -24,7 +23,7 @@ class Model:
         self.limit, self.delay, self.error = limit, delay, error
         self.config, self.device = SimpleNamespace(vocab_size=7), CPU
         self.weight = torch.zeros(10)
-        self.fed = []
+        self.fed, self.capacities = [], []
         self.steps = 0
 
     def parameters(self):
@@ -34,6 +33,7 @@ class Model:
         if capacity > self.limit:
             raise self.error
         self.fed.append([])
+        self.capacities.append(capacity)
         part = torch.zeros(2, capacity, 3)
         return SimpleNamespace(keys=part, values=part, capacity=capacity)
 
@@ -138,23 +138,17 @@ def test_out_of_patience_while_it_runs():
     assert not any(len(fed) > 60 for fed in model.fed)
 
 
-def test_out_of_patience_before_it_runs():
+def test_longer_lengths_are_not_tried_after_that():
     model = Model(delay=0.02)
-    rows = run([200, 400, 800, 10**6], patience=60, A=model)
-    assert [row.outcome for row in rows] == ["measured"] * 3 + ["out of patience"]
+    rows = run([200, 5000, 10000], patience=0.2, A=model)
+    assert [row.outcome for row in rows] == ["measured", "out of patience", "out of patience"]
+    assert 5020 in model.capacities and 10020 not in model.capacities
 
 
-def test_expected_seconds():
-    def rows(*times):
-        return [ProfileRow("A", 1000 * 2**i, "measured", prefill_seconds=s)
-                for i, s in enumerate(times)]
-
-    assert expected_seconds([], 10**6) == 0
-    assert expected_seconds(rows(3), 2000) == 6
-    assert expected_seconds(rows(1, 4), 4000) == pytest.approx(16)
-    assert expected_seconds(rows(1, 3), 4000) == pytest.approx(9)
-    assert expected_seconds(rows(1, 1), 4000) == 2  # not less than linear
-    assert expected_seconds(rows(1, 50), 4000) == 200  # nor more than quadratic
+def test_a_short_text_s_time_is_not_taken_for_a_long_one_s():
+    """Of one token, nearly all is overhead."""
+    rows = run([1, 3000], patience=2.0, A=Model(delay=0.01))
+    assert [row.outcome for row in rows] == ["measured"] * 2
 
 
 @pytest.fixture
