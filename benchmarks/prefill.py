@@ -1,6 +1,6 @@
 """Prefill of the YOCO-3B shape against its matrix products run alone, and its peak of memory.
 
-    python benchmarks/prefill.py [--lengths 64k,1m] [--chunk 12672]
+    python benchmarks/prefill.py [--lengths 64k,1m] [--chunk 12672] [--output prefill.json]
 
 Both feed the same number of tokens in the same chunks through the same weights, in turns. The
 products alone are the library's. What the ratio is above 1 is everything else, norms, retention,

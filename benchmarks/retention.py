@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import copy_bandwidth, environment, measure, report, require_gpu
+from common import context_length, copy_bandwidth, environment, measure, report, require_gpu
 from torch import Tensor
 
 from yoco_eval.kernels.retention import (
@@ -41,10 +41,12 @@ THETA = 80e6
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=32768, help=f"a multiple of {PACKED}")
+    parser.add_argument(
+        "--tokens", type=context_length, default=32768, help=f"a multiple of {PACKED}"
+    )
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
-    if args.tokens < PACKED or args.tokens % PACKED:
+    if args.tokens % PACKED:
         parser.error(f"--tokens {args.tokens}: must be a multiple of {PACKED}")
     device = require_gpu()
     bandwidth = copy_bandwidth()

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import environment, report, require_gpu, seconds
+from common import count, environment, report, require_gpu, seconds
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -41,14 +41,16 @@ TRIAL = 200  # questions on which batch sizes are compared
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=2000)
-    parser.add_argument("--checked", type=int, default=200, help="questions also scored one by one")
+    parser.add_argument("--questions", type=count, default=2000, help="(default: 2000)")
+    parser.add_argument(
+        "--checked", type=count, default=200, help="questions also scored one by one"
+    )
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
     device = require_gpu()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the peer is not loaded by lm-eval
-    if not 0 < args.checked <= args.questions:
-        parser.error(f"--checked {args.checked}: must be from 1 to --questions {args.questions}")
+    if args.checked > args.questions:
+        parser.error(f"--checked {args.checked}: more than --questions {args.questions}")
     questions = make_questions(args.questions)
 
     yoco, choices = time_yoco(questions, args.checked, device)

@@ -313,11 +313,13 @@ class Yoco(nn.Module):
             [B, T - first, vocab_size].
 
         Raises:
-            ValueError: there is no token.
+            ValueError: there is no token, or `first` is not from 0 to T.
         """
         batch, length = input_ids.shape
         if not input_ids.numel():
             raise ValueError(f"input_ids [{batch}, {length}] holds no token; give one at least")
+        if not 0 <= first <= length:
+            raise ValueError(f"first {first} is not from 0 to the number of tokens, {length}")
         sequences = Sequences((length,) * batch, (0,) * batch, input_ids.device)
         initial = SelfState.initial(self.config)
         x, _ = self.self_decode(input_ids.flatten(), sequences, initial, keep=False)

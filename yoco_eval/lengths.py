@@ -4,20 +4,22 @@ This module imports nothing of the project, so that every room of it may use thi
 """
 
 import re
+from fractions import Fraction
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
 
 def parse_length(value: int | str) -> int:
-    """The number of tokens that 65536, "65536", "64k" (65536) or "1m" (1048576) stands for.
+    """The number of tokens that 65536, "65536", "64k" (65536) or "1.5m" (1572864) stands for.
 
     Raises:
-        ValueError: it is none of these, or not positive.
+        ValueError: it is none of these, or not a positive whole number.
     """
-    match = re.fullmatch(r"(\d+)(?:\.0)?([km]?)", str(value).strip().lower())
-    if match is None or int(match[1]) < 1:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", str(value).strip().lower())
+    tokens = Fraction(match[1]) * _UNITS[match[2]] if match else Fraction(0)
+    if tokens < 1 or tokens.denominator > 1:
         raise ValueError(f"{value!r} is not a length; write 65536, 64k or 1m")
-    return int(match[1]) * _UNITS[match[2]]
+    return int(tokens)
 
 
 def format_length(tokens: int) -> str:

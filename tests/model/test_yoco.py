@@ -125,6 +125,9 @@ def test_early_exit_changes_no_logit(exact, expected):
     ids = expected["input_ids"]
     full = exact(ids)
     torch.testing.assert_close(exact(ids, first=101), full[:, 101:], rtol=0, atol=1e-9)
+    for first in (-1, ids.shape[1] + 1):
+        with pytest.raises(ValueError, match=f"first {first} is not from 0"):
+            exact(ids, first=first)
 
 
 def test_going_back_to_a_snapshot(exact, expected):

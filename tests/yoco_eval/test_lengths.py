@@ -6,13 +6,14 @@ from yoco_eval.lengths import format_length, parse_length, parse_lengths
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"), [("65536", 65536), ("64k", 65536), ("64K", 65536), ("1m", 2**20)]
+    ("text", "tokens"),
+    [("65536", 65536), ("64k", 65536), ("64K", 65536), ("1m", 2**20), ("1.5M", 3 * 2**19)],
 )
 def test_parse_length(text, tokens):
     assert parse_length(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.5k", "1g", "many", "k"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "0.3k", "1g", "many", "k"])
 def test_refused_lengths(text):
     with pytest.raises(ValueError, match="write 65536, 64k or 1m"):
         parse_length(text)
