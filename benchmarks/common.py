@@ -16,27 +16,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from yoco_eval.lengths import parse_length, parse_lengths
+from yoco_eval.lengths import as_argument, parse_length, parse_lengths
 from yoco_eval.reports.files import ResultsError, write_atomically
 
 _FLUSH_BYTES = 1 << 28  # several times any L2 cache
 _TURN = 0.1  # seconds
 
 
-def lengths(text: str) -> list[int]:
-    """Context lengths on the command line, such as 64k,...,1m."""
-    try:
-        return parse_lengths(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def context_length(text: str) -> int:
-    """A context length on the command line, such as 64k."""
-    try:
-        return parse_length(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+# Context lengths on the command line, such as 64k and 64k,...,1m.
+context_length, lengths = as_argument(parse_length), as_argument(parse_lengths)
 
 
 def count(text: str) -> int:

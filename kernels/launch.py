@@ -15,6 +15,11 @@ def padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """x, copied unless the numbers of its last dimension lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def packed_heads(x: Tensor) -> Tensor:
     """x [T, H, D], copied unless its heads lie side by side in each row."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import dense_rows
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """`norm.rms_norm` for x [..., d] on the GPU; rows not evenly apart are copied."""
     width = x.shape[-1]
-    flat = x.reshape(-1, width)
-    if flat.stride(1) != 1:
-        flat = flat.contiguous()
+    flat = dense_rows(x.reshape(-1, width))
     rows = len(flat)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block, block_rows, warps = _config(width)

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import in_units, packed_heads, padded, programs
+from .launch import dense_rows, in_units, packed_heads, padded, programs
 from .sequences import Sequences, to_device
 
 MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
@@ -61,7 +61,7 @@ def gated_retention(
     length, heads, dim = q.shape
     q, k, v = packed_heads(q), packed_heads(k), packed_heads(v)
     swish = None if swish is None else packed_heads(swish)
-    gate = gate if gate.stride(1) == 1 else gate.contiguous()
+    gate = dense_rows(gate)
     config = _config(dim, q.dtype)
     tiles = triton.cdiv(dim, config.block)
     inner, scanned, table = sequences.table(
@@ -123,7 +123,7 @@ def gated_retention_step(
     """`retention.gated_retention_step` on the GPU."""
     batch, heads, dim = q.shape
     q, k, v, swish = (packed_heads(x) for x in (q, k, v, swish))
-    gate = gate if gate.stride(1) == 1 else gate.contiguous()
+    gate = dense_rows(gate)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     columns = triton.next_power_of_2(dim)
     _step[(heads * batch,)](

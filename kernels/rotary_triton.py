@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import in_units
+from .launch import dense_rows, in_units
 
 _ROWS, _HEADS = 8, 8  # tokens, and at most so many heads, to a program
 
@@ -20,8 +20,7 @@ _ROWS, _HEADS = 8, 8  # tokens, and at most so many heads, to a program
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor], in_place: bool) -> Tensor:
     """`rotary.rotate` on the GPU."""
     tokens, heads, dim = x.shape
-    if x.stride(2) != 1:
-        x = x.contiguous()
+    x = dense_rows(x)
     out = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     unit, strides = in_units(x.stride(0), x.stride(1), out.stride(0), out.stride(1))
     group = max(n for n in range(1, _HEADS + 1) if heads % n == 0)

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import dense_rows
+
 
 def swiglu(h: Tensor) -> Tensor:
     """`swiglu.swiglu` for h [T, 2 * F] on the GPU: in float32, rounded once."""
-    if h.stride(1) != 1:
-        h = h.contiguous()
+    h = dense_rows(h)
     tokens, width = h.shape[0], h.shape[1] // 2
     out = torch.empty(tokens, width, dtype=h.dtype, device=h.device)
     block, warps = _config(width)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from yoco_eval import __version__
 from yoco_eval.devices import DTYPES
-from yoco_eval.lengths import parse_length, parse_lengths
+from yoco_eval.lengths import as_argument, parse_length, parse_lengths
 
 if TYPE_CHECKING:
     from yoco_eval.reports.profile import Profile
@@ -42,20 +42,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         logger.removeHandler(notes)
-
-
-def _length(text: str) -> int:
-    try:
-        return parse_length(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return parse_lengths(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _seconds(text: str) -> float:
@@ -303,7 +289,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
     )
     convert.add_argument(
         "--max-length",
-        type=_length,
+        type=as_argument(parse_length),
         metavar="N",
         help="the longest context the checkpoint is meant for, in tokens: 65536, 64k, 1m",
     )
@@ -331,14 +317,14 @@ for their number; a difference is told only if significant at the 5 % level.""",
     )
     plan.add_argument(
         "--length",
-        type=_length,
+        type=as_argument(parse_length),
         required=True,
         metavar="N",
         help="tokens of the longest text with its answer, such as 64k or 1m",
     )
     plan.add_argument(
         "--prefill-chunk",
-        type=_length,
+        type=as_argument(parse_length),
         metavar="N",
         help="tokens fed at a time (default: as many as pay and fit)",
     )
@@ -368,7 +354,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
     )
     profile.add_argument(
         "--lengths",
-        type=_lengths,
+        type=as_argument(parse_lengths),
         default="32k,64k,...,1m",
         metavar="N,N,...",
         help="context lengths in tokens; '...' doubles up to the next (default: %(default)s)",

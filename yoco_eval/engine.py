@@ -19,7 +19,7 @@ from yoco_eval.model import Decoder, SelfState, Sequences, Span, Spans, Yoco, to
 from yoco_eval.model.footprint import state_bytes
 
 from .memory import Fit, fit
-from .prefixes import Item, Limits, Node, Step, merge, most_snapshots, nest, plan
+from .prefixes import Item, Limits, Node, Step, merge, nest, plan
 
 TokenIds = Sequence[int] | np.ndarray
 Progress = Callable[[int], object]
@@ -198,8 +198,9 @@ class Engine:
     def _plan(self, items: Sequence[Item], limits: Limits, fitted: Fit) -> list[Step]:
         """Refuses what branches so often that its snapshots do not fit."""
         steps = plan(items, limits)
+        kept = max((step.kept for step in steps), default=0)
         size = state_bytes(self.model.config, self.model.dtype)
-        fitted.check_snapshots(most_snapshots(steps) * size, limits.room)
+        fitted.check_snapshots(kept * size, limits.room)
         return steps
 
     def _walk(

@@ -3,8 +3,13 @@
 This module imports nothing of the project, so that every room of it may use this one.
 """
 
+import argparse
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
@@ -20,6 +25,18 @@ def parse_length(value: int | str) -> int:
     if tokens < 1 or tokens.denominator > 1:
         raise ValueError(f"{value!r} is not a length; write 65536, 64k or 1m")
     return int(tokens)
+
+
+def as_argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """`parse` for a command line: argparse tells what it says where it refuses."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def format_length(tokens: int) -> str:

@@ -73,10 +73,9 @@ class Fit:
         if self.fits:
             return
         besides = self.memory.states + self.memory.activations
-        mends = []
-        if self.longest:
-            mends.append(f"shorten them to {self.longest} tokens, or have them cut by "
-                         f"max_length={self.longest}")
+        shorter = f"shorten them to {self.longest} tokens, or have them cut by "
+        shorter += f"max_length={self.longest}"
+        mends = (shorter,) if self.longest else ()
         raise ValueError(
             f"contexts of {format_length(self.length)} tokens need {gib(self.need)} beside the "
             f"weights on {self.device} ({gib(self.memory.cache)} for the cache, {gib(besides)} for "
@@ -119,9 +118,10 @@ def fit(
     free = int(free_bytes(device) * _MARGIN)
 
     def needs(length: int, most: int) -> tuple[int, Footprint, int]:
-        size = max(1, min(most, tokens or length))
+        total = tokens or length
+        size = max(1, min(most, total))
         # A packed batch of a chunk's size may lie behind what its texts share.
-        capacity = min(length + size, tokens or length)
+        capacity = min(length + size, total)
         memory = footprint(config, dtype, capacity, size, size * _LOGITS, device)
         return size, memory, memory.total - (memory.weights if loaded else 0)
 

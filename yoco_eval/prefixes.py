@@ -103,13 +103,15 @@ class Step:
 
     Either whole subtrees, side by side; or, where `snapshot`, one inner node's own tokens, after
     which a snapshot is kept for its children. A leaf that exceeds the limits stands alone. After
-    the `last` step that goes back to a snapshot, nobody needs that one any more.
+    the `last` step that goes back to a snapshot, nobody needs that one any more. That leaves
+    `kept` of them, that of the empty text aside.
     """
 
     resume: int
     nodes: tuple[Node, ...]
     snapshot: bool
     last: bool
+    kept: int
 
     @property
     def tokens(self) -> int:
@@ -166,25 +168,12 @@ def plan(items: Sequence[Item], limits: Limits) -> list[Step]:
     """Steps that feed all `items` (from `merge`, perhaps `nest`), those that share a prefix one
     after the other."""
     shared = [0] + [_common(a, b) for a, b in zip(items, items[1:], strict=False)]
-    return list(_steps(_grow(items, shared, 0, len(items), 0, 0), 0, limits))
+    return list(_steps(_grow(items, shared, 0, len(items), 0, 0), 0, 0, limits))
 
 
-def most_snapshots(steps: Sequence[Step]) -> int:
-    """How many snapshots, that of the empty text aside, exist at a time."""
-    kept: list[int] = []
-    most = 0
-    for step in steps:
-        while kept and kept[-1] > step.resume:
-            kept.pop()
-        if kept and step.last:
-            kept.pop()
-        if step.snapshot:
-            kept.append(step.nodes[0].end)
-            most = max(most, len(kept))
-    return most
-
-
-def _steps(nodes: Sequence[Node], resume: int, limits: Limits) -> Iterator[Step]:
+def _steps(
+    nodes: Sequence[Node], resume: int, kept: int, limits: Limits
+) -> Iterator[Step]:
     # With the largest branch last, of a path's snapshots only those are needed at a time below
     # which at least half of the tokens are still to come: few, however deep the tree.
     batches: list[tuple[list[Node], Size]] = []
@@ -198,9 +187,11 @@ def _steps(nodes: Sequence[Node], resume: int, limits: Limits) -> Iterator[Step]
     for i, (batch, size) in enumerate(batches):
         (first, *_) = batch
         too_large = bool(first.children) and not limits.allow(size)
-        yield Step(resume, tuple(batch), too_large, i + 1 == len(batches))
+        last = i + 1 == len(batches)
+        after = kept - (last and resume > 0) + too_large
+        yield Step(resume, tuple(batch), too_large, last, after)
         if too_large:
-            yield from _steps(first.children, first.end, limits)
+            yield from _steps(first.children, first.end, after, limits)
 
 
 def _grow(
