@@ -84,13 +84,13 @@ def test_snapshots_where_contexts_branch_are_part_of_the_memory(exact, free):
     }
     for kind, requests in runs.items():
         tokens = sum(map(len, contexts)) if kind == "score" else None
-        need = fit(config, dtype, exact.device, 121 + (kind == "generate"), 1, True, tokens).need
+        need = fit(config, dtype, exact.device, 121 + (kind == "generate"), 16, True, tokens).need
 
         def run(snapshots, kind=kind, requests=requests, need=need):
             # Of what is left when scoring, packed batches may have half.
             left = (2 if kind == "score" else 1) * snapshots * state_bytes(config, dtype)
             free(round((need + left) / 0.95) + 1)
-            results = getattr(Engine(exact, prefill_chunk=1), kind)
+            results = getattr(Engine(exact, prefill_chunk=16), kind)
             return list(results(requests, lambda n: None, lambda n: None))
 
         with pytest.raises(ValueError, match="where prompts branch, .* of states have to be kept"):
@@ -98,18 +98,18 @@ def test_snapshots_where_contexts_branch_are_part_of_the_memory(exact, free):
         assert len(run(3)) == 16
 
 
-def test_scoring_behind_a_long_text_does_not_copy_its_cache(live_bytes, free):
+def test_scoring_behind_a_long_text_does_not_copy_its_cache(live_bytes):
     config = YocoConfig(
         dim=128, n_layers=2, hidden_dim=32, n_self_heads=2, n_attn_heads=2, n_attn_kv_heads=2,
         vocab_size=100,
     )
     model = Yoco(config).requires_grad_(False)
-    stem = [5] * 150_000  # whose cache takes more than the estimate's allowance for small tensors
+    stem = [5] * 50_000
     requests = [ScoreRequest(stem, [a, 7]) for a in (1, 2)]
-    need = fit(config, torch.float32, model.device, len(stem) + 1, loaded=True, tokens=10**6).need
     with live_bytes() as live:
         list(Engine(model).score(requests, lambda n: None, lambda n: None))
-    assert live.peak < need - 0.5 * cache_bytes(config, torch.float32, len(stem))
+    cache = cache_bytes(config, torch.float32, len(stem))
+    assert cache < live.peak < 1.5 * cache
 
 
 def test_the_engine_refuses_before_it_computes(exact, free):
