@@ -1,9 +1,16 @@
-"""Metrics by context length: a row of lm-eval's table for each."""
+"""Metrics by context length: a row of lm-eval's table for each; what the results file says of them.
+
+Reports compare runs by two things that tasks leave in their metadata: `BY_LENGTH` names the metrics
+NAME whose values NAME@LENGTH are by context length, and digests tell whether prompts were equal.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
+
+BY_LENGTH = "by_length"  # the key of the metrics' names in a task's metadata
 
 # What RULER's authors measured for Llama-2-7B at 4K, and ask of other lengths.
 RULER_THRESHOLD = 0.856
@@ -50,3 +57,25 @@ def effective_length(accuracies: Mapping[int, float]) -> int:
     """
     passed = (length for length, accuracy in accuracies.items() if accuracy >= RULER_THRESHOLD)
     return max(passed, default=0)
+
+
+def digest(*texts: str) -> str:
+    """Eight hexadecimal digits that differ, but for rare accidents, where the texts do."""
+    found = blake2b(digest_size=4)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        found.update(len(data).to_bytes(8, "big"))  # so that texts end where they do
+        found.update(data)
+    return found.hexdigest()
+
+
+def digests_by_length(prompts: Iterable[tuple[int, str]]) -> dict[str, str]:
+    """A digest per context length, over the digests of its prompts in order.
+
+    Args:
+        prompts: the context length and the digest of each.
+    """
+    found: dict[int, list[str]] = {}
+    for length, of_a_prompt in prompts:
+        found.setdefault(length, []).append(of_a_prompt)
+    return {str(length): digest(*found[length]) for length in sorted(found)}

@@ -16,7 +16,14 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.group import AggMetricConfig
 
-from .by_length import metric_at, metric_list, values_at
+from .by_length import (
+    BY_LENGTH,
+    digest,
+    digests_by_length,
+    metric_at,
+    metric_list,
+    values_at,
+)
 from .evaluated_model import check_positions, max_positions
 from .members import load_members
 from .settings import read_settings
@@ -36,7 +43,8 @@ class LongContextTask(ConfigurableTask):
         metadata = dict(config.get("metadata") or {})
         self.settings = read_settings(self.Settings, metadata)
         own = {
-            "metadata": metadata | asdict(self.settings),  # for the results file
+            # For the results file.
+            "metadata": {**metadata, **asdict(self.settings), BY_LENGTH: ["acc"]},
             "metric_list": metric_list("acc", self.settings.context_lengths, acc="mean"),
         }
         super().__init__(config={k: v for k, v in config.items() if k != "class"} | own)
@@ -68,8 +76,21 @@ class LongContextTask(ConfigurableTask):
         return super().doc_to_text(doc, doc_to_text)
 
     def build_all_requests(self, **options: Any) -> None:
-        """As lm-eval's, never cached: its cache does not tell one list of lengths from another."""
+        """As lm-eval's, never cached: its cache does not tell one list of lengths from another.
+
+        The results file gets digests of the prompts, before any chat template.
+        """
         super().build_all_requests(**{**options, "cache_requests": False})
+        # Of the whole run, of which this process may have a share only.
+        asked = self.doc_iterator(limit=options.get("limit"), samples=options.get("samples"))
+        shots = self.config.num_fewshot or 0
+        self.config.metadata["prompts"] = digests_by_length(
+            (
+                doc["context_length"],
+                digest(self.fewshot_context(doc, shots, gen_prefix=self.doc_to_prefix(doc))),
+            )
+            for _, doc in asked
+        )
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
         if "bypass" in self._metric_fn_list:  # --predict_only

@@ -19,7 +19,7 @@ from lm_eval.api.task import ConfigurableTask
 from tqdm import tqdm
 
 from . import documents
-from .by_length import metric_at
+from .by_length import BY_LENGTH, digest, digests_by_length, metric_at
 from .evaluated_model import check_positions, max_positions, token_counter
 from .prompts import TokenCounter
 from .settings import count, lengths, read_settings, setting, text
@@ -73,7 +73,8 @@ class LongLoss(ConfigurableTask):
         losses = ["loss", *(metric_at(name, end) for name in ("loss", "loss_to") for end in ends)]
         aggregations = {**dict.fromkeys(losses, nats_per_token), "bits_per_byte": "bits_per_byte"}
         own = {
-            "metadata": metadata | asdict(self.settings),  # for the results file
+            # For the results file.
+            "metadata": {**metadata, **asdict(self.settings), BY_LENGTH: ["loss", "loss_to"]},
             "metric_list": [
                 {"metric": metric, "aggregation": aggregation, "higher_is_better": False}
                 for metric, aggregation in aggregations.items()
@@ -128,8 +129,21 @@ class LongLoss(ConfigurableTask):
         return ""
 
     def build_all_requests(self, **options: Any) -> None:
-        """As lm-eval's, but never cached: its cache does not tell one setting from another."""
+        """As lm-eval's, but never cached: its cache does not tell one setting from another.
+
+        The results file gets digests of the requests of each context length.
+        """
         super().build_all_requests(**{**options, "cache_requests": False})
+        # Of the whole run, of which this process may have a share only.
+        asked = self.doc_iterator(limit=options.get("limit"), samples=options.get("samples"))
+        documents = [self._documents[doc["document"]] for _, doc in asked]
+        self.config.metadata["prompts"] = digests_by_length(
+            (end, digest(document.text[:begin], document.text[begin:stop]))
+            for document in documents
+            for end, (begin, stop) in zip(
+                self.settings.context_lengths, pairwise(document.cuts), strict=True
+            )
+        )
 
     def construct_requests(
         self, doc: Mapping[str, Any], ctx: str, **options: Any

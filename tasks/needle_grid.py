@@ -20,7 +20,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from .by_length import metric_list, values_at
+from .by_length import BY_LENGTH, digest, metric_list, values_at
 from .evaluated_model import check_positions, max_positions, token_counter
 from .haystack import sentence_starts
 from .prompts import Notes, Prompt
@@ -92,7 +92,7 @@ class NeedleGrid(ConfigurableTask):
     def __init__(self, config: Mapping[str, Any]) -> None:
         metadata = dict(config.get("metadata") or {})
         self.settings = read_settings(self.settings_class, metadata)
-        metadata |= asdict(self.settings)  # for the results file
+        metadata |= {**asdict(self.settings), BY_LENGTH: ["acc"]}  # for the results file
         own = {
             "metadata": metadata,
             "metric_list": metric_list(
@@ -152,8 +152,12 @@ class NeedleGrid(ConfigurableTask):
         self._build_documents()
         logger.info(
             "%s: %d prompts, %d context lengths up to %d x %d depths x %d samples",
-            task, len(self._prompts), len(settings.context_lengths), longest,
-            len(settings.depths), settings.samples,
+            task,
+            len(self._prompts),
+            len(settings.context_lengths),
+            longest,
+            len(settings.depths),
+            settings.samples,
         )
 
     def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: None = None) -> str:
@@ -196,11 +200,11 @@ class NeedleGrid(ConfigurableTask):
         if "bypass" in self._metric_fn_list:  # --predict_only
             return super().process_results(doc, results)
         correct = first_number(results[0]) == doc["number"]
-        length = doc["context_length"]
+        length, prompt = doc["context_length"], self.doc_to_text(doc)
         return {
             "acc": float(correct),
             **values_at("acc", self.settings.context_lengths, length, float(correct)),
-            _WORST_CELL: (length, doc["depth"], doc["sample"], correct),
+            _WORST_CELL: (length, doc["depth"], doc["sample"], correct, digest(prompt)),
         }
 
     def _answer_tokens(self) -> int:
@@ -295,23 +299,25 @@ def _excerpt(prompt: Prompt, needle: str) -> str:
 def _worst_cell_noting_all(metadata: dict[str, Any]) -> Callable[[Iterable[tuple]], float]:
     """An aggregation that gives the lowest accuracy of a cell and leaves all in `metadata`.
 
-    Cells say which samples were answered right, so that runs can be compared prompt by prompt.
+    Cells say which samples were answered right, and what digests their prompts have, so that runs
+    can be compared prompt by prompt.
     """
 
     # Not a method: lm-eval copies its configuration deeply, and with a method the whole task.
-    def worst_cell(answers: Iterable[tuple[int, float, int, bool]]) -> float:
+    def worst_cell(answers: Iterable[tuple[int, float, int, bool, str]]) -> float:
         cells: dict[tuple[int, float], dict[str, Any]] = {}
-        for length, depth, sample, correct in sorted(answers):
+        for length, depth, sample, correct, prompt in sorted(answers):
             cell = cells.setdefault(
                 (length, depth),
                 {
                     "context_length": length, "depth": depth, "samples": 0, "correct": 0,
-                    "right": [], "wrong": [],
+                    "right": [], "wrong": [], "prompts": [],
                 },
             )  # fmt: skip
             cell["samples"] += 1
             cell["correct"] += int(correct)
             cell["right" if correct else "wrong"].append(sample)
+            cell["prompts"].append(prompt)
         metadata["cells"] = list(cells.values())
         return min(cell["correct"] / cell["samples"] for cell in cells.values())
 

@@ -177,6 +177,23 @@ def test_whole_group(data, answerer):
         assert len(json.dumps(sample)) < len(prompt) + 2000
 
 
+def test_digests_are_of_the_prompts_that_were_answered(data, answerer):
+    def evaluate(**options):
+        few = group("babilong_qa1", context_lengths=["0k", "1k"], data=data)
+        nothing = TaskManager(include_defaults=False)
+        results = simple_evaluate(answerer(finder), tasks=[few], task_manager=nothing, **options)
+        metadata = results["configs"]["babilong_qa1"]["metadata"]
+        assert metadata["by_length"] == ["acc"]
+        return metadata["prompts"]
+
+    known = evaluate()
+    assert list(known) == ["0", "1024"] and known["0"] != known["1024"]
+    assert evaluate(apply_chat_template=True, system_instruction="Be brief.") == known
+    assert evaluate(limit=4) == {"0": known["0"]}
+    assert evaluate(limit=3).keys() == {"0"} and evaluate(limit=3) != {"0": known["0"]}
+    assert not evaluate(num_fewshot=1).items() & known.items()
+
+
 def test_limit_leaves_a_length_out(data, answerer):
     few = group("babilong_qa1", "babilong_qa2", context_lengths=["0k", "1k"], data=data)
     nothing = TaskManager(include_defaults=False)

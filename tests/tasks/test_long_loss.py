@@ -315,6 +315,8 @@ def test_losses_are_those_of_one_pass(settings, monkeypatch):
     assert rows == ["bits_per_byte", "loss", *names, *(n.replace("@", "_to@") for n in names)]
     recorded = results["configs"][BOOK]["metadata"]
     assert recorded["context_lengths"] == LENGTHS and recorded["samples"] == 2
+    assert recorded["by_length"] == ["loss", "loss_to"]
+    assert list(recorded["prompts"]) == ["128", "256", "512"]
 
 
 def test_hugging_face_model(tmp_path, settings):
@@ -335,15 +337,33 @@ def test_hugging_face_model(tmp_path, settings):
         check(scores, load(**settings), lambda ids: llama(ids).logits, model.tok_encode)
 
 
+def test_digests_tell_where_buckets_are_the_same(settings):
+    """A bucket is a request: what it begins with counts, too."""
+
+    def digests(**others):
+        task = load(**{**settings, **others})
+        task.build_all_requests()
+        return task.config.metadata["prompts"]
+
+    known = digests()
+    assert known == digests(context_lengths=LENGTHS)
+    fewer = digests(context_lengths=[128, 512])
+    assert fewer["128"] == known["128"] and fewer["512"] != known["512"]
+    assert not known.items() & digests(samples=1).items()
+
+
 def test_lm_eval_options(settings):
     model = YocoLM(device="cpu")
     scores, _ = evaluate(model, metadata=settings)
     # Nothing comes before a document.
-    others, _ = evaluate(
+    others, results = evaluate(
         model, metadata=settings, num_fewshot=2, system_instruction="Be brief.", log_samples=True
     )
     assert others == scores
+    whole = results["configs"][BOOK]["metadata"]["prompts"]
     few, results = evaluate(model, metadata=settings, limit=1)
     assert few["loss"] != scores["loss"] and results["n-samples"][BOOK]["effective"] == 1
+    some = results["configs"][BOOK]["metadata"]["prompts"]
+    assert not whole.items() & some.items()
     none, results = evaluate(model, metadata=settings, predict_only=True)
     assert "loss" not in none and len(results["samples"][BOOK][0]["resps"]) == len(LENGTHS)

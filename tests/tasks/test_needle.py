@@ -17,6 +17,7 @@ from lm_eval.utils import make_table
 import yoco_eval.tasks
 from yoco_eval.reports.results import load_needle_run
 from yoco_eval.tasks import evaluated_model
+from yoco_eval.tasks.by_length import digest
 from yoco_eval.tasks.needle import Settings
 from yoco_eval.tasks.needle_grid import first_number
 from yoco_eval.tasks.settings import read_settings
@@ -280,6 +281,7 @@ def test_results_file(tmp_path):
     assert metadata.pop("config_source").endswith("needle.yaml")
     assert len(metadata.pop("cells")) == 6
     assert metadata == {
+        "by_length": ["acc"],
         "version": 1,
         "pretrained": "demo-64k",
         "context_lengths": [256, 512],
@@ -290,6 +292,26 @@ def test_results_file(tmp_path):
     }
     run = load_needle_run(tmp_path)
     assert (run.accuracy, run.prompts, run.context_lengths) == (1.0, 12, [256, 512])
+
+
+def test_cells_tell_which_prompts_were_answered():
+    texts = prompts(**SMALL)
+
+    def of_cells(metadata=SMALL, **options):
+        results = evaluate(Reader(window=800), metadata, **options)
+        return results["configs"]["yoco_needle"]["metadata"]["cells"]
+
+    cells = of_cells()
+    for cell in cells:
+        place = cell["context_length"], cell["depth"]
+        assert cell["prompts"] == [digest(texts[(*place, sample)]) for sample in (0, 1)]
+    assert len({one for cell in cells for one in cell["prompts"]}) == len(texts) == 12
+    few = of_cells(samples={"yoco_needle": [1, 2]})
+    assert [cell["prompts"] for cell in few] == [cells[1]["prompts"][:1], cells[2]["prompts"][:1]]
+    # They are of what the task made, whose end a chat template moves, and a seed changes it all.
+    assert of_cells(apply_chat_template=True)[0]["prompts"] != cells[0]["prompts"]
+    others = of_cells({**SMALL, "seed": 1})
+    assert all(a["prompts"] != b["prompts"] for a, b in zip(cells, others, strict=True))
 
 
 def test_limit_leaves_cells_and_lengths_out():
