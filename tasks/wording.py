@@ -6,7 +6,8 @@ INTRODUCTION = (
 )
 NEEDLE = "The special number of {city} is {number}."
 QUESTION = (
-    "\n\nQuestion: What is the special number of {city}?\nAnswer: The special number of {city} is"
+    "\n\nQuestion: What is the special number of {city}?\n"
+    "Answer: The special number of {city} is"
 )
 # Numbers have this many digits, the first of them not 0.
 NUMBER_DIGITS = 5
