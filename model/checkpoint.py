@@ -16,23 +16,28 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .config import YocoConfig
+from .wording import listed, one_line, shown
 from .yoco import Yoco
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 DEFAULT_CHECKPOINT = (BUNDLED / "DEFAULT").read_text(encoding="utf-8").strip()
 
+_PARAMS = "params.json"
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_JSON = 64 << 20  # bytes; the index of the largest models has a few million
+_ENCRYPTED = 1  # a zip record's flag
+_MOST_UNPACKED = 20  # times the size of a compressed file; weights hardly shrink
 # What stands in training checkpoints beside the weights and is never needed, or only for its
 # attributes. A shell takes its place, so that not even these names are looked up.
 _HARMLESS = re.compile(
@@ -44,6 +49,9 @@ _HARMLESS = re.compile(
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names it and the mend, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class _Shell:
@@ -75,13 +83,14 @@ def resolve_checkpoint(name: str | Path) -> Path:
         CheckpointError: there is neither.
     """
     path = Path(os.path.expanduser(name))
-    if path.exists():
+    if os.path.exists(path):  # whatever the system has against such a name
         return path
     bundled = sorted(folder.name for folder in BUNDLED.iterdir() if folder.is_dir())
     if str(name) in bundled:
         return BUNDLED / str(name)
     raise CheckpointError(
-        f"{name}: no such checkpoint; give a folder or file, or a bundled one: {', '.join(bundled)}"
+        f"{listed([str(name)])}: no such checkpoint; give a folder or file, or a bundled one: "
+        f"{', '.join(bundled)}"
     )
 
 
@@ -96,44 +105,37 @@ def load_config(path: str | Path) -> YocoConfig:
         CheckpointError: as `load_checkpoint`, for faults that show without the weights.
     """
     path = resolve_checkpoint(path)
-    try:
-        if path.is_dir() and (path / _CONFIG).exists():
-            return _native_config(path)
-        file = _torch_file(path)
-        params = file.parent / "params.json"
-        if params.exists():
-            return YocoConfig.from_dict(_read_json(params))
-        return _load_torch(file)[0]
-    except (TypeError, ValueError) as error:
-        prefix = "" if isinstance(error, CheckpointError) else f"{path}: "
-        raise CheckpointError(f"{prefix}{error}") from error
+    if _is_native(path):
+        return _native_config(path)
+    file = _torch_file(path)
+    params = file.parent / _PARAMS
+    return _config(params, _read_json(params)) if params.exists() else _load_torch(file)[0]
 
 
-def load_checkpoint(path: str | Path) -> tuple[YocoConfig, dict[str, Tensor]]:
+def load_checkpoint(
+    path: str | Path, dtype: torch.dtype | None = None
+) -> tuple[YocoConfig, dict[str, Tensor]]:
     """Reads a checkpoint of any layout, on the CPU, in the dtypes that it was stored in.
+
+    Every weight is looked at once: none is NaN or infinite.
 
     Args:
         path: a native folder (`config.json`, `model.safetensors` or shards with an index); a
             published folder (`params.json`, `checkpoint.pth`); a fairseq checkpoint file, or a
             folder that holds one `.pt` file; or the name of a bundled checkpoint.
+        dtype: what the weights are going to be converted to, which must not make any infinite.
 
     Returns:
         The configuration, and every parameter of `Yoco` by name, in the shape that it asks for.
 
     Raises:
         CheckpointError: no such path, no such layout, damaged or unsafe files, or parameters that
-            are missing, surplus or of another shape (all are named).
+            are missing, surplus, of another shape or not finite numbers (they are named).
     """
     path = resolve_checkpoint(path)
-    try:
-        if path.is_dir() and (path / _CONFIG).exists():
-            config, weights = _load_native(path)
-        else:
-            config, weights = _load_torch(_torch_file(path))
-    except (TypeError, ValueError) as error:
-        prefix = "" if isinstance(error, CheckpointError) else f"{path}: "
-        raise CheckpointError(f"{prefix}{error}") from error
-    _check_weights(path, config, weights)
+    config, weights = _load_native(path) if _is_native(path) else _load_torch(_torch_file(path))
+    _check_names(path, config, weights)
+    _check_numbers(path, weights, dtype)
     return config, weights
 
 
@@ -167,37 +169,60 @@ def save_checkpoint(path: str | Path, config: YocoConfig, weights: Mapping[str, 
         os.replace(Path(temporary, _CONFIG), path / _CONFIG)
 
 
+def _is_native(path: Path) -> bool:
+    return path.is_dir() and (path / _CONFIG).exists()
+
+
 def _native_config(folder: Path) -> YocoConfig:
-    settings = _read_json(folder / _CONFIG)
+    file = folder / _CONFIG
+    settings = _read_json(file)
     if settings.get("model_type") != "yoco":
         raise CheckpointError(
-            f"{folder}: {_CONFIG} says model_type {settings.get('model_type')!r}, not 'yoco'; "
+            f"{file}: says model_type {shown(settings.get('model_type'))}, not 'yoco'; "
             "evaluate other models with lm-eval's own backends, such as --model hf"
         )
+    if "dim" not in settings and "hidden_size" in settings:
+        writer = "flash-linear-attention's" if "self_decoder_attn" in settings else "not this one's"
+        raise CheckpointError(
+            f"{file}: is of another project's models of model_type 'yoco' ({writer}: with "
+            "hidden_size in place of dim), which are not read; evaluate it with that project"
+        )
     known = {field.name for field in fields(YocoConfig)}
-    return YocoConfig.from_dict({k: v for k, v in settings.items() if k in known})
+    return _config(file, {k: v for k, v in settings.items() if k in known})
+
+
+def _config(file: Path, settings: dict[str, Any]) -> YocoConfig:
+    try:
+        return YocoConfig.from_dict(settings)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
     config = _native_config(folder)
-    if (folder / _INDEX).exists():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{folder / _INDEX}: has no weight_map; copy it again")
-        files = sorted(set(map(str, weight_map.values())))
-    else:
-        files = [_WEIGHTS]
     weights: dict[str, Tensor] = {}
-    for file in files:
+    for file in _shards(folder / _INDEX) if (folder / _INDEX).exists() else [_WEIGHTS]:
+        if not (folder / file).exists():
+            raise CheckpointError(f"{folder}: {file} is missing; copy the whole folder")
+        _check_regular(folder / file)
         try:
             weights |= load_file(folder / file)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{folder}: {file} is missing; copy the whole folder") from error
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{folder / file}: damaged or truncated ({error}); copy it again"
-            ) from error
+        except Exception as error:  # the reader raises whatever a damaged file leads it to
+            raise _damaged(folder / file, error) from error
     return config, weights
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the weights' files, all in the folder of their index."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map; copy it again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or os.path.basename(file) != file or not file.strip("."):
+            raise CheckpointError(
+                f"{index}: names {shown(file)}, which is no file beside it; copy the whole folder"
+            )
+    return sorted(set(weight_map.values()))
 
 
 def _torch_file(path: Path) -> Path:
@@ -205,12 +230,14 @@ def _torch_file(path: Path) -> Path:
         if path.suffix in (".safetensors", ".json"):
             raise CheckpointError(f"{path}: is a part of a checkpoint; name its folder")
         return path
+    if not path.is_dir():
+        _check_regular(path)
     candidates = [path / "checkpoint.pth"]
     if not candidates[0].exists():
         candidates = sorted(path.glob("*.pt"))
     if len(candidates) > 1:
         raise CheckpointError(
-            f"{path}: holds several checkpoints ({', '.join(c.name for c in candidates)}); name one"
+            f"{path}: holds several checkpoints ({listed([c.name for c in candidates])}); name one"
         )
     if not candidates:
         raise CheckpointError(
@@ -225,20 +252,22 @@ def _load_torch(file: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, not a state dict")
     weights = content["model"] if isinstance(content.get("model"), Mapping) else content
-    if odd := [k for k, v in weights.items() if not isinstance(k, str) or not torch.is_tensor(v)]:
-        raise CheckpointError(f"{file}: not a state dict; {odd[0]!r} in it names no tensor")
+    for name, weight in weights.items():
+        if not isinstance(name, str) or not _is_plain(weight):
+            raise CheckpointError(f"{file}: not a state dict; {shown(name)} names no plain tensor")
     marks = ("embed_tokens.weight", "output_projection.weight", "cross_decoder.k_proj.weight")
     found = [(name, mark) for mark in marks for name in weights if name.endswith(mark)]
     if not found:
         raise CheckpointError(f"{file}: not a YOCO checkpoint; it has no {marks[0]}")
     prefix = found[0][0].removesuffix(found[0][1])
-    params = file.parent / "params.json"
+    params = file.parent / _PARAMS
     if params.exists():
-        config = YocoConfig.from_dict(_read_json(params))
+        config = _config(params, _read_json(params))
     elif settings := _training_settings(content):
-        config = YocoConfig.from_dict({"vocab_size": weights[found[0][0]].shape[0], **settings})
+        rows = len(weights[found[0][0]]) if weights[found[0][0]].dim() else 0
+        config = _config(file, {"vocab_size": rows, **settings})
     else:
-        raise CheckpointError(f"{file}: no params.json beside it and no model settings in it")
+        raise CheckpointError(f"{file}: no {_PARAMS} beside it and no model settings in it")
     return config, {name.removeprefix(prefix): weight for name, weight in weights.items()}
 
 
@@ -248,8 +277,18 @@ def _training_settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
     model = _as_dict(cfg.get("model")) or _as_dict(content.get("args"))
     task = _as_dict(cfg.get("task"))
     settings = {f.name: model[f.name] for f in fields(YocoConfig) if f.name in model}
-    length = model.get("tokens_per_sample") or task.get("tokens_per_sample")
-    return {**settings, "max_seq_len": length} if settings and length else settings
+    lengths = (group.get("tokens_per_sample") for group in (model, task))
+    length = next((length for length in lengths if isinstance(length, int)), None)
+    return {**settings, "max_seq_len": length} if settings and length is not None else settings
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor whose numbers lie in memory, no more of them than memory has."""
+    if not torch.is_tensor(value) or value.is_nested or value.is_quantized:
+        return False
+    if value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
@@ -259,20 +298,22 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 def _unpickle(file: Path) -> Any:
+    _check_regular(file)
     mend = "save its state dict alone with torch.save(model.state_dict(), ...)"
-    zipped = zipfile.is_zipfile(file)
     try:
+        zipped = zipfile.is_zipfile(file)
+        mapped = zipped and _is_stored(file)
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipped else []
         unsafe = [name for name in unknown if not _HARMLESS.fullmatch(name)]
         if unsafe:
             raise CheckpointError(
-                f"{file}: refused, its pickle asks for {', '.join(sorted(unsafe))}, which could "
+                f"{file}: refused, its pickle asks for {listed(sorted(unsafe))}, which could "
                 f"execute code; {mend}"
             )
         shells = [_shell(name) for name in unknown]
         with torch.serialization.safe_globals(shells), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old kinds of pickles, which are read or refused
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -280,37 +321,110 @@ def _unpickle(file: Path) -> Any:
             f"{file}: refused, its pickle is damaged or holds more than plain data; {mend}"
         ) from error
     except Exception as error:  # the reader raises whatever a damaged file leads it to
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _damaged(file, error) from error
+
+
+def _is_stored(file: Path) -> bool:
+    """Whether a zip file's records lie in it as they are: mapped, others would be read as garbage.
+
+    Raises:
+        CheckpointError: they are compressed in a way that PyTorch does not read, or to almost
+            nothing, as weights never are.
+    """
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+    if {record.compress_type for record in records} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise CheckpointError(f"{file}: compressed in an unknown way; copy the original file again")
+    if sum(record.file_size for record in records) > _MOST_UNPACKED * file.stat().st_size:
         raise CheckpointError(
-            f"{file}: damaged or truncated ({first_line}); copy it again, or {mend}"
-        ) from error
+            f"{file}: its records unpack to over {_MOST_UNPACKED} times its size, as weights never "
+            "do; copy the original file again"
+        )
+    return all(
+        record.compress_type == zipfile.ZIP_STORED and not record.flag_bits & _ENCRYPTED
+        for record in records
+    )
 
 
-def _check_weights(path: Path, config: YocoConfig, weights: Mapping[str, Tensor]) -> None:
-    with torch.device("meta"):
-        expected = {name: weight.shape for name, weight in Yoco(config).state_dict().items()}
+def _check_names(path: Path, config: YocoConfig, weights: Mapping[str, Tensor]) -> None:
+    """Refuses parameters that are not those of the configuration, in name and shape."""
+    expected = _expected_shapes(config)
     faults = []
     if missing := [name for name in expected if name not in weights]:
-        faults.append(f"missing: {', '.join(missing)}")
+        faults.append(f"missing: {listed(missing)}")
     if surplus := [name for name in weights if name not in expected]:
-        faults.append(f"surplus: {', '.join(surplus)}")
+        faults.append(f"surplus: {listed(surplus)}")
     if wrong := [
         f"{name} is {list(weights[name].shape)}, not {list(shape)}"
         for name, shape in expected.items()
         if name in weights and weights[name].shape != shape
     ]:
-        faults.append(f"mis-shaped: {', '.join(wrong)}")
+        faults.append(f"mis-shaped: {listed(wrong)}")
     if faults:
         raise CheckpointError(
             f"{path}: its parameters do not fit its configuration; {'; '.join(faults)}"
         )
 
 
+def _expected_shapes(config: YocoConfig) -> dict[str, torch.Size]:
+    """Of every parameter. All layers of a decoder are alike, so that one of each is made."""
+    with torch.device("meta"):
+        two = Yoco(replace(config, n_layers=2)).state_dict()
+    first = ".layers.0."
+    return {
+        name.replace(first, f".layers.{layer}."): shape
+        for name, shape in ((name, weight.shape) for name, weight in two.items())
+        for layer in range(config.n_layers // 2 if first in name else 1)
+    }
+
+
+def _check_numbers(
+    path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> None:
+    """Refuses parameters that are no floating-point numbers, NaN or infinite, or become so."""
+    if odd := [name for name, weight in weights.items() if weight.dtype not in _DTYPES]:
+        kinds = {str(weights[name].dtype).removeprefix("torch.") for name in odd}
+        raise CheckpointError(
+            f"{path}: holds {listed(sorted(kinds))} in {listed(odd)}; weights must be float16, "
+            "bfloat16, float32 or float64"
+        )
+    # NaN is both the least and the greatest of numbers that it stands among.
+    ends = {name: torch.stack(torch.aminmax(weight.detach())) for name, weight in weights.items()}
+    if bad := [name for name, end in ends.items() if not end.isfinite().all()]:
+        raise CheckpointError(
+            f"{path}: NaN or infinite numbers in {listed(bad)}; copy it again, or take a "
+            "checkpoint from before its training diverged"
+        )
+    if bad := [n for n, end in ends.items() if dtype and not end.to(dtype).isfinite().all()]:
+        raise CheckpointError(
+            f"{path}: too large for {str(dtype).removeprefix('torch.')} are numbers in "
+            f"{listed(bad)}; choose another dtype, such as bfloat16"
+        )
+
+
 def _read_json(file: Path) -> dict[str, Any]:
+    _check_regular(file)
     try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise CheckpointError(f"{file}: far larger than any model's; copy it again")
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, not an object")
     return content
+
+
+def _check_regular(file: Path) -> None:
+    """Refuses what would be waited for, or read without end: pipes, sockets, devices; folders."""
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file}: is no regular file; put a copy of the file there")
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return CheckpointError(f"{file}: damaged or truncated ({listed(lines[:1])}); copy it again")

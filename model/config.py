@@ -5,8 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .wording import listed, shown
+
 # Settings of the published code's runs, which say nothing about the model.
 _RUN_SETTINGS = {"max_batch_size", "model_parallel_size", "load_checkpoint"}
+# Sizes up to far beyond any model's; a file that states more is damaged or made up. All numbers
+# that follow from them (bytes, operations) stay small enough to be computed.
+_LARGEST = {
+    "dim": 2**17,
+    "n_layers": 2**12,
+    "hidden_dim": 2**20,
+    "n_self_heads": 2**16,
+    "n_attn_heads": 2**16,
+    "n_attn_kv_heads": 2**16,
+    "vocab_size": 2**24,
+    "sliding_window": 2**32,
+    "max_position_embeddings": 2**40,
+}
+_OPTIONAL = ("sliding_window", "max_position_embeddings")
+# Beyond these, angles and norms are infinite or not a number in float32.
+_RANGES = {"rope_theta": (1, 1e30), "norm_eps": (1e-30, 1)}
 
 
 @dataclass(frozen=True)
@@ -31,18 +49,21 @@ class YocoConfig:
     max_position_embeddings: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "hidden_dim", "n_self_heads", "n_attn_heads",
-                     "n_attn_kv_heads", "vocab_size", "sliding_window", "max_position_embeddings"):
+        for name, largest in _LARGEST.items():
             value = getattr(self, name)
-            optional = name in ("sliding_window", "max_position_embeddings")
-            if value is None and optional:
+            if value is None and name in _OPTIONAL:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
-        for name in ("rope_theta", "norm_eps"):
+                raise ValueError(f"{name} must be a positive whole number, not {shown(value)}")
+            if value > largest:
+                raise ValueError(f"{name} must be at most {largest}, not {shown(value)}")
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not value > 0:  # which NaN is not
+                raise ValueError(f"{name} must be a positive number, not {shown(value)}")
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be from {least:g} to {most:g}, not {shown(value)}")
         for multiple, of in (("n_layers", 2), ("n_attn_heads", self.n_attn_kv_heads),
                              ("dim", 2 * self.n_self_heads), ("dim", 2 * self.n_attn_heads)):
             if getattr(self, multiple) % of:
@@ -75,7 +96,7 @@ class YocoConfig:
         known = {field.name for field in fields(cls)}
         required = {field.name for field in fields(cls)[:7]}
         if missing := required - settings.keys():
-            raise ValueError(f"missing settings: {', '.join(sorted(missing))}")
+            raise ValueError(f"missing settings: {listed(sorted(missing))}")
         if unknown := settings.keys() - known:
-            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+            raise ValueError(f"unknown settings: {listed(sorted(unknown))}")
         return cls(**settings)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
 
 from .config import YocoConfig
 from .yoco import Yoco
+
+if TYPE_CHECKING:
+    from .transformer import TransformerConfig
 
 # What PyTorch's matrix library keeps for itself on a GPU, and small tensors.
 OVERHEAD = 64 << 20
@@ -73,10 +76,17 @@ def weight_bytes(config: YocoConfig, dtype: torch.dtype) -> int:
 
 
 @cache
-def count_parameters(model: type[nn.Module], config: Hashable) -> int:
-    """Numbers in all parameters of a model of this class and shape."""
+def count_parameters(model: type[nn.Module], config: YocoConfig | TransformerConfig) -> int:
+    """Numbers in all parameters of a model of this class and shape.
+
+    All layers of a kind are alike, so that two models of few layers tell of any number.
+    """
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in model(config).parameters())
+        two, four = (
+            sum(parameter.numel() for parameter in model(replace(config, n_layers=n)).parameters())
+            for n in (2, 4)
+        )
+    return two + (config.n_layers - 2) * (four - two) // 2
 
 
 def cache_bytes(config: YocoConfig, dtype: torch.dtype, length: int) -> int:

@@ -289,7 +289,7 @@ class Yoco(nn.Module):
 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or default_dtype(device)
-        config, weights = load_checkpoint(path)
+        config, weights = load_checkpoint(path, dtype)
         model = cls.empty(config, device, dtype)
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -205,7 +206,82 @@ def test_no_state_dict(published, tmp_path, content):
     assert "not a" in fault(folder)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": [1]}'])
+def repack(file, compression):
+    """Writes a zip file's records anew."""
+    with zipfile.ZipFile(file) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+def test_compressed_records_are_read_as_what_they_hold(published, weights, tmp_path):
+    folder = copy(published, tmp_path)
+    repack(folder / "checkpoint.pth", zipfile.ZIP_DEFLATED)
+    _, loaded = load_checkpoint(folder)
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    repack(folder / "checkpoint.pth", zipfile.ZIP_BZIP2)
+    assert "compressed in an unknown way" in fault(folder)
+
+
+def test_records_that_unpack_without_end_are_not_unpacked(published, tmp_path):
+    folder = copy(published, tmp_path)
+    torch.save({"embed_tokens.weight": torch.zeros(10**7)}, folder / "checkpoint.pth")
+    repack(folder / "checkpoint.pth", zipfile.ZIP_DEFLATED)
+    assert "unpack to over" in fault(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_named(published, weights, tmp_path, value, dtype):
+    folder = copy(published, tmp_path)
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    weights["layer_norm.weight"][3] = value
+    weights["cross_decoder.k_proj.weight"][0, 5] = value
+    torch.save(weights, folder / "checkpoint.pth")
+    message = fault(folder)
+    assert "NaN or infinite numbers in cross_decoder.k_proj.weight, layer_norm.weight" in message
+
+
+def test_weights_that_a_narrower_dtype_makes_infinite(published, weights, tmp_path):
+    folder = copy(published, tmp_path)
+    weights["layer_norm.weight"][3] = 65520.0
+    torch.save(weights, folder / "checkpoint.pth")
+    load_checkpoint(folder, torch.bfloat16)
+    with pytest.raises(CheckpointError, match="too large for float16.* in layer_norm.weight"):
+        Yoco.from_pretrained(folder, "cpu", torch.float16)
+    weights["layer_norm.weight"][3] = 65519.0  # rounds to float16's largest
+    torch.save(weights, folder / "checkpoint.pth")
+    Yoco.from_pretrained(folder, "cpu", torch.float16)
+
+
+def test_weights_that_are_no_floating_point_numbers(published, weights, tmp_path):
+    folder = copy(published, tmp_path)
+    weights["layer_norm.weight"] = weights["layer_norm.weight"].to(torch.int8)
+    torch.save(weights, folder / "checkpoint.pth")
+    assert "holds int8 in layer_norm.weight" in fault(folder)
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.zeros(1).expand(96, 64), torch.zeros(96, 64).to_sparse()], ids=["same", "sparse"]
+)
+def test_tensors_that_claim_more_numbers_than_there_are(published, weights, tmp_path, odd):
+    folder = copy(published, tmp_path)
+    torch.save({**weights, "embed_tokens.weight": odd}, folder / "checkpoint.pth")
+    assert "'embed_tokens.weight' names no plain tensor" in fault(folder)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/dev/zero", "..", "", 3, "a\0b"])
+def test_an_index_names_files_beside_it(published, tmp_path, file):
+    Yoco.from_pretrained(published, device="cpu").save_pretrained(tmp_path / "a")
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"layer_norm.weight": file}}))
+    shutil.copy(tmp_path / "a" / "model.safetensors", tmp_path)
+    message = fault(tmp_path / "a")
+    assert str(index) in message or "a\\x00b is missing" in message
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": [1]}', '{"weight_map": {}}'])
 def test_bad_index(published, tmp_path, content):
     Yoco.from_pretrained(published, device="cpu").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(content)
@@ -215,6 +291,40 @@ def test_bad_index(published, tmp_path, content):
 def test_a_file_of_a_native_folder(published, tmp_path):
     Yoco.from_pretrained(published, device="cpu").save_pretrained(tmp_path)
     assert "name its folder" in fault(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "checkpoint.pth", "a.pt"])
+def test_pipes_and_devices_are_not_waited_for(published, tmp_path, name):
+    folder = tmp_path / "copy"
+    if name in ("config.json", "model.safetensors"):
+        Yoco.from_pretrained(published, device="cpu").save_pretrained(folder)
+    else:
+        folder.mkdir()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert f"{folder / name}: is no regular file" in fault(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    assert f"{folder / name}: is no regular file" in fault(folder)
+    assert f"{folder / name}: is no regular file" in fault(folder / name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "params.json", "model.safetensors.index.json"])
+def test_json_nested_without_end(published, tmp_path, name):
+    folder = copy(published, tmp_path)
+    if name != "params.json":
+        Yoco.from_pretrained(published, device="cpu").save_pretrained(folder)
+    (folder / name).write_text('{"dim": ' + "[" * 5000 + "]" * 5000 + "}")
+    assert f"{folder / name}: not valid JSON" in fault(folder)
+
+
+def test_names_and_values_of_a_file_are_shown_harmlessly_and_cut(published, params, tmp_path):
+    folder = copy(published, tmp_path)
+    unknown = {f"\x1b[2J\ud800\n{i}{'x' * 5000}": 1 for i in range(500)}
+    for change in ({"dim": "\x1b[2J\ud800\n" * 900}, {"dim": 10**4000}, unknown):
+        (folder / "params.json").write_text(json.dumps({**params, **change}))
+        message = fault(folder)
+        assert message.isprintable() and len(message) < 2000
 
 
 def test_every_fault_of_the_parameters_is_named(published, weights, tmp_path):
@@ -243,6 +353,19 @@ def test_neither_layout(tmp_path):
     assert "not valid JSON" in fault(tmp_path)
 
 
+def test_another_projects_yoco_is_told_apart(tmp_path):
+    """As flash-linear-attention writes its own."""
+    settings = {
+        "model_type": "yoco", "architectures": ["YOCOForCausalLM"], "hidden_size": 64,
+        "num_hidden_layers": 5, "self_decoder_attn": {"type": "gated_retention"}, "vocab_size": 96,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert "flash-linear-attention" in fault(tmp_path)
+    del settings["self_decoder_attn"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert "another project" in fault(tmp_path) and "hidden_size" in fault(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -253,6 +376,13 @@ def test_neither_layout(tmp_path):
         ({"vocab_size": "96"}, "vocab_size must be a positive whole number, not '96'"),
         ({"sliding_window": True}, "sliding_window must be a positive whole number"),
         ({"rope_theta": "1e4"}, "rope_theta must be a positive number, not '1e4'"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a positive number, not nan"),
+        ({"rope_theta": float("inf")}, "rope_theta must be from 1 to 1e+30, not inf"),
+        ({"rope_theta": 10**400}, "rope_theta must be from 1 to 1e+30, not 1000"),
+        ({"norm_eps": 1e-300}, "norm_eps must be from 1e-30 to 1, not 1e-300"),
+        ({"n_layers": 50_000}, "n_layers must be at most 4096, not 50000"),
+        ({"dim": 10**12}, "dim must be at most 131072, not 1000000000000"),
+        ({"vocab_size": 10**400}, "vocab_size must be at most 16777216, not 1000"),
         ({"max_seq_len": "long"}, "max_position_embeddings must be a positive whole number"),
     ],
 )
@@ -266,6 +396,17 @@ def test_bad_settings(published, params, tmp_path, change, message):
 def test_settings_of_the_published_code(params):
     extra = {"max_batch_size": 4, "max_seq_len": -1, "model_parallel_size": 1}
     assert YocoConfig.from_dict({**params, **extra}) == YocoConfig(**params)
+
+
+def test_settings_of_a_training_checkpoint_may_be_anything(params, weights, tmp_path):
+    for odd in ({"rope_theta": torch.ones(3)}, {"dim": [[1] * 999] * 999}):
+        torch.save({"model": weights, "args": {**params, **odd}}, tmp_path / "a.pt")
+        assert f"{next(iter(odd))} must be a positive" in fault(tmp_path)
+    weights["embed_tokens.weight"] = torch.tensor(1.0)
+    del params["vocab_size"]
+    args = {**params, "tokens_per_sample": torch.ones(3)}
+    torch.save({"model": weights, "args": args}, tmp_path / "a.pt")
+    assert "vocab_size must be a positive whole number, not 0" in fault(tmp_path)
 
 
 def test_bundled_checkpoint_by_name():
