@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from yoco_eval.lengths import parse_length
-from yoco_eval.tokenizers import CL100K, checkpoint_tokenizer
+from yoco_eval.tokenizers import ENCODINGS, checkpoint_tokenizer
 from yoco_eval.tokenizers import load_tokenizer as load_any_tokenizer
 
 from .prompts import TokenCounter
@@ -36,7 +36,7 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     name = next((name for name in names if name), None) or _default_checkpoint()
     source = _locate(name)
     logger.info("prompts are sized with the tokenizer of %s", name)
-    if metadata.get("tokenizer") and (Path(name).is_file() or name == CL100K):
+    if metadata.get("tokenizer") and (Path(name).is_file() or name in ENCODINGS):
         return load_any_tokenizer(name)
     if isinstance(source, Path):
         config = _read_config(source)

@@ -284,8 +284,8 @@ for their number; a difference is told only if significant at the 5 % level.""",
     convert.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="a folder, tokenizer.json, SentencePiece *.model, *.tiktoken file or cl100k_base "
-        "(default: the checkpoint's own)",
+        help="a folder, tokenizer.json, SentencePiece *.model, *.tiktoken, tekken.json, "
+        "cl100k_base or o200k_base (default: the checkpoint's own)",
     )
     convert.add_argument(
         "--max-length",

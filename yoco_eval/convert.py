@@ -17,6 +17,7 @@ from yoco_eval.model.checkpoint import (
     save_checkpoint,
 )
 from yoco_eval.tokenizers import (
+    check_ends,
     check_vocabulary,
     checkpoint_tokenizer,
     load_tokenizer,
@@ -64,6 +65,7 @@ def convert(
         chosen = checkpoint_tokenizer(resolve_checkpoint(src), config.vocab_size)
     else:
         check_vocabulary(chosen, config.vocab_size)
+    check_ends(chosen)
     if max_length is not None:
         config = dataclasses.replace(config, max_position_embeddings=max_length)
     if dtype is not None:

@@ -1,7 +1,7 @@
 """Loads a tokenizer of any kind as a Hugging Face fast tokenizer, and saves it beside a model.
 
-tiktoken's cl100k_base and SentencePiece models are converted; what equals the original's ids, and
-what does not, is told where it is done.
+tiktoken's encodings, Mistral's tekken files and SentencePiece models are converted; what equals the
+original's ids, and what does not, is told where it is done.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
@@ -18,21 +19,59 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges, import_protobuf
 
-CL100K = "cl100k_base"
+CL100K, O200K = "cl100k_base", "o200k_base"
 CL100K_VOCAB_SIZE = 100288  # of a model trained with it: its ids, shifted, padded to whole eights
 
 _CL100K_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CL100K_RANKS = 100256
-_CL100K_SPECIAL_TOKENS = {
-    "<|endoftext|>": 100257,
-    "<|fim_prefix|>": 100258,
-    "<|fim_middle|>": 100259,
-    "<|fim_suffix|>": 100260,
-    "<|endofprompt|>": 100276,
+_O200K_UPPER, _O200K_LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_O200K_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_O200K_UPPER}]*[{_O200K_LOWER}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_O200K_UPPER}]+[{_O200K_LOWER}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The published models' tokenizer gives these ids from 100264 on to tokens of its own.
+_CODE_TOKENS = (
+    "<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <reponame> <filename> <gh_stars> "
+    "<issue_start> <issue_comment> <issue_closed> <jupyter_start> <jupyter_text> <jupyter_code> "
+    "<jupyter_output> <empty_output> <commit_before> <commit_msg> <commit_after>"
+)
+
+
+class _Encoding(NamedTuple):
+    """An encoding of tiktoken, known by the number of its ranks.
+
+    Attributes:
+        ranks: how many tokens are no special ones.
+        pattern: what a text is cut by.
+        special: special tokens; of two with one id, that id decodes to the latter.
+    """
+
+    ranks: int
+    pattern: str
+    special: dict[str, int]
+
+
+_ENCODINGS = {
+    CL100K: _Encoding(
+        100256,
+        _CL100K_PATTERN,
+        {
+            "<|endoftext|>": 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+            **{token: 100264 + i for i, token in enumerate(_CODE_TOKENS.split())},
+        },
+    ),
+    O200K: _Encoding(
+        199998, _O200K_PATTERN, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}
+    ),
 }
+ENCODINGS = tuple(_ENCODINGS)  # names of tiktoken's that `load_tokenizer` takes
 # The published models' own tokens take ids 0 to 3; tiktoken's ids follow, shifted by their number.
 _PUBLISHED_TOKENS = {
     "bos_token": "<s>",
@@ -51,23 +90,27 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Loads a tokenizer; none of its files is executed.
 
     Args:
-        source: a folder that holds `tokenizer.json`, a SentencePiece `tokenizer.model` or a
-            `*.tiktoken` file (looked for in this order), one of these files, "cl100k_base", or a
-            name on the Hugging Face hub. Of these, only a name makes use of the network.
+        source: a folder that holds `tokenizer.json`, a SentencePiece `tokenizer.model`, a
+            `*.tiktoken` or Mistral's `tekken.json` (looked for in this order), one of these files,
+            a name of `ENCODINGS`, or a name on the Hugging Face hub. Of these, only a name makes
+            use of the network.
 
     Returns:
-        A fast tokenizer of transformers.
+        A fast tokenizer of transformers. It may lack an end token, as that of a bare
+        `tokenizer.json` does which does not have one by the usual names.
 
     Raises:
         TokenizerError: there is none, or it is damaged, or a package is missing to read it.
     """
+    if not str(source).strip():
+        raise TokenizerError("tokenizer: the name is empty; give a path or a name")
     path = Path(source).expanduser()
     if path.is_dir():
         found = _tokenizer_file(path)
         if found is None:
             raise TokenizerError(
-                f"{path}: no tokenizer in this folder (tokenizer.json, tokenizer.model or "
-                "*.tiktoken); name one, with --tokenizer in `yoco-eval convert` or with "
+                f"{path}: no tokenizer in this folder (tokenizer.json, tokenizer.model, *.tiktoken "
+                "or tekken.json); name one, with --tokenizer in `yoco-eval convert` or with "
                 "--model_args tokenizer=... in lm_eval"
             )
         path = found
@@ -76,14 +119,16 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             return from_tiktoken(path)
         if path.suffix == ".model":
             return from_sentencepiece(path)
+        if _is_tekken(path):
+            return from_tekken(path)
         if path.suffix == ".json":
             return _from_tokenizer_json(path)
         raise TokenizerError(
             f"{path}: unknown kind of tokenizer; give a folder, a tokenizer.json, a SentencePiece "
-            "*.model or a *.tiktoken file"
+            "*.model, a *.tiktoken file or tekken.json"
         )
-    if str(source) == CL100K:
-        return from_tiktoken(CL100K)
+    if str(source) in _ENCODINGS:
+        return from_tiktoken(str(source))
     if path.is_absolute() or len(path.parts) > 2:
         raise TokenizerError(f"{source}: no such tokenizer; check the path")
     return _from_hub(str(source))
@@ -126,6 +171,19 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
+def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that the tokenizer has a token for a text to begin or to end with, as a model needs.
+
+    Raises:
+        TokenizerError: it has neither.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise TokenizerError(
+            f"{tokenizer.name_or_path}: does not say which token begins or ends a text; put its "
+            "tokenizer_config.json beside it, or name another tokenizer"
+        )
+
+
 def save_tokenizer(
     tokenizer: PreTrainedTokenizerBase, folder: str | Path, max_length: int | None = None
 ) -> None:
@@ -153,37 +211,74 @@ def save_tokenizer(
 
 
 def from_tiktoken(source: str | Path) -> PreTrainedTokenizerFast:
-    """Converts tiktoken's cl100k_base to the tokenizer of the published models.
+    """Converts an encoding of tiktoken; cl100k_base becomes the published models' tokenizer.
 
-    The ids of every text are 0 (`<s>`), then tiktoken's ids + 4, with cl100k_base's own special
+    The ids of every text are 0 (`<s>`), then tiktoken's ids + 4, with the encoding's own special
     tokens recognised in it; `<s>`, `<pad>`, `</s>` and `<unk>` (0 to 3) in it are plain text.
 
     Args:
-        source: "cl100k_base" (which tiktoken downloads once), or the path of a rank file: per
-            line, a token in base64 and its rank. Other rank files are split as cl100k_base is.
+        source: a name of `ENCODINGS` (which tiktoken downloads once), or the path of a rank file:
+            per line, a token in base64 and its rank. A rank file is known by the number of its
+            ranks; others are split as cl100k_base is, and have no special tokens of their own.
 
     Raises:
         TokenizerError: the ranks cannot be had or read.
     """
-    ranks = _cl100k_ranks() if str(source) == CL100K else _read_ranks(Path(source))
+    known = str(source) in _ENCODINGS
+    ranks = _ranks_by_name(str(source)) if known else _read_ranks(Path(source))
+    unknown = _Encoding(len(ranks), _CL100K_PATTERN, {})
+    encoding = next((e for e in _ENCODINGS.values() if e.ranks == len(ranks)), unknown)
     shift = len(_PUBLISHED_TOKENS)
     letters = bytes_to_unicode()
     vocab = {"".join(letters[b] for b in token): rank + shift for token, rank in ranks.items()}
     merges = generate_merges(vocab, None)
-    own = _CL100K_SPECIAL_TOKENS if len(ranks) == _CL100K_RANKS else {}
+    own = {i: token for token, i in encoding.special.items()}
     vocab |= {token: i for i, token in enumerate(_PUBLISHED_TOKENS.values())}
-    vocab |= {token: i + shift for token, i in own.items()}
+    vocab |= {token: i + shift for i, token in own.items()}
 
     # As tiktoken does, take a piece that is a token as a whole without trying its merges.
     tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_CL100K_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(encoding.pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    return _assemble(tokenizer, _PUBLISHED_TOKENS, plain=own, name=str(source))
+    # A vocabulary has one token for an id. Another name of it in a text becomes that token's.
+    names = {token: own[i] for token, i in encoding.special.items() if own[i] != token}
+    if names:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Replace(token, name) for token, name in names.items()]
+        )
+    plain = [AddedToken(t, special=False, normalized=t in names.values()) for t in own.values()]
+    return _assemble(tokenizer, _PUBLISHED_TOKENS, plain=plain, name=str(source))
+
+
+def from_tekken(path: str | Path) -> PreTrainedTokenizerBase:
+    """Converts Mistral's `tekken.json`, as transformers does, with BOS before every text.
+
+    Raises:
+        TokenizerError: no such file, or damaged, or this transformers cannot read it.
+    """
+    path = Path(path)
+    try:
+        from transformers.integrations.mistral import convert_tekken_tokenizer
+
+        tokenizer = convert_tekken_tokenizer(str(path))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ImportError as error:
+        raise TokenizerError(
+            f"{path}: to read it, pip install --upgrade transformers, or mistral-common where it "
+            "is of the old kind without special_tokens"
+        ) from error
+    except Exception as error:  # the library raises whatever its readers do
+        raise _damaged(path, error) from error
+    _check_tokens(tokenizer, path)
+    _put_bos(tokenizer.backend_tokenizer, tokenizer.bos_token)
+    tokenizer.name_or_path = str(path)
+    return tokenizer
 
 
 def from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
@@ -236,28 +331,40 @@ def from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
         for role in ("bos", "eos", "unk", "pad")
         if getattr(spec, f"{role}_id") >= 0
     }
-    return _assemble(tokenizer, roles, plain=(), name=str(path))
+    return _assemble(tokenizer, roles, plain=[], name=str(path))
 
 
 def _assemble(
-    tokenizer: Tokenizer, roles: dict[str, str], plain: Iterable[str], name: str
+    tokenizer: Tokenizer, roles: dict[str, str], plain: list[AddedToken], name: str
 ) -> PreTrainedTokenizerFast:
     """Gives the tokenizer its special tokens: `roles` by use, `plain` found in texts too."""
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in roles.values()])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
+    tokenizer.add_tokens(plain)
     if bos := roles.get("bos_token"):
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A $B",
-            special_tokens=[(bos, tokenizer.token_to_id(bos))],
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,  # so that "</s>" in a text, say HTML, stays text
-        name_or_path=name,
-        **roles,
+        _put_bos(tokenizer, bos)
+    # So that "</s>" in a text, say HTML, stays text.
+    return _wrap(tokenizer, roles, name, split_special_tokens=True)
+
+
+def _put_bos(tokenizer: Tokenizer, bos: str) -> None:
+    """Has the tokenizer put BOS before every text."""
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A $B",
+        special_tokens=[(bos, tokenizer.token_to_id(bos))],
     )
+
+
+def _wrap(
+    tokenizer: Tokenizer, roles: dict[str, str], name: str, **options: bool
+) -> PreTrainedTokenizerFast:
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options, **roles
+    )
+    # Not as an argument: a large vocabulary by a name makes transformers ask the hub for that name,
+    # lest it be one of Mistral's with an old fault, and where it is a file's that is an error.
+    wrapped.name_or_path = name
+    return wrapped
 
 
 def _sentencepiece_rules(rules) -> Iterable[normalizers.Normalizer]:
@@ -292,19 +399,20 @@ def _read_sentencepiece(path: Path):
     return proto
 
 
-def _cl100k_ranks() -> dict[bytes, int]:
-    alternative = "pass the file cl100k_base.tiktoken as tokenizer instead"
+def _ranks_by_name(name: str) -> dict[bytes, int]:
+    alternative = f"pass the file {name}.tiktoken as tokenizer instead"
     try:
         import tiktoken
     except ImportError as error:
         raise TokenizerError(
-            f"{CL100K}: pip install 'yoco-eval[tiktoken]', or {alternative}"
+            f"{name}: pip install 'yoco-eval[tiktoken]', or {alternative}"
         ) from error
     try:
-        encoding = tiktoken.get_encoding(CL100K)
+        encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
         raise TokenizerError(
-            f"{CL100K}: tiktoken cannot download it here ({type(error).__name__}); {alternative}"
+            f"{name}: tiktoken cannot download it here ({type(error).__name__}); set "
+            f"TIKTOKEN_CACHE_DIR to where it has been before, or {alternative}"
         ) from error
     special = encoding.special_tokens_set
     return {
@@ -339,9 +447,18 @@ def _unreadable(path: Path, error: OSError) -> TokenizerError:
     return TokenizerError(f"{path}: cannot be read ({error.strerror}); check the path")
 
 
+def _damaged(path: str | Path, error: Exception) -> TokenizerError:
+    return TokenizerError(f"{path}: damaged ({_first_line(error)}); copy it again")
+
+
+def _is_tekken(file: Path) -> bool:
+    return "tekken" in file.name and file.suffix == ".json"  # Mistral's own rule
+
+
 def _tokenizer_file(folder: Path) -> Path | None:
     named = [folder / "tokenizer.json", folder / "tokenizer.model"]
-    files = [*named, *sorted(folder.glob("*.tiktoken"))]
+    tekken = filter(_is_tekken, sorted(folder.glob("*.json")))
+    files = [*named, *sorted(folder.glob("*.tiktoken")), *tekken]
     return next((file for file in files if file.is_file()), None)
 
 
@@ -349,17 +466,18 @@ def _from_tokenizer_json(file: Path) -> PreTrainedTokenizerBase:
     try:
         if file.name == "tokenizer.json" and (file.parent / "tokenizer_config.json").is_file():
             # Not AutoTokenizer: it would look for model classes, and warn that it knows no YOCO.
-            return PreTrainedTokenizerFast.from_pretrained(str(file.parent), local_files_only=True)
-        tokenizer = Tokenizer.from_file(str(file))
+            loaded = PreTrainedTokenizerFast.from_pretrained(
+                str(file.parent), local_files_only=True
+            )
+        else:
+            tokenizer = Tokenizer.from_file(str(file))
+            known = tokenizer.get_vocab()
+            roles = {role: token for role, token in _PUBLISHED_TOKENS.items() if token in known}
+            loaded = _wrap(tokenizer, roles, str(file))
     except Exception as error:  # the libraries raise whatever their readers do
-        raise TokenizerError(f"{file}: damaged ({_first_line(error)}); copy it again") from error
-    known = tokenizer.get_vocab()
-    roles = {role: token for role, token in _PUBLISHED_TOKENS.items() if token in known}
-    if "eos_token" not in roles:
-        raise TokenizerError(
-            f"{file}: does not say which token ends a text; put its tokenizer_config.json beside it"
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path=str(file), **roles)
+        raise _damaged(file, error) from error
+    _check_tokens(loaded, file)
+    return loaded
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
@@ -372,7 +490,21 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         ) from error
     if not tokenizer.is_fast:
         raise TokenizerError(f"{name}: has no tokenizer.json; name a tokenizer that has one")
+    _check_tokens(tokenizer, name)
     return tokenizer
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
+    """Checks that the tokenizer makes something of a text."""
+    try:
+        found = tokenizer("No. 1", add_special_tokens=False).input_ids
+    except Exception as error:  # the library raises whatever its models do
+        raise _damaged(name, error) from error
+    if not found:
+        raise TokenizerError(
+            f"{name}: finds no token in a plain text: its vocabulary is empty, or has neither "
+            "letters nor digits; copy it again"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,3 +1,4 @@
+import base64
 import json
 import os
 from pathlib import Path
@@ -9,9 +10,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from yoco_eval import convert as module
 from yoco_eval.convert import convert
-from yoco_eval.model import Yoco
+from yoco_eval.lm import YocoLM
+from yoco_eval.model import Yoco, YocoConfig
 from yoco_eval.model.checkpoint import CheckpointError, load_checkpoint
-from yoco_eval.tokenizers import TokenizerError, save_tokenizer
+from yoco_eval.tokenizers import TokenizerError, checkpoint_tokenizer, save_tokenizer
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"
 TEXT = "No. 48 is  Lisbon 's , they say ."
@@ -101,6 +103,33 @@ def test_training_checkpoint_with_the_tokenizer_beside_it(tmp_path):
     _, new_weights = load_checkpoint(dst)
     assert all(torch.equal(new_weights[name], weights[name]) for name in weights)
     assert AutoTokenizer.from_pretrained(dst).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_vocabulary_of_the_published_size_needs_no_network(tmp_path, monkeypatch):
+    """transformers asks the hub about vocabularies of more than 100 000 tokens."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    tokens = [*(bytes([b]) for b in range(256)), *(b"%05d" % i for i in range(100_000))]
+    ranks = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
+    (tmp_path / "cl100k_base.tiktoken").write_text("".join(ranks))
+    config = YocoConfig(
+        dim=8, n_layers=2, hidden_dim=8, n_self_heads=1, n_attn_heads=1, n_attn_kv_heads=1,
+        vocab_size=100288,
+    )
+    Yoco(config).save_pretrained(tmp_path)
+    dst = convert(tmp_path, tmp_path / "dst")
+    lm = YocoLM(pretrained=str(dst), device="cpu")
+    text = "a <filename> b <jupyter_code>"
+    ids = [0, 101, 36, 100273, 36, 102, 36, 100280]
+    assert lm.tok_encode(text) == ids and lm.tokenizer.decode(ids[1:]) == text
+    (dst / "tokenizer_config.json").unlink()
+    assert checkpoint_tokenizer(dst, 100288).encode(text) == ids
+
+
+def test_a_tokenizer_that_neither_begins_nor_ends_a_text_is_refused(tmp_path):
+    Tokenizer(models.BPE({"N": 0, "o": 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="tokenizer.json: does not say which token begins or"):
+        convert(PUBLISHED / "sliding_window", tmp_path / "dst", tokenizer=tmp_path)
+    assert not (tmp_path / "dst").exists()
 
 
 @pytest.mark.parametrize("state", ["file", "full"])

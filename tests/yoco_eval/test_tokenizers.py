@@ -7,12 +7,14 @@ import pytest
 import regex
 import sentencepiece
 import tiktoken
+from tiktoken_ext import openai_public
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from yoco_eval import tokenizers as module
 from yoco_eval.tokenizers import (
     TokenizerError,
+    check_ends,
     check_vocabulary,
     checkpoint_tokenizer,
     from_sentencepiece,
@@ -27,8 +29,15 @@ PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
-SPECIAL = {"<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
-           "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
+SPECIAL = {
+    "<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
+    "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276, "<fim_prefix>": 100264,
+    "<fim_middle>": 100265, "<fim_suffix>": 100266, "<fim_pad>": 100267, "<reponame>": 100268,
+    "<filename>": 100269, "<gh_stars>": 100270, "<issue_start>": 100271, "<issue_comment>": 100272,
+    "<issue_closed>": 100273, "<jupyter_start>": 100274, "<jupyter_text>": 100275,
+    "<jupyter_code>": 100276, "<jupyter_output>": 100277, "<empty_output>": 100278,
+    "<commit_before>": 100279, "<commit_msg>": 100280, "<commit_after>": 100281,
+}
 CORPUS = [
     "The special number of Lisbon is 48213; nobody's told, they'd say, WE'LL see.",
     "Pack my box with five dozen liquor jugs (quick brown fox, lazy dog) {};:=+-*/#",
@@ -80,8 +89,9 @@ def write_ranks(file, ranks):
 
 @pytest.fixture
 def small_cl100k(ranks, monkeypatch):
-    """tiktoken with `ranks` in the place of cl100k_base's."""
-    monkeypatch.setattr(module, "_CL100K_RANKS", len(ranks))
+    """tiktoken with `ranks` in the place of cl100k_base's, and the published models' tokens."""
+    few = module._ENCODINGS["cl100k_base"]._replace(ranks=len(ranks))
+    monkeypatch.setitem(module._ENCODINGS, "cl100k_base", few)
     encoding = tiktoken.Encoding(
         "cl100k_base", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=SPECIAL
     )
@@ -137,27 +147,91 @@ def test_published_special_tokens(rank_file):
     assert tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(text)[1:]
 
 
-def test_cl100k_by_name_with_its_own_special_tokens(small_cl100k, rank_file):
+def test_cl100k_by_name_with_the_published_special_tokens(small_cl100k, rank_file, tmp_path):
     tokenizer = load_tokenizer("cl100k_base")
     assert tokenizer.get_vocab() == from_tiktoken(rank_file).get_vocab()
-    text = "a <|endoftext|> b<|fim_prefix|>\n <|endofprompt|>"
-    expected = small_cl100k.encode(text, allowed_special="all")
-    assert 100257 in expected
-    assert tokenizer.encode(text) == [0] + [i + 4 for i in expected]
     check_vocabulary(tokenizer, 100288)
+    save_tokenizer(tokenizer, tmp_path)
+    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        for text in [*SPECIAL, "a <filename> b<|fim_prefix|>\n <gh_stars", "x".join(SPECIAL)]:
+            expected = small_cl100k.encode(text, allowed_special="all")
+            assert loaded.encode(text) == [0] + [i + 4 for i in expected]
+            # One id is two tokens', and decodes to the latter.
+            decoded = text.replace("<|endofprompt|>", "<jupyter_code>")
+            assert loaded.decode(loaded.encode(text), skip_special_tokens=True) == decoded
+    assert tokenizer.encode("<filename>") == [0, 100273]
+    assert tokenizer.encode("<|endofprompt|>") == tokenizer.encode("<jupyter_code>") == [0, 100280]
 
 
-def test_cl100k_that_cannot_be_had_names_the_file(monkeypatch):
+def test_o200k_by_name_and_as_a_file(ranks, rank_file, monkeypatch):
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: ranks)
+    reference = tiktoken.Encoding(**openai_public.o200k_base())
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: reference)
+    few = module._ENCODINGS["o200k_base"]._replace(ranks=len(ranks))
+    monkeypatch.setitem(module._ENCODINGS, "o200k_base", few)
+    for tokenizer in (load_tokenizer("o200k_base"), load_tokenizer(rank_file)):
+        for text in ["camelCase ÉTÉ'LL a/\n/b <|endofprompt|><|endoftext|>", *random_texts(300)]:
+            expected = reference.encode(text, allowed_special="all")
+            assert tokenizer.encode(text) == [0] + [i + 4 for i in expected], text
+
+
+def test_an_encoding_that_cannot_be_had_names_the_file(monkeypatch):
     def offline(name):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(TokenizerError, match=r"cl100k_base\.tiktoken") as error:
-        from_tiktoken("cl100k_base")
-    assert "\n" not in str(error.value)
+    for name in ("cl100k_base", "o200k_base"):
+        with pytest.raises(TokenizerError, match=rf"^{name}: .* {name}\.tiktoken") as error:
+            load_tokenizer(name)
+        assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(TokenizerError, match=r"yoco-eval\[tiktoken\].*cl100k_base\.tiktoken"):
         from_tiktoken("cl100k_base")
+
+
+def tekken(ranks, **changes):
+    """The contents of Mistral's file: four special tokens, of two spare ones, before `ranks`."""
+    names = ["<unk>", "<s>", "</s>", "[INST]"]
+    content = {
+        "config": {
+            "pattern": module._CL100K_PATTERN, "default_num_special_tokens": 6, "version": "v11",
+            "default_vocab_size": len(ranks) + 6 - 2,  # two are padding
+        },
+        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode()}
+                  for token, rank in sorted(ranks.items(), key=lambda item: item[1])],
+        "special_tokens": [{"rank": i, "token_str": name, "is_control": True}
+                           for i, name in enumerate(names)],
+    }
+    return json.dumps(content | changes)
+
+
+def test_tekken_alone(ranks, tmp_path):
+    (tmp_path / "tekken.json").write_text(tekken(ranks))
+    kept = {token: rank for token, rank in ranks.items() if rank < len(ranks) - 2}
+    reference = tiktoken.Encoding("t", pat_str=PATTERN, mergeable_ranks=kept, special_tokens={})
+    save_tokenizer(load_tokenizer(tmp_path), tmp_path / "saved")
+    tokenizers = [load_tokenizer(tmp_path / name) for name in (".", "tekken.json", "saved")]
+    for text in ["", *random_texts(100)]:
+        text = text.replace("<s>", "").replace("</s>", "").replace("<unk>", "")
+        for tokenizer in tokenizers:
+            assert tokenizer.encode(text) == [1] + [i + 6 for i in reference.encode(text)], text
+    assert tokenizers[0].encode("[INST]") == [1, 3] and tokenizers[0].eos_token_id == 2
+    assert str(tmp_path) not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+
+
+def test_tekken_files_that_cannot_be_used(ranks, tmp_path):
+    file = tmp_path / "tekken_240911.json"
+    for content, message in [
+        ("{", "damaged"),
+        ("{}", "damaged"),
+        (tekken(ranks, vocab=[{"rank": 0}]), "damaged"),
+        (tekken({}), "finds no token"),
+        (tekken(ranks, special_tokens=None), "pip install"),
+    ]:
+        file.write_text(content)
+        with pytest.raises(TokenizerError, match=f"^{file}: .*{message}") as error:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 def test_damaged_rank_files(ranks, rank_file, tmp_path):
@@ -237,9 +311,8 @@ def test_load_tokenizer_errors(tmp_path, monkeypatch):
     (tmp_path / "vocab.txt").write_text("a")
     with pytest.raises(TokenizerError, match="vocab.txt: unknown kind"):
         load_tokenizer(tmp_path / "vocab.txt")
-    Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(TokenizerError, match="ends a text"):
-        load_tokenizer(tmp_path)
+    with pytest.raises(TokenizerError, match="name is empty"):
+        load_tokenizer("")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mod')
     with pytest.raises(TokenizerError, match="tokenizer.json: damaged"):
         load_tokenizer(tmp_path)
@@ -255,6 +328,25 @@ def test_load_tokenizer_errors(tmp_path, monkeypatch):
     with pytest.raises(TokenizerError, match="^some/name: .*is not there") as error:
         load_tokenizer("some/name")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model", [
+    models.BPE({}, []), models.BPE({"x": 0}, []), models.WordLevel({"a": 0}),
+])
+def test_a_vocabulary_that_has_nothing_for_a_text(model, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    Tokenizer(model).save(str(file))
+    with pytest.raises(TokenizerError, match=f"^{file}: (finds no token|damaged)") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_an_end_token_counts(tmp_path):
+    Tokenizer(models.BPE({"N": 0, "o": 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("Noon") == [0, 1, 1]
+    with pytest.raises(TokenizerError, match=f"^{tmp_path}.*does not say which token begins"):
+        check_ends(tokenizer)
 
 
 def test_check_vocabulary(rank_file):
