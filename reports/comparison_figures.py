@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 
+from yoco_eval.printable import one_line, shortened
+
 from .comparison import Comparison, LengthCurves, NeedleTask
 from .comparison_tables import COSTS, CURVES, METRICS, NEEDLES, QUANTITIES, effective_text
 from .heatmap import (
@@ -23,7 +25,6 @@ from .heatmap import (
     grid_height,
     text_width,
 )
-from .results import one_line
 from .style import (
     FONT,
     GRID,
@@ -49,6 +50,7 @@ _PLOT_COLUMNS = 3
 _LEGEND_ROW = 0.16
 _DODGE = 0.5  # the span of intervals at one context length, in parts of the distance to the next
 _LONGEST = 24  # letters of a name that stay as they are
+_TITLE_LETTERS = 79  # of a title at most
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _caption(ax: Axes, name: str, facts: str) -> None:
         letters = len(text)
         while drawn.get_window_extent().width > room and letters > 8:
             letters -= 1
-            drawn.set_text(_shortened(text, letters))
+            drawn.set_text(shortened(text, letters))
 
 
 def _needle_plots(comparison: Comparison) -> Iterator[_Plot]:
@@ -262,7 +264,7 @@ def _draw_plots(
 
 
 def _draw_plot(plot: _Plot, ax: Axes) -> None:
-    title = ax.set_title(one_line(plot.title), size=FONT, pad=4)
+    title = ax.set_title(one_line(plot.title, _TITLE_LETTERS), size=FONT, pad=4)
     room = 1.1 * ax.get_window_extent().width
     title.set_size(max(SMALL_FONT, FONT * min(1, room / title.get_window_extent().width)))
     lengths = sorted({length for curve in plot.curves for length in curve or ()})
@@ -315,8 +317,8 @@ def _add_axes(
 
 def _draw_title(figure: FigureBase, title: str, height: float) -> None:
     figure.text(
-        0.5, 1 - 0.06 / height, one_line(title), size=TITLE_FONT, weight="bold", ha="center",
-        va="top",
+        0.5, 1 - 0.06 / height, one_line(title, _TITLE_LETTERS), size=TITLE_FONT, weight="bold",
+        ha="center", va="top",
     )  # fmt: skip
 
 
@@ -324,7 +326,7 @@ def _short_names(names: Sequence[str]) -> list[str]:
     """The names, long ones without what all have in common at either end."""
     lines = [one_line(name) for name in names]
     if max(map(len, lines)) <= _LONGEST or len(set(lines)) < 2:
-        return [_shortened(line, 2 * _LONGEST) for line in lines]
+        return [shortened(line, 2 * _LONGEST) for line in lines]
     start = len(commonprefix(lines))
     end = len(commonprefix([line[start:][::-1] for line in lines]))
     # Whole words and numbers stay: step-4000 and step-5000 are not told apart by 4 and 5.
@@ -333,14 +335,7 @@ def _short_names(names: Sequence[str]) -> list[str]:
     while end and lines[0][-end].isalnum():
         end -= 1
     cut = [("…" * bool(start), line[start : len(line) - end], "…" * bool(end)) for line in lines]
-    return [_shortened("".join(parts), 2 * _LONGEST) for parts in cut]
-
-
-def _shortened(text: str, letters: int) -> str:
-    """The text without its middle, where it has more letters."""
-    if len(text) <= letters:
-        return text
-    return f"{text[: (letters - 1) // 2]}…{text[len(text) - letters // 2 :]}"
+    return [shortened("".join(parts), 2 * _LONGEST) for parts in cut]
 
 
 def file_name(task: str) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +12,7 @@ from .comparison_figures import panels, stack
 from .comparison_page import html
 from .comparison_tables import QUANTITIES
 from .comparison_text import latex, markdown
-from .files import FIGURES, check_path, write_atomically, write_figure
+from .files import FIGURES, check_path, to_csv, to_json, write_figure, write_text
 from .results import ResultsError
 from .statistics import CONFIDENCE, LEVEL
 from .style import figure_style
@@ -47,8 +44,7 @@ def save_comparison(comparison: Comparison, path: str | Path) -> None:
             _write_figures(comparison, path)
         return
     forms = {".html": html, ".md": markdown, ".csv": _csv, ".json": _json, ".tex": latex}
-    text = forms[path.suffix.lower()](comparison)
-    write_atomically(path, lambda file: file.write(text.encode(errors="replace")))
+    write_text(path, forms[path.suffix.lower()](comparison))
 
 
 def _write_figures(comparison: Comparison, path: Path) -> None:
@@ -66,11 +62,7 @@ def _write_figures(comparison: Comparison, path: Path) -> None:
 
 def _csv(comparison: Comparison) -> str:
     """One figure a row; columns that do not concern it are empty. An effective length 0 is none."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, CSV_COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_figures(comparison))
-    return table.getvalue()
+    return to_csv(CSV_COLUMNS, _figures(comparison))
 
 
 def _figures(comparison: Comparison) -> Iterator[dict[str, Any]]:
@@ -173,4 +165,4 @@ def _json(comparison: Comparison) -> str:
             for one in result["by_length"]:
                 low, high = one.pop("interval")
                 one |= {"accuracy": one["correct"] / one["samples"], "low": low, "high": high}
-    return json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n"
+    return to_json(data, indent=2, default=str) + "\n"

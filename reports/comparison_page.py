@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 
 from yoco_eval import __version__
 from yoco_eval.lengths import format_length
+from yoco_eval.printable import one_line, printable
 
 from .comparison import Comparison, NeedleResult, NeedleTask
 from .comparison_figures import Panel, curve_panels, file_name
@@ -38,8 +38,8 @@ from .comparison_tables import (
     incomparable,
     sections,
 )
+from .files import to_json
 from .heatmap import HATCH, MISSING, format_depths, heatmap_figure
-from .results import one_line, printable
 from .style import GRID, color, figure_style
 
 _FILES = Path(__file__).parent / "html"
@@ -114,7 +114,7 @@ def html(comparison: Comparison) -> str:
 
 def _embedded(data: Any) -> Markup:
     """JSON that can stand in a script element."""
-    text = json.dumps(data, separators=(",", ":"))
+    text = to_json(data, separators=(",", ":"))
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return Markup(text)

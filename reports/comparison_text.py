@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from yoco_eval.printable import printable
+
 from .comparison import Comparison
 from .comparison_tables import Cell, Section, Table, sections
-from .results import printable
 
 _PAPER_COLUMNS = 9  # of a LaTeX table or a Markdown table, besides the labels
 _GAP = 2  # columns of the terminal between those of a table

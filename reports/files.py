@@ -1,16 +1,30 @@
-"""Writes the files of reports, whole or not at all."""
+"""Writes the files of reports, whole or not at all, and what texts and figures stand in them."""
 
+import csv
+import io
+import json
+import math
 import os
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
+from yoco_eval.printable import one_line
+
 from .results import ResultsError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open can neither be removed nor replaced
+    fcntl = None
+
 FIGURES = (".png", ".svg", ".pdf")
+_TEMPORARY = (".yoco-eval-", ".tmp")  # the names of files that are being written
+_FORMULAS = tuple("=+-@＝＋－＠")  # at the start of a cell, to spreadsheets
 
 
 def check_path(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -20,6 +34,10 @@ def check_path(path: Path, suffixes: tuple[str, ...]) -> None:
         raise ResultsError(f"{path}: unknown suffix {path.suffix!r}; use {known}")
     if not path.parent.is_dir():
         raise ResultsError(f"{path}: no such folder {path.parent}; create it first")
+    try:
+        _target(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def write_figure(path: Path, *pages: Figure) -> None:
@@ -42,17 +60,109 @@ def _write_pdf(file: BinaryIO, pages: Sequence[Figure]) -> None:
             pdf.savefig(figure)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8, where lone surrogates, which it lacks, are U+FFFD; as `write_atomically`."""
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    write_atomically(path, lambda file: file.write(whole.encode()))
+
+
+def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table with a header. Columns that a row lacks are empty; texts cannot become formulas."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: _cell(v) if isinstance(v, str) else v for k, v in row.items()})
+    return table.getvalue()
+
+
+def _cell(text: str) -> str:
+    line = one_line(text)
+    return f"'{line}" if line.startswith(_FORMULAS) else line
+
+
+def to_json(data: Any, **options: Any) -> str:
+    """JSON of plain data, as `json.dumps`. What JSON lacks, NaN and infinities, is null."""
+    return json.dumps(_finite(data), allow_nan=False, ensure_ascii=False, **options)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Has `write` fill a temporary file, which then takes the place of `path`.
 
-    Raises ResultsError, naming the path, if that cannot be done.
+    Where `path` is a link, that is what it leads to. A new file has the permissions of any other,
+    one that was there keeps its own. Raises ResultsError, naming the path, if that cannot be done.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, path)
+        target = _target(path)
+        _remove_leftovers(target.parent)
+        temporary, file = _open_temporary(target.parent)
+        try:
+            with file:
+                write(file)
+                file.flush()
+                if target.exists():
+                    os.chmod(temporary, target.stat().st_mode & 0o7777)
+                if not fcntl:
+                    file.close()
+                os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ResultsError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ResultsError:
+    return ResultsError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def _target(path: Path) -> Path:
+    """The file that is written when one writes to `path`. Raises OSError if that cannot be."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError("a link that leads to itself")
+    if not target.parent.is_dir():
+        raise OSError(f"it leads to {target.parent}, which is no folder")
+    if target.is_dir():
+        raise OSError("Is a directory")
+    if target.exists() and not target.is_file():
+        raise OSError("not an ordinary file")
+    if not all(os.access(place, os.W_OK) for place in (target.parent, target) if place.exists()):
+        raise OSError("Permission denied")
+    return target
+
+
+def _open_temporary(folder: Path) -> tuple[Path, BinaryIO]:
+    """A new file, locked for as long as it is open."""
+    while True:
+        path = folder / secrets.token_hex(4).join(_TEMPORARY)
+        file = path.open("xb")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # no locks on this file system: there, leftovers stay
+            return path, file
+        if path.exists():  # else another run has taken it for a leftover, before it was locked
+            return path, file
+        file.close()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of runs that were killed: those that nobody has locked."""
+    for path in folder.glob("*".join(_TEMPORARY)):
+        try:
+            if not fcntl:
+                path.unlink()
+                continue
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except OSError:  # it is being written, or not ours
+            pass

@@ -4,8 +4,6 @@ Context length runs across and needle depth down; accuracy is the colour, on one
 and a figure in each cell. Cells without results are hatched in a figure, a dash in the terminal.
 """
 
-import csv
-import io
 import logging
 import math
 import textwrap
@@ -24,8 +22,9 @@ from rich.style import Style
 from rich.text import Text
 
 from yoco_eval.lengths import format_length
+from yoco_eval.printable import VALUE, one_line
 
-from .files import FIGURES, check_path, write_atomically, write_figure
+from .files import FIGURES, check_path, to_csv, write_figure, write_text
 from .results import NeedleCell, NeedleRun, common_grid
 from .style import COLUMN_WIDTH, FONT, PAGE_WIDTH, TITLE_FONT, figure_style
 
@@ -54,7 +53,7 @@ def save_heatmap(run: NeedleRun, path: str | Path, title: str | None = None) -> 
     path = Path(path)
     check_output(path)
     if path.suffix.lower() == ".csv":
-        write_atomically(path, lambda file: file.write(_csv(run).encode()))
+        write_text(path, _csv(run))
         return
     with figure_style():
         write_figure(path, heatmap_figure(run, title))
@@ -82,7 +81,8 @@ def heatmap_figure(
             break
     height = grid_height(len(depths))
 
-    heading = textwrap.wrap(title or run.model, int(width * 72 / (TITLE_FONT * 0.66)))
+    name = one_line(title or run.model, VALUE)
+    heading = textwrap.wrap(name, int(width * 72 / (TITLE_FONT * 0.66)))
     facts = textwrap.wrap(describe(run), int(width * 72 / (FONT * 0.56)))
     facts += ["hatched: no result"] * (len(run.cells) < len(lengths) * len(depths))
     top = 0.1 + (1.3 * TITLE_FONT * len(heading) + 1.4 * FONT * len(facts)) / 72
@@ -179,7 +179,7 @@ def print_heatmap(run: NeedleRun, console: Console, title: str | None = None) ->
     column = 1 + max(5, *(len(format_length(n)) for n in lengths))  # 5: a blank before 0.95
     per_block = max(1, (console.width - margin - 1) // column)
 
-    console.print(Text(title or run.model, style="bold"))
+    console.print(Text(one_line(title or run.model, VALUE), style="bold"))
     missing = len(run.cells) < len(lengths) * len(run.depths)
     console.print(Text(describe(run) + ", -: no result" * missing))
     for start in range(0, len(lengths), per_block):
@@ -237,22 +237,14 @@ def format_depths(depths: list[float]) -> list[str]:
 
 
 def _csv(run: NeedleRun) -> str:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for cell in run.cells:
-        writer.writerow(
-            (
-                run.model,
-                run.task,
-                cell.context_length,
-                cell.depth,
-                cell.samples,
-                cell.correct,
-                cell.accuracy,
-            )
-        )
-    return table.getvalue()
+    return to_csv(
+        CSV_COLUMNS,
+        (
+            {"model": run.model, "task": run.task, "accuracy": cell.accuracy}
+            | {name: getattr(cell, name) for name in CSV_COLUMNS[2:6]}
+            for cell in run.cells
+        ),
+    )
 
 
 def fit_font(figures: dict[NeedleCell, str], width: float, height: float = math.inf) -> float:

@@ -7,6 +7,7 @@ measured, for want of memory or patience, is said where its figure would stand.
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from rich.console import Console
 from rich.text import Text
 
 from yoco_eval.lengths import format_length
+from yoco_eval.printable import VALUE, one_line, shown
 
-from .files import FIGURES, check_path, write_atomically, write_figure
+from .files import FIGURES, check_path, to_json, write_figure, write_text
 from .results import ResultsError
 from .style import (
     FONT,
@@ -42,6 +44,8 @@ MEASURED, OUT_OF_MEMORY, OUT_OF_PATIENCE = "measured", "out of memory", "out of 
 KIND = "yoco-eval profile"  # stands in the JSON
 HEIGHT = 3.0  # of the figure, in inches
 PARTS = (("weights", 1.0), ("cache", 0.6), ("states, activations", 0.3))  # with their strength
+_LONGEST = 79  # letters of a name
+_MOST = 10**15  # of whatever is measured
 GIB, MIB = 2**30, 2**20
 
 
@@ -66,6 +70,17 @@ class ProfileRow:
     prefill_seconds: float | None = None
     decode_tokens_per_second: float | None = None
 
+    def __post_init__(self):
+        _check(self, "model", _is_text)
+        _check(self, "length", _is_count)
+        _check(self, "outcome", (MEASURED, OUT_OF_MEMORY, OUT_OF_PATIENCE).__contains__)
+        for name in ("weights_bytes", "cache_bytes", "peak_bytes"):
+            _check(self, name, _is_count, optional=True)
+        for name in ("prefill_seconds", "decode_tokens_per_second"):
+            _check(self, name, _is_figure, optional=True)
+        if self.peak_bytes is not None and None in (self.weights_bytes, self.cache_bytes):
+            raise ResultsError("peak_bytes without weights_bytes and cache_bytes")
+
     @property
     def parts(self) -> list[int | None]:
         """Bytes of weights, of the cache, and of all else at the peak."""
@@ -82,7 +97,7 @@ class Profile:
     device: name of the card or processor; device_bytes: its memory, None on a CPU.
     versions: of the packages that matter.
     prefill_chunk, decode_steps: tokens fed at a time; tokens decoded under the clock.
-    patience: seconds of prefill that were the limit.
+    patience: seconds of prefill that were the limit; infinite if there was none.
     seed: of random weights and tokens.
     rows: by model, then length.
     """
@@ -98,6 +113,23 @@ class Profile:
     patience: float
     seed: int
     rows: tuple[ProfileRow, ...]
+
+    def __post_init__(self):
+        for name in ("name", "dtype", "device"):
+            _check(self, name, _is_text)
+        for name in ("prefill_chunk", "decode_steps"):
+            _check(self, name, _is_count)
+        _check(self, "device_bytes", _is_count, optional=True)
+        _check(self, "patience", lambda found: found == math.inf or _is_figure(found))
+        _check(self, "versions", _is_flat)
+        _check(self, "shapes", _is_table)
+        for shape in self.shapes.values():
+            if not _is_flat(shape):
+                raise ResultsError(f"a shape is {shown(shape)}")
+        if not self.rows or len(self.models) > 2:
+            raise ResultsError(f"rows of {len(self.models)} models, not of one or two")
+        if len({(row.model, row.length) for row in self.rows}) < len(self.rows):
+            raise ResultsError("two rows of one model at one length")
 
     @property
     def models(self) -> list[str]:
@@ -126,22 +158,59 @@ class Profile:
         return first / second if quantity == "decode_tokens_per_second" else second / first
 
 
+class NotAProfile(ResultsError):
+    """A file of another kind."""
+
+
 def load_profile(path: str | Path) -> Profile:
-    """Reads what `save_profile` wrote. Raises ResultsError if that is not there."""
+    """Reads what `save_profile` wrote.
+
+    Raises ResultsError if it cannot be read or is damaged, NotAProfile if it is something else.
+    """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data.pop("kind") != KIND:
-            raise ValueError
-        rows = tuple(ProfileRow(**row) for row in data.pop("rows"))
-        if not rows:
-            raise ValueError
-        return Profile(**data, rows=rows)
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ResultsError(
-            f"{path}: not a profile; yoco-eval profile -o FILE.json writes one"
-        ) from error
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict) or data.pop("kind", None) != KIND:
+        raise NotAProfile(f"{path}: not a profile; yoco-eval profile -o FILE.json writes one")
+    try:
+        rows = tuple(ProfileRow(**row) for row in data.pop("rows"))
+        if data.get("patience", 0) is None:
+            data["patience"] = math.inf
+        return Profile(**data, rows=rows)
+    except (ResultsError, TypeError, KeyError) as error:
+        reason = shown(error.args[0]) if isinstance(error, KeyError) else error
+        raise ResultsError(f"{path}: a damaged profile ({reason}); measure it again") from error
+
+
+def _check(of: Any, name: str, holds: Callable[[Any], bool], optional: bool = False) -> None:
+    found = getattr(of, name)
+    if not (optional and found is None or holds(found)):
+        raise ResultsError(f"{name} is {shown(found)}")
+
+
+def _is_text(found: Any) -> bool:
+    return isinstance(found, str)
+
+
+def _is_count(found: Any) -> bool:
+    return isinstance(found, int) and _is_figure(found)
+
+
+def _is_figure(found: Any) -> bool:
+    """Whether it may have been measured, and can be drawn."""
+    return isinstance(found, int | float) and not isinstance(found, bool) and 0 < found < _MOST
+
+
+def _is_table(found: Any) -> bool:
+    return isinstance(found, dict)
+
+
+def _is_flat(found: Any) -> bool:
+    plain = str | int | float | None
+    return _is_table(found) and all(isinstance(one, plain) for one in found.values())
 
 
 def check_output(path: Path) -> None:
@@ -157,8 +226,7 @@ def save_profile(profile: Profile, path: str | Path) -> None:
     path = Path(path)
     check_output(path)
     if path.suffix.lower() == ".json":
-        text = json.dumps({"kind": KIND, **asdict(profile)}, indent=2) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, to_json({"kind": KIND, **asdict(profile)}, indent=2) + "\n")
         return
     with figure_style():
         write_figure(path, profile_figure(profile))
@@ -178,22 +246,23 @@ def describe_row(row: ProfileRow) -> str:
 def describe(profile: Profile) -> str:
     """The line below the title: the device, the data type, versions, how it was measured."""
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
+    what = one_line(f"{profile.device}, {profile.dtype}, {versions}", VALUE)
     peak = "" if profile.device_bytes else "; peaks of memory are measured on GPUs only"
     return (
-        f"{profile.device}, {profile.dtype}, {versions}; "
-        f"prefill {format_length(profile.prefill_chunk)} tokens at a time, decode at batch 1{peak}"
+        f"{what}; prefill {format_length(profile.prefill_chunk)} tokens at a time, "
+        f"decode at batch 1{peak}"
     )
 
 
 def explain_gain(profile: Profile) -> str:
     """What a gain divides by what, of a profile of two models."""
-    first, second = profile.models
+    first, second = (one_line(model, _LONGEST) for model in profile.models)
     return f"gain: {second} / {first} of memory and time, {first} / {second} of tokens/s"
 
 
 def print_profile(profile: Profile, console: Console) -> None:
     """Prints two tables of at most 80 columns: memory and its parts, and speed."""
-    console.print(Text(profile.name, style="bold"))
+    console.print(Text(one_line(profile.name, VALUE), style="bold"))
     console.print(Text(describe(profile)))
     unit, unit_name = _memory_unit(profile)
 
@@ -226,7 +295,8 @@ def _print_table(profile: Profile, console: Console, columns, cells, gains) -> N
     """A line per length. `cells` gives a row's texts, of which the last one may be wider."""
     gains = gains if len(profile.models) > 1 else []
     width = sum(width for _, width in columns)
-    groups = [f"{'':7}"] + [f" {f' {model} ':─^{width - 1}}" for model in profile.models]
+    models = [one_line(model, width - 3) for model in profile.models]
+    groups = [f"{'':7}"] + [f" {f' {model} ':─^{width - 1}}" for model in models]
     names = [f"{'context':>7}"]
     names += ["".join(f"{name:>{width}}" for name, width in columns)] * len(profile.models)
     if gains:
@@ -265,12 +335,13 @@ def profile_figure(profile: Profile) -> Figure:
     ):
         _label_lengths(profile, ax, quantity)
     handles = [
-        Line2D([], [], label=model, **series(index)) for index, model in enumerate(profile.models)
+        Line2D([], [], label=one_line(model, _LONGEST), **series(index))
+        for index, model in enumerate(profile.models)
     ]
     handles += [Patch(color=_tint("#000000", strength), label=part) for part, strength in PARTS]
     figure.legend(
         handles=handles, loc="outside upper center", ncols=len(handles), frameon=False,
-        fontsize=FONT, title=profile.name,
+        fontsize=FONT, title=one_line(profile.name, _LONGEST),
         title_fontproperties={"size": TITLE_FONT, "weight": "bold"},
     )
     notes = [describe(profile)]

@@ -16,6 +16,8 @@ from typing import Any
 
 from lm_eval.utils import simple_parse_args_string
 
+from yoco_eval.printable import listed, shown
+
 logger = logging.getLogger(__name__)
 
 _MOST_SAMPLES = 10**6  # of a cell; no test is exact and quick beyond
@@ -72,9 +74,9 @@ class NeedleCell:
         for name in ("context_length", "samples", "correct"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise ResultsError(f"{name} {value!r} is not a whole number")
+                raise ResultsError(f"{name} {shown(value)} is not a whole number")
         if isinstance(self.depth, bool) or not isinstance(self.depth, int | float):
-            raise ResultsError(f"depth {self.depth!r} is not a number")
+            raise ResultsError(f"depth {shown(self.depth)} is not a number")
         if not 0 <= self.depth <= 1:
             raise ResultsError(f"depth {self.depth} is outside 0..1")
         if self.context_length < 1:
@@ -192,12 +194,12 @@ def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
     if task is None:
         if len(tasks) > 1:
             raise ResultsError(
-                f"{path}: several needle tasks; choose one with --task: {', '.join(tasks)}"
+                f"{path}: several needle tasks; choose one with --task: {listed(tasks, 20)}"
             )
         task = tasks[0]
     runs = [run for run in runs if task in run.needle_cells()]
     if not runs:
-        raise ResultsError(f"{path}: no needle task {task!r}; there is: {', '.join(tasks)}")
+        raise ResultsError(f"{path}: no needle task {task!r}; there is: {listed(tasks, 20)}")
     if len({run.model_id for run in runs}) > 1:
         raise ResultsError(f"{path}: several models; choose one of: {_choices(runs)}")
     newest = runs[-1]
@@ -228,10 +230,10 @@ def parse_cells(raw: list) -> tuple[NeedleCell, ...]:
             cell = NeedleCell(*numbers, **_answers(entry))
         except (KeyError, TypeError) as error:
             raise ResultsError(
-                f"cell {entry!r} needs context_length, depth, samples, correct"
+                f"cell {shown(entry)} needs context_length, depth, samples, correct"
             ) from error
         except ResultsError as error:
-            raise ResultsError(f"cell {entry!r}: {error}") from error
+            raise ResultsError(f"cell {shown(entry)}: {error}") from error
         cell = replace(cell, depth=round(cell.depth, 9))  # 0.1 + 0.2 and 0.3 are one row
         key = cell.context_length, cell.depth
         if key in cells:
@@ -242,16 +244,6 @@ def parse_cells(raw: list) -> tuple[NeedleCell, ...]:
 
 def _answers(entry: dict) -> dict[str, tuple]:
     return {name: tuple(entry[name]) for name in ("right", "wrong") if entry.get(name) is not None}
-
-
-def printable(text: str) -> str:
-    """The text without the control characters that names in foreign files may have."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def one_line(text: str) -> str:
-    """The printable text without line breaks, for titles and labels."""
-    return " ".join(printable(text).split())
 
 
 def _name_model(data: dict) -> tuple[str, tuple[str, ...]]:
@@ -295,4 +287,4 @@ def _choices(runs: list[ResultsFile]) -> str:
         folder = newest.path.parent
         shared = any(run.model_id != model_id and folder in run.path.parents for run in runs)
         choices.append(f"{newest.path if shared else folder} ({newest.model})")
-    return ", ".join(sorted(choices))
+    return listed(sorted(choices), 20)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .profile import Profile, load_profile
+from .profile import NotAProfile, Profile, load_profile
 from .results import NeedleRun, ResultsError, ResultsFile, parse_cells, read_results
 from .samples import find_samples
 
@@ -206,8 +206,9 @@ def _read_files(
         except ResultsError as error:
             try:
                 profiles.append((file, load_profile(file)))
-            except ResultsError:
-                skipped.append(Skipped(file, str(error).removeprefix(f"{file}: ")))
+            except ResultsError as other:
+                reason = str(error if isinstance(other, NotAProfile) else other)
+                skipped.append(Skipped(file, reason.removeprefix(f"{file}: ")))
     results.sort(key=lambda found: found.date)
     profiles.sort(key=lambda found: found[0].stat().st_mtime)
     return results, profiles, skipped

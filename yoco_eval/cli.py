@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from yoco_eval import __version__
 from yoco_eval.devices import DTYPES
 from yoco_eval.lengths import as_argument, parse_length, parse_lengths
+from yoco_eval.printable import PLAIN, message
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from yoco_eval.reports.profile import Profile
 
 # Heavy modules (torch, matplotlib, lm_eval) are imported by the subcommand that needs them.
@@ -22,26 +30,107 @@ class UserError(Exception):
     """What the user can mend; its message is shown, without a traceback."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, text: str) -> NoReturn:
+        super().error(message(text))
+
+
+class _Note(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"yoco-eval: {message(super().format(record))}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (default: sys.argv) and returns its exit code.
 
     0: done. 1: a plan does not fit. 2: an error of the user's, told in one line on stderr. 130:
-    interrupted.
+    interrupted. 141: nobody reads what is printed any more.
     """
     args = _parser().parse_args(argv)
-    notes = logging.StreamHandler()
-    notes.setFormatter(logging.Formatter("yoco-eval: %(message)s"))
+    with _notes(), _any_encoding(sys.stdout):
+        try:
+            code = args.run(args) or 0
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            _drop_output()
+            return 141
+        except (UserError, OSError) as error:
+            _note(f"error: {error}")
+            _drop_output()
+            return 2
+        except KeyboardInterrupt:
+            return 130
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Shows what the project logs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Note())
     logger = logging.getLogger("yoco_eval")
-    logger.addHandler(notes)
+    logger.addHandler(handler)
     try:
-        return args.run(args) or 0
-    except (UserError, OSError) as error:
-        print(f"yoco-eval: error: {'; '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        yield
     finally:
-        logger.removeHandler(notes)
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def _any_encoding(stream: TextIO) -> Iterator[None]:
+    """Letters that the stream's encoding lacks are printed as similar ones."""
+    errors = getattr(stream, "errors", None)
+    if not isinstance(stream, io.TextIOWrapper) or errors not in ("strict", "surrogateescape"):
+        yield
+        return
+    stream.reconfigure(errors=PLAIN)
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=errors)
+
+
+def _drop_output() -> None:
+    """Forgets what cannot be printed: Python would try again, and complain, when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> NoReturn:
+            raise  # instead of ending here, with files yet to be written
+
+    return Output(highlight=False)
+
+
+def _print(text: str) -> None:
+    print(message(text))
+
+
+def _note(text: str) -> None:
+    """To those who watch, not to those who read the output."""
+    print(f"yoco-eval: {message(text)}", file=sys.stderr)
+
+
+def _all_of(actions: Iterable[Callable[[], object]]) -> None:
+    """Does each of them, also where another fails. Raises UserError, telling of all that failed."""
+    errors: list[Exception] = []
+    for action in actions:
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            errors.append(error)
+    if told := [str(error) for error in errors if not isinstance(error, BrokenPipeError)]:
+        raise UserError("; ".join(told))
+    if errors:
+        raise errors[0]
 
 
 def _seconds(text: str) -> float:
@@ -74,19 +163,15 @@ def _heatmap(args: argparse.Namespace) -> None:
         run = load_needle_run(args.results, args.task)
         if args.output:
             save_heatmap(run, args.output, args.title)
-            print(f"wrote {args.output}")
+            _print(f"wrote {args.output}")
             return
     except ResultsError as error:
         raise UserError(error) from error
 
-    from rich.console import Console
-
-    print_heatmap(run, Console(highlight=False), args.title)
+    print_heatmap(run, _console(), args.title)
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from yoco_eval.reports.comparison import compare
     from yoco_eval.reports.comparison_files import check_output, save_comparison
     from yoco_eval.reports.comparison_text import print_comparison
@@ -99,14 +184,17 @@ def _compare(args: argparse.Namespace) -> None:
             check_output(path)
         checkpoints = load_checkpoints(args.results, names)
         comparison = compare(checkpoints, args.threshold, args.published)
-        print_comparison(comparison, Console(highlight=False))
-        if args.published and not comparison.has_published:
-            print("yoco-eval: nothing was published of these tasks", file=sys.stderr)
-        for path in args.output:
-            save_comparison(comparison, path)
-            print(f"wrote {path}")
     except ResultsError as error:
         raise UserError(error) from error
+
+    def save(path: Path) -> None:
+        save_comparison(comparison, path)
+        _print(f"wrote {path}")
+
+    show = partial(print_comparison, comparison, _console())
+    if args.published and not comparison.has_published:
+        _note("nothing was published of these tasks")
+    _all_of([show, *(partial(save, path) for path in args.output)])
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -124,12 +212,10 @@ def _convert(args: argparse.Namespace) -> None:
         )
     except (CheckpointError, TokenizerError) as error:
         raise UserError(error) from error
-    print(f"wrote {args.destination}")
+    _print(f"wrote {args.destination}")
 
 
 def _profile(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from yoco_eval.reports.profile import check_output, load_profile, print_profile, save_profile
     from yoco_eval.reports.results import ResultsError
 
@@ -141,14 +227,12 @@ def _profile(args: argparse.Namespace) -> None:
             save_profile(profile, path)
     except ResultsError as error:
         raise UserError(error) from error
-    print_profile(profile, Console(highlight=False))
+    print_profile(profile, _console())
     for path in args.output:
-        print(f"wrote {path}")
+        _print(f"wrote {path}")
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from yoco_eval.devices import find_device, find_dtype
     from yoco_eval.estimate import estimate, print_estimate
     from yoco_eval.model.checkpoint import load_config
@@ -161,8 +245,7 @@ def _plan(args: argparse.Namespace) -> int:
         result = estimate(config, dtype, device, args.length, args.prefill_chunk)
     except ValueError as error:
         raise UserError(error) from error
-    console = Console(highlight=False)
-    print_estimate(result, args.shape or args.pretrained, dtype, device, console)
+    print_estimate(result, args.shape or args.pretrained, dtype, device, _console())
     return 0 if result.fit.fits else 1
 
 
@@ -180,14 +263,14 @@ def _measure_profile(args: argparse.Namespace) -> Profile:
             patience=args.patience,
             dtype=args.dtype,
             device=args.device,
-            report=lambda row: print(f"yoco-eval: {describe_row(row)}", file=sys.stderr),
+            report=lambda row: _note(describe_row(row)),
         )
     except (ProfileError, CheckpointError) as error:
         raise UserError(error) from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="yoco-eval",
         description="Reports of lm-eval's results, the cost of long contexts, and checkpoints of\n"
         "YOCO models converted.",

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from yoco_eval.model import YocoConfig
 from yoco_eval.model.footprint import decode_bytes, prefill_operations
 
 from .lengths import format_length
 from .memory import Fit, fit, out_of_memory
+from .printable import message
 
 GIB = 2**30
 _SECONDS = 0.3  # for which each of the device's two speeds is measured
@@ -62,7 +64,8 @@ def print_estimate(
     """A table of the memory, and what follows from it."""
     fitted = result.fit
     kind = str(dtype).removeprefix("torch.")
-    console.print(f"{name}, {format_length(fitted.length)} tokens on {device} in {kind}\n")
+    heading = f"{message(name)}, {format_length(fitted.length)} tokens on {device} in {kind}\n"
+    console.print(Text(heading))
     table = Table(box=None, padding=(0, 4, 0, 0))
     table.add_column("memory")
     table.add_column("GiB", justify="right")

@@ -9,6 +9,7 @@ import pytest
 from made_results import LENGTHS, needle_results, results, trained_to, write
 from rich.console import Console
 
+from yoco_eval.printable import one_line
 from yoco_eval.reports.comparison import compare
 from yoco_eval.reports.comparison_files import save_comparison
 from yoco_eval.reports.comparison_text import print_comparison
@@ -165,7 +166,7 @@ def test_hostile_names(hostile, tmp_path):
     latex = saved(hostile, tmp_path, "tex")
     assert r"\input" not in latex and r"\textbackslash{}input\{/etc/passwd\}" in latex
     rows = list(csv.DictReader(io.StringIO(saved(hostile, tmp_path, "csv"))))
-    assert {row["checkpoint"] for row in rows} == {f"x{HOSTILE}", f"y{HOSTILE}"}
+    assert {row["checkpoint"] for row in rows} == {one_line(f"{name}{HOSTILE}") for name in "xy"}
     assert json.loads(saved(hostile, tmp_path, "json"))["checkpoints"][0]["name"] == f"x{HOSTILE}"
 
 

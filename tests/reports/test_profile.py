@@ -12,6 +12,7 @@ from rich.console import Console
 
 from yoco_eval.reports.profile import (
     GIB,
+    NotAProfile,
     Profile,
     ProfileRow,
     check_output,
@@ -220,14 +221,62 @@ def test_json(tmp_path):
     assert data["device"] == "NVIDIA H100 80GB HBM3" and data["rows"][0]["length"] == 32768
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("name", None), ("device", 5), ("dtype", []), ("device_bytes", "80"), ("versions", []),
+        ("versions", {"torch": {}}), ("shapes", {"YOCO": []}), ("shapes", {"YOCO": {"dim": [1]}}),
+        ("prefill_chunk", 0), ("patience", math.nan), ("rows", []), ("rows", 5), ("rows", ["x"]),
+        ("rows", [{"name": 1}]), ("more", 1), ("rows/0/length", "32K"), ("rows/0/length", True),
+        ("rows/0/length", 0), ("rows/0/model", None), ("rows/0/model", "a third"),
+        ("rows/0/outcome", "well"), ("rows/0/outcome", []), ("rows/0/peak_bytes", -1),
+        ("rows/0/cache_bytes", None), ("rows/0/prefill_seconds", math.nan),
+        ("rows/0/prefill_seconds", math.inf), ("rows/0/prefill_seconds", 0),
+        ("rows/0/decode_tokens_per_second", 1e300), ("rows/0/length", 65536),
+    ],
+)  # fmt: skip
+def test_damaged_profiles_are_refused(place, value, tmp_path):
+    path = tmp_path / "profile.json"
+    save_profile(PROFILE, path)
+    data = json.loads(path.read_text())
+    *parents, last = [int(name) if name.isdigit() else name for name in place.split("/")]
+    part = data
+    for parent in parents:
+        part = part[parent]
+    part[last] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(ResultsError, match=r"profile\.json: a damaged profile \(.*\); measure it"):
+        load_profile(path)
+
+
+def test_endless_patience_is_no_infinity_in_the_file(tmp_path):
+    path = tmp_path / "profile.json"
+    profile = replace(PROFILE, patience=math.inf)
+    save_profile(profile, path)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["patience"] is None
+    assert load_profile(path) == profile
+
+
+def test_odd_names_are_shown_harmlessly(tmp_path):
+    odd = "m\x1b[2J\ud800$x$" + "long " * 2000
+    rows = tuple(replace(row, model=odd) for row in ALONE.rows)
+    profile = replace(ALONE, name=odd, device=odd, versions={odd: odd}, rows=rows)
+    lines = terminal(profile)
+    assert max(map(len, lines)) <= 80 and len(lines) < 40
+    assert all(line.isprintable() for line in lines)
+    for suffix in ("svg", "json"):
+        save_profile(profile, tmp_path / f"a.{suffix}")
+    ET.parse(tmp_path / "a.svg")
+    assert "\x1b" not in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
 def test_refusals(tmp_path):
     path = tmp_path / "profile.json"
     with pytest.raises(ResultsError, match="cannot be read"):
         load_profile(path)
-    for text in ("{", "[]", "{}", '{"kind": "x"}', '{"kind": "yoco-eval profile", "rows": []}',
-                 '{"kind": "yoco-eval profile", "rows": [{"name": 1}]}'):
+    for text in ("{", "[]", "{}", '{"kind": "x"}', "[" * 5000):
         path.write_text(text)
-        with pytest.raises(ResultsError, match="not a profile; yoco-eval profile -o FILE.json"):
+        with pytest.raises(NotAProfile, match="not a profile; yoco-eval profile -o FILE.json"):
             load_profile(path)
     with pytest.raises(ResultsError, match="unknown suffix '.csv'; use .json, .png, .svg or .pdf"):
         check_output(tmp_path / "a.csv")

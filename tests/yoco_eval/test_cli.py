@@ -1,6 +1,8 @@
 """The command line: what it prints, what it returns, and how it refuses."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -105,6 +107,81 @@ def test_compare(results, tmp_path, capsys):
     assert ["effective", "none", "64K"] in [line.split() for line in out.splitlines()]
     assert out.endswith("".join(f"wrote {file}\n" for file in files))
     assert all(file.stat().st_size > 100 for file in files)
+
+
+@pytest.mark.parametrize("stream", ["ascii", "full", "closed"])
+def test_compare_writes_its_files_where_it_cannot_print(results, tmp_path, stream, monkeypatch):
+    files = [tmp_path / "c.md", tmp_path / "c.json"]
+    if stream == "ascii":
+        raw = io.BytesIO()
+    elif stream == "full":
+        raw = open("/dev/full", "wb")  # noqa: SIM115
+    else:
+        end, other = os.pipe()
+        os.close(end)
+        raw = os.fdopen(other, "wb")
+    out = io.TextIOWrapper(raw, "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    code = main(["compare", str(results), "--names", "Größe", *(f"-o{file}" for file in files)])
+    assert code == {"ascii": 0, "full": 2, "closed": 141}[stream]
+    assert all(file.stat().st_size > 100 for file in files)
+    if stream == "ascii":
+        text = raw.getvalue().decode()
+        assert "Gr??e" in text and "0.80 0.49-0.94" in text and out.errors == "strict"
+    out.close()
+
+
+def test_a_file_that_cannot_be_written_keeps_no_other_from_it(results, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    write_results(tmp_path / "bench", [])
+    data = json.loads((tmp_path / "bench" / "results_1.json").read_text())
+    data |= {"configs": {"arc": {}}, "results": {"arc": {"acc,none": 0.5}}}
+    (tmp_path / "bench" / "results_1.json").write_text(json.dumps(data))
+    files = [tmp_path / "c.png", tmp_path / "c.md"]
+    assert main(["compare", str(tmp_path / "bench"), *(f"-o{file}" for file in files)]) == 2
+    out, err = capsys.readouterr()
+    assert "BENCHMARKS" in out and out.endswith(f"wrote {files[1]}\n")
+    assert "c.png: nothing to draw" in err and not files[0].exists() and files[1].exists()
+
+
+def test_odd_names_are_shown_harmlessly(results, tmp_path, capsys):
+    odd = "a\x1b[2J\n\udcff\u202e"
+    (tmp_path / odd).mkdir()
+    (tmp_path / odd / "results_2.json").write_text("{")
+    for argv in (
+        ["heatmap", tmp_path / odd],
+        ["heatmap", tmp_path / f"{odd}.none"],
+        ["heatmap", results, "-o", tmp_path / f"{odd}.csv"],
+        ["heatmap", results, "--title", odd],
+        ["heatmap", results, "--task", odd],
+        ["compare", tmp_path / odd],
+        ["compare", results, "--names", odd, "-o", tmp_path / f"{odd}.md"],
+        ["plan", "--pretrained", tmp_path / odd, "--length", "1k"],
+        ["profile", "--read", tmp_path / odd],
+    ):
+        main([str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        assert "\N{REPLACEMENT CHARACTER}" in out + err or "\\x1b" in out + err
+        assert (out + err).replace("\n", "").isprintable()
+        assert (out + err).encode()
+
+
+@pytest.mark.parametrize(
+    "argv", [["heatmap", "a", "\x1b[2J\n"], ["compare", "a", "-o\x1b", "--x\x1b"], ["\x1b"]]
+)
+def test_usage_errors_are_shown_harmlessly(argv, capsys):
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert capsys.readouterr().err.replace("\n", "").isprintable()
+
+
+def test_no_line_is_longer_than_a_screenful(results, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["heatmap", "a", "x" * 10**6])
+    assert max(map(len, capsys.readouterr().err.splitlines())) <= 24 * 80
+    write_results(tmp_path / "odd", [{"context_length": list(range(10**5)), "depth": 0}])
+    message = refused(capsys, "heatmap", tmp_path / "odd")
+    assert len(message) < 600 and message.endswith("run the evaluation again")
 
 
 def test_compare_refusals(results, tmp_path, capsys):
