@@ -61,6 +61,7 @@ class NeedleCell:
     """The prompts of one context length (tokens) and one needle depth (0 = start, 1 = end).
 
     right, wrong: the numbers of the samples that were answered so; None in files that lack them.
+    prompts: a digest of each sample's prompt, in the order of their numbers; None likewise.
     """
 
     context_length: int
@@ -69,6 +70,7 @@ class NeedleCell:
     correct: int
     right: tuple[int, ...] | None = None
     wrong: tuple[int, ...] | None = None
+    prompts: tuple[str, ...] | None = None
 
     def __post_init__(self):
         for name in ("context_length", "samples", "correct"):
@@ -89,6 +91,11 @@ class NeedleCell:
             raise ResultsError("right and wrong must both be given, or neither")
         if self.right is not None:
             self._check_answers(self.right, self.wrong)
+        if self.prompts is not None:
+            if self.right is None or len(self.prompts) != self.samples:
+                raise ResultsError("prompts do not agree with right and wrong")
+            if not all(isinstance(prompt, str) for prompt in self.prompts):
+                raise ResultsError("prompts hold something that is no digest")
 
     def _check_answers(self, right: tuple[int, ...], wrong: tuple[int, ...]) -> None:
         answers = [*right, *wrong]
@@ -243,7 +250,8 @@ def parse_cells(raw: list) -> tuple[NeedleCell, ...]:
 
 
 def _answers(entry: dict) -> dict[str, tuple]:
-    return {name: tuple(entry[name]) for name in ("right", "wrong") if entry.get(name) is not None}
+    told = ("right", "wrong", "prompts")
+    return {name: tuple(entry[name]) for name in told if entry.get(name) is not None}
 
 
 def _name_model(data: dict) -> tuple[str, tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """Results folders as lm-eval leaves them, of checkpoints whose accuracies are chosen."""
 
 import json
+from hashlib import blake2b
 from random import Random
 
 LENGTHS = [2**n for n in range(12, 21)]  # 4K to 1M
@@ -9,13 +10,14 @@ DEPTHS = [i / 10 for i in range(11)]
 
 def needle_results(
     accuracy, model="m", seed=0, draws=0, lengths=LENGTHS, depths=DEPTHS, samples=5,
-    task="yoco_needle", answers=True, date=1.7e9, **metadata,
+    task="yoco_needle", answers=True, prompts="", date=1.7e9, **metadata,
 ):  # fmt: skip
     """The contents of a results file.
 
     accuracy: a function of context length and depth. Whether a sample is right is drawn from
     `draws` and the seed, so that two runs of one model with the same `draws` are the same run.
     answers: whether cells tell which samples were right, as older files do not.
+    prompts: what makes them, besides seed and place; None for files that do not tell of them.
     """
     cells = []
     for length in lengths:
@@ -29,6 +31,9 @@ def needle_results(
             cell |= {"correct": len(right)}
             if answers:
                 cell |= {"right": right, "wrong": sorted(set(range(samples)) - set(right))}
+            if answers and prompts is not None:
+                texts = (f"{prompts}/{seed}/{length}/{depth}/{n}" for n in range(samples))
+                cell |= {"prompts": [blake2b(t.encode(), digest_size=4).hexdigest() for t in texts]}
             cells.append(cell)
     settings = {
         "version": 1, "context_lengths": lengths, "depths": depths, "samples": samples,

@@ -171,6 +171,9 @@ def test_nothing_to_read(tmp_path):
         ({"right": [0, 1], "wrong": [1, 3, 4]}, "a sample is twice in right and wrong"),
         ({"right": [0, 1], "wrong": [2, 3, "4"]}, "something that is no whole number"),
         ({"right": 3, "wrong": 4}, "needs context_length"),
+        ({"prompts": ["a"] * 5}, "prompts do not agree with right and wrong"),
+        ({"right": [0, 1], "wrong": [2, 3, 4], "prompts": ["a"]}, "prompts do not agree"),
+        ({"right": [0, 1], "wrong": [2, 3, 4], "prompts": [5] * 5}, "that is no digest"),
         ({"context_length": 4096}, "two cells for context length 4096 at depth 0.0"),
     ],
 )
@@ -198,7 +201,8 @@ def test_additional_keys_of_a_cell_are_ignored(tmp_path):
 
 
 def test_samples_of_a_cell(tmp_path):
-    write(tmp_path, results([CELLS[0] | {"right": [1, 4], "wrong": [0, 2, 3]}, CELLS[1]]))
+    answers = {"right": [1, 4], "wrong": [0, 2, 3], "prompts": list("abcde")}
+    write(tmp_path, results([CELLS[0] | answers, CELLS[1]]))
     old, new = load_needle_run(tmp_path).cells
-    assert (new.right, new.wrong) == ((1, 4), (0, 2, 3))
-    assert (old.right, old.wrong) == (None, None)
+    assert (new.right, new.wrong, new.prompts) == ((1, 4), (0, 2, 3), tuple("abcde"))
+    assert (old.right, old.wrong, old.prompts) == (None, None, None)
