@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from yoco_eval import __version__
 from yoco_eval.lengths import format_length
-from yoco_eval.printable import one_line, printable
+from yoco_eval.printable import one_line, printable, shortened
 
 from .comparison import Comparison, NeedleResult, NeedleTask
 from .comparison_figures import Panel, curve_panels, file_name
@@ -51,7 +51,7 @@ _COLORS = {  # that are others in the dark
     "--ink": _INK, "--grid": GRID, "--missing": MISSING, "--hatch": HATCH, "--first": color(0),
 }  # fmt: skip
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-_LONGEST = 2000  # characters of an answer that are shown
+_LONGEST = 2000  # characters of a sample's text that are shown
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def html(comparison: Comparison) -> str:
         sections=shown,
         data=_embedded(
             {
-                "names": comparison.names,
+                "names": list(map(one_line, comparison.names)),
                 "samples": [_samples(task) for task in comparison.needles],
                 "colors": _COLORS | {"--ink": "#000000"},  # of figures that are saved
             }
@@ -243,8 +243,9 @@ def _samples(task: NeedleTask) -> dict[str, list[dict[str, Any]]]:
                     "sample": one.sample, "question": one.question, "expected": one.expected,
                     "needle": one.needle, "excerpt": one.excerpt, "tokens": one.tokens,
                 }  # fmt: skip
-                entry = prompts.setdefault(tuple(prompt.values()), prompt | {"answers": []})
-                answer = {"generated": one.generated[:_LONGEST], "right": one.right}
+                texts = {k: shortened(v, _LONGEST) for k, v in prompt.items() if isinstance(v, str)}
+                entry = prompts.setdefault(tuple(prompt.values()), prompt | texts | {"answers": []})
+                answer = {"generated": shortened(one.generated, _LONGEST), "right": one.right}
                 entry["answers"].append({"checkpoint": index} | answer)
     return {key: list(prompts.values()) for key, prompts in cells.items()}
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from yoco_eval.lengths import format_length
+from yoco_eval.printable import VALUE, listed, shortened
 
 from .benchmarks import Benchmark
 from .comparison import Comparison, LengthCurves, NeedleResult, NeedleTask, p_text
@@ -23,6 +24,8 @@ QUANTITIES = {  # of profiles: what a reader calls them, and the unit
     "prefill_seconds": ("prefill, s", 1),
     "decode_tokens_per_second": ("decoding, tokens/s", 1),
 }
+_ENTRIES = 24  # that are shown of a list
+_SKIPPED = 12  # files of a checkpoint that are named
 
 
 @dataclass(frozen=True)
@@ -317,15 +320,20 @@ def _profiles(comparison: Comparison) -> tuple[Table, ...]:
 
 def _setup_differences(comparison: Comparison) -> Iterable[str]:
     for difference in comparison.setup_differences:
-        yield f"{difference.setting} ({_few(difference.tasks)}): {_values(comparison, difference)}"
+        of = f"{difference.setting} ({listed(difference.tasks)})"
+        yield f"{of}: {_values(comparison, difference)}"
 
 
 def _values(comparison: Comparison, difference: SetupDifference) -> str:
-    return ", ".join(
-        f"{name} {value}"
+    """Each checkpoint's value, of a long list its first entries."""
+    there = [
+        (name, value)
         for name, value in zip(comparison.names, difference.values, strict=True)
         if value is not None
-    )
+    ]
+    told = {value: shortened(listed(value.split(", "), _ENTRIES), VALUE) for _, value in there}
+    alike = " (not the same further on)" if len(set(told.values())) < len(told) else ""
+    return ", ".join(f"{name} {told[value]}" for name, value in there) + alike
 
 
 def _caveats(comparison: Comparison) -> Iterable[str]:
@@ -338,13 +346,7 @@ def _caveats(comparison: Comparison) -> Iterable[str]:
         pair = f"{comparison.names[first]} and {comparison.names[second]}"
         pairs.setdefault((reason, tuple(concerned)), []).append(pair)
     for (reason, concerned), alike in pairs.items():
-        yield f"{_few(alike, '; ')} ({_few(concerned)}): {reason}"
-
-
-def _few(names: Sequence[str], between: str = ", ") -> str:
-    """So many of the names that a line holds them."""
-    named = between.join(names[:4])
-    return named if len(names) <= 4 else f"{named} and {len(names) - 4} more"
+        yield f"{listed(alike, between='; ')} ({listed(concerned)}): {reason}"
 
 
 def _sources(comparison: Comparison) -> Iterable[str]:
@@ -356,4 +358,6 @@ def _sources(comparison: Comparison) -> Iterable[str]:
 
 def _skipped(comparison: Comparison) -> Iterable[str]:
     for one in comparison.checkpoints:
-        yield from (f"{skip.path}: {skip.reason}" for skip in one.skipped)
+        yield from (f"{skip.path}: {skip.reason}" for skip in one.skipped[:_SKIPPED])
+        if len(one.skipped) > _SKIPPED:
+            yield f"{one.path}: {len(one.skipped) - _SKIPPED} more; a .json report names them"

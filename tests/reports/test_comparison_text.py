@@ -184,6 +184,25 @@ def test_restrictions_are_told(tmp_path):
     assert "No tests were made: see below." in terminal(pair)
 
 
+def test_long_values_and_lists_are_cut_and_counted(tmp_path):
+    depths = [i / 10_000 for i in range(10_000)]
+    for name, last in (("a", 0.99975), ("b", 0.99985)):
+        data = needle_results(lambda *_: 0.5, lengths=[4096], depths=[0, 1])
+        data["configs"]["yoco_needle"]["metadata"]["depths"] = [*depths, last]
+        data["config"]["gen_kwargs"] = {"until": [name * 10_000]}
+        for i in range(100):
+            write(tmp_path / name, "{", f"x{i:02}.json")
+        write(tmp_path / name, data)
+    comparison = compare(load_checkpoints([tmp_path / "a", tmp_path / "b"]))
+    for text in (saved(comparison, tmp_path, "md"), terminal(comparison, width=10_000)):
+        assert max(map(len, text.splitlines())) < 24 * 80
+        assert "0.230 and 9977 more, b 0.000, 0.010" in text and "(not the same further on)" in text
+        assert "aaa … " in text and " characters left out … bbb" in text
+        assert text.count("not readable as JSON") == 24
+        assert re.search(r"a: 88 more; a \.json report names them", text)
+    assert len(json.loads(saved(comparison, tmp_path, "json"))["checkpoints"][0]["skipped"]) == 100
+
+
 def test_settings_that_a_file_does_not_tell(tmp_path):
     scores = {"arc_easy": {"acc,none": 0.5}}
     whole, bare = results(scores), results(scores, lm_eval_version=None)
