@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -82,8 +83,19 @@ def _cell(text: str) -> str:
 
 
 def to_json(data: Any, **options: Any) -> str:
-    """JSON of plain data, as `json.dumps`. What JSON lacks, NaN and infinities, is null."""
-    return json.dumps(_finite(data), allow_nan=False, ensure_ascii=False, **options)
+    """JSON of plain data, as `json.dumps`. What JSON lacks, NaN and infinities, is null.
+
+    Letters stand as they are; what is not printable is escaped.
+    """
+    text = json.dumps(_finite(data), allow_nan=False, ensure_ascii=False, **options)
+    return re.sub(r"[^\x20-\x7e\n]", _escaped, text)
+
+
+def _escaped(letter: re.Match) -> str:
+    if letter[0].isprintable():
+        return letter[0]
+    units = letter[0].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
 
 
 def _finite(data: Any) -> Any:
