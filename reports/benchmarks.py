@@ -7,7 +7,6 @@ the order of its results file, that all checkpoints have.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,11 +17,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 import yoco_eval.tasks
 from yoco_eval.tasks.published import published_rows
 
-from .runs import Checkpoint, Score, TaskRun, mapping
+from .results import mapping
+from .runs import Checkpoint
 from .setups import REFUSED, differing
+from .task_runs import Score, TaskRun
 
 GROUPS = ("yoco_zero_shot", "yoco_few_shot")  # their members are shown, and their mean
-_BY_LENGTH = re.compile(r"(?:(\w+)@)?(\d+),")  # acc@0004096,none; lm-eval's RULER has 4096,none
 
 
 @dataclass(frozen=True)
@@ -116,29 +116,10 @@ def published_models(benchmarks: Sequence[Benchmark]) -> list[PublishedModel]:
     return models
 
 
-def is_by_length(run: TaskRun) -> bool:
-    """Whether a task was measured at context lengths: it has metrics named after them."""
-    return any(_BY_LENGTH.match(metric) for metric in run.scores)
-
-
-def values_by_length(run: TaskRun) -> dict[str, dict[int, float]]:
-    """The values by metric, without the length in its name, and by context length in tokens.
-
-    lm-eval's RULER tasks, whose metrics are bare lengths, have them under "acc". They give -1 for
-    a length that was not evaluated.
-    """
-    values: dict[str, dict[int, float]] = {}
-    for name, score in run.scores.items():
-        match = _BY_LENGTH.match(name)
-        if match and (match[1] or score.value >= 0):
-            values.setdefault(match[1] or "acc", {})[int(match[2])] = score.value
-    return values
-
-
 def _elsewhere(run: TaskRun, checkpoint: Checkpoint) -> bool:
     """Whether the run has another place in a report than the table of benchmarks."""
     of_needles = run.members and all(member in checkpoint.needles for member in run.members)
-    return run.task in checkpoint.needles or bool(of_needles) or is_by_length(run)
+    return run.task in checkpoint.needles or bool(of_needles) or bool(run.by_length)
 
 
 @cache

@@ -18,9 +18,7 @@ from .benchmarks import (
     Benchmark,
     PublishedModel,
     compare_benchmarks,
-    is_by_length,
     published_models,
-    values_by_length,
 )
 from .differences import (
     Caveat,
@@ -37,6 +35,7 @@ from .runs import Checkpoint, Skipped
 from .samples import NeedleSample, read_samples
 from .setups import SetupDifference, find_differences
 from .statistics import Interval, effective_length, wilson
+from .task_runs import BUCKETS, TaskRun
 
 THRESHOLD = 0.9  # of the effective context length, by default
 _RULER = ("yoco_ruler", "ruler")
@@ -237,20 +236,25 @@ def compare(
 
 def _samples(checkpoint: Checkpoint, skipped: list[Skipped]) -> dict[str, list[NeedleSample]]:
     """The logged samples by task; what cannot be read is added to `skipped`."""
-    samples = {}
-    for task, path in checkpoint.samples.items():
-        try:
-            samples[task], unread = read_samples(path)
-        except ResultsError as error:
-            skipped.append(Skipped(path, str(error).removeprefix(f"{path}: ")))
-            continue
-        if unread:
-            skipped.append(Skipped(path, f"lines that are no samples of {task}: {unread}"))
+    samples: dict[str, list[NeedleSample]] = {}
+    for task, logs in checkpoint.samples.items():
+        sources = {(c.context_length, c.depth): c.source for c in checkpoint.needles[task].cells}
+        for source, path in logs.items():
+            try:
+                found, unread = read_samples(path)
+            except ResultsError as error:
+                skipped.append(Skipped(path, str(error).removeprefix(f"{path}: ")))
+                continue
+            # Not those of cells that a newer run has, too.
+            found = [s for s in found if sources.get((s.context_length, s.depth)) == source]
+            samples.setdefault(task, []).extend(found)
+            if unread:
+                skipped.append(Skipped(path, f"lines that are no samples of {task}: {unread}"))
     return samples
 
 
 def _source(checkpoint: Checkpoint, skipped: Sequence[Skipped]) -> Source:
-    files = {run.file.path: run.file for run in checkpoint.tasks.values()}
+    files = {file.path: file for run in checkpoint.tasks.values() for file in run.files}
     dates = sorted(file.date for file in files.values())
     backends = {str(file.data["config"].get("model")) for file in files.values()}
     return Source(
@@ -320,19 +324,18 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
         key
         for checkpoint in checkpoints
         for key, run in checkpoint.tasks.items()
-        if is_by_length(run) and run.task not in checkpoint.needles
+        if run.by_length and run.task not in checkpoint.needles
     )
     curves = []
     for task, n_shot in keys:
         runs = [checkpoint.tasks.get((task, n_shot)) for checkpoint in checkpoints]
-        found = [values_by_length(run) if run else {} for run in runs]
         member = any(
-            task in other.members and is_by_length(other)
+            task in other.members and other.by_length
             for checkpoint in checkpoints
             for other in checkpoint.tasks.values()
         )
-        for metric in dict.fromkeys(metric for values in found for metric in values):
-            values = tuple(one.get(metric) for one in found)
+        for metric in dict.fromkeys(metric for run in runs if run for metric in run.by_length):
+            values = _values_by_length(metric, runs)
             effective = tuple(one and ruler_effective_length(one) for one in values)
             curves.append(
                 LengthCurves(
@@ -341,3 +344,20 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
             )
     order = {task: len(r.members) for c in checkpoints for (task, _), r in c.tasks.items()}
     return sorted(curves, key=lambda curve: (curve.member, not order[curve.task]))
+
+
+def _values_by_length(
+    metric: str, runs: Sequence[TaskRun | None]
+) -> tuple[dict[int, float] | None, ...]:
+    """Of each run; those of buckets that begin at the length before, as others' do not compare."""
+    scores = [run.by_length.get(metric) if run else None for run in runs]
+    lengths = sorted({length for one in scores if one for length in one})
+    before = dict(zip(lengths, [0, *lengths], strict=False))
+    return tuple(
+        one and {
+            length: score.value
+            for length, score in one.items()
+            if metric not in BUCKETS or score.after == before[length]
+        }
+        for one in scores
+    )  # fmt: skip

@@ -16,11 +16,12 @@ from yoco_eval.lengths import format_length
 
 from .benchmarks import Benchmark
 from .heatmap import format_depths
-from .results import NeedleCell, NeedleRun
-from .runs import Checkpoint, TaskRun, mapping
+from .results import NeedleCell, NeedleRun, mapping
+from .runs import Checkpoint
 from .samples import NeedleSample
 from .setups import MARKED, REFUSED, differing
 from .statistics import LEVEL, fisher, holm, mcnemar, z_test
+from .task_runs import TaskRun
 
 PAIRED, UNPAIRED, MEANS = "McNemar's exact test", "Fisher's exact test", "z-test"
 

@@ -201,13 +201,14 @@ def print_heatmap(run: NeedleRun, console: Console, title: str | None = None) ->
 
 
 def describe(run: NeedleRun) -> str:
-    """The line below the title: mean accuracy, samples per cell, prompts."""
+    """The line below the title: mean accuracy, samples per cell, prompts, runs if several."""
     samples = sorted({cell.samples for cell in run.cells})
     span = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
     return (
         f"mean accuracy {run.accuracy:.3f}, "
         f"{span} sample{'s' * (span != '1')} per cell, "
         f"{run.prompts} prompt{'s' * (run.prompts != 1)}"
+        + f", {len(run.sources)} runs" * (len(run.sources) > 1)
     )
 
 

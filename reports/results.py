@@ -6,19 +6,15 @@ task and whatever backend left such cells, they are read alike.
 """
 
 import json
-import logging
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lm_eval.utils import simple_parse_args_string
+from yoco_eval.printable import shown
 
-from yoco_eval.printable import listed, shown
-
-logger = logging.getLogger(__name__)
+from .models import Model, identify, name_models
 
 _MOST_SAMPLES = 10**6  # of a cell; no test is exact and quick beyond
 _CELL_NUMBERS = ("context_length", "depth", "samples", "correct")  # that every cell has
@@ -32,28 +28,27 @@ class ResultsError(ValueError):
 class ResultsFile:
     """One run of lm-eval.
 
-    model: the name for titles.
-    model_id: tells models apart that share a name, such as checkpoints in folders of equal name.
-    path: the results_*.json file.
+    model: the name for titles; see `models.name_models`.
+    model_id: tells models apart.
+    path: the file.
     date: when the run started, with its time zone.
     data: the whole file.
     """
 
     model: str
-    model_id: tuple[str, ...]
+    model_id: Model
     path: Path
     date: datetime
     data: dict[str, Any]
 
     def needle_cells(self) -> dict[str, list]:
         """The unchecked cells of every needle task in the file, by task name."""
-        tasks = {}
-        for task, config in self.data["configs"].items():
-            metadata = config.get("metadata") if isinstance(config, dict) else None
-            cells = metadata.get("cells") if isinstance(metadata, dict) else None
-            if isinstance(cells, list):
-                tasks[task] = cells
-        return tasks
+        found = {task: self.metadata(task).get("cells") for task in self.data["configs"]}
+        return {task: cells for task, cells in found.items() if isinstance(cells, list)}
+
+    def metadata(self, task: str) -> dict[str, Any]:
+        """What a task left in the file besides its results."""
+        return mapping(mapping(self.data["configs"].get(task)).get("metadata"))
 
 
 @dataclass(frozen=True, order=True)
@@ -62,6 +57,7 @@ class NeedleCell:
 
     right, wrong: the numbers of the samples that were answered so; None in files that lack them.
     prompts: a digest of each sample's prompt, in the order of their numbers; None likewise.
+    source: the results file that it is from.
     """
 
     context_length: int
@@ -71,6 +67,7 @@ class NeedleCell:
     right: tuple[int, ...] | None = None
     wrong: tuple[int, ...] | None = None
     prompts: tuple[str, ...] | None = None
+    source: Path | None = field(default=None, compare=False)
 
     def __post_init__(self):
         for name in ("context_length", "samples", "correct"):
@@ -113,7 +110,10 @@ class NeedleCell:
 
 @dataclass(frozen=True)
 class NeedleRun:
-    """The cells of one needle task of one run, shortest and shallowest first."""
+    """The cells of one needle task, shortest and shallowest first; of one run, or several united.
+
+    path, date: of the newest run.
+    """
 
     model: str
     task: str
@@ -128,6 +128,11 @@ class NeedleRun:
     @property
     def depths(self) -> list[float]:
         return sorted({cell.depth for cell in self.cells})
+
+    @property
+    def sources(self) -> set[Path]:
+        """The results files that the cells are from."""
+        return {cell.source for cell in self.cells if cell.source}
 
     @property
     def prompts(self) -> int:
@@ -156,85 +161,22 @@ def read_results(path: Path) -> ResultsFile:
         isinstance(data.get(key), dict) for key in ("config", "configs")
     ):
         raise ResultsError(f"{path}: not a results file of lm-eval")
-    model, model_id = _name_model(data)
-    return ResultsFile(model, model_id, path, _date(path, data), data)
+    model = identify(data)
+    return ResultsFile(name_models([model])[model], model, path, _date(path, data), data)
 
 
-def find_results(path: str | Path) -> list[ResultsFile]:
-    """The results at `path`, oldest first.
+def parse_cells(raw: list, source: Path | None = None) -> tuple[NeedleCell, ...]:
+    """The cells that a needle task left in a results file, checked.
 
-    path: one results file, or a folder that is searched, subfolders too, for results_*.json. In a
-        folder, files that are not results of lm-eval are skipped with a warning.
+    Raises ResultsError, telling which is wrong.
     """
-    path = Path(path)
-    if path.is_file():
-        return [read_results(path)]
-    if not path.is_dir():
-        raise ResultsError(
-            f"{path}: no such file or folder; give what lm_eval got as --output_path"
-        )
-    found = []
-    for file in sorted(path.rglob("results_*.json")):
-        try:
-            found.append(read_results(file))
-        except ResultsError as error:
-            logger.warning("skipped %s", error)
-    return sorted(found, key=lambda results: results.date)
-
-
-def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
-    """The newest needle results at `path`, which must be of one model.
-
-    path: a folder or a file, as for `find_results`.
-    task: the task to read; needed only where there are several needle tasks.
-    Raises ResultsError: no needle results, several tasks or models to choose from, malformed cells.
-    """
-    found = find_results(path)
-    runs = [run for run in found if run.needle_cells()]
-    if not runs:
-        folder = Path(path).parent if Path(path).is_file() else path
-        raise ResultsError(
-            f"{path}: no needle results; make some with "
-            f"lm_eval ... --tasks yoco_needle --output_path {folder}"
-        )
-    tasks = sorted({name for run in runs for name in run.needle_cells()})
-    if task is None:
-        if len(tasks) > 1:
-            raise ResultsError(
-                f"{path}: several needle tasks; choose one with --task: {listed(tasks, 20)}"
-            )
-        task = tasks[0]
-    runs = [run for run in runs if task in run.needle_cells()]
-    if not runs:
-        raise ResultsError(f"{path}: no needle task {task!r}; there is: {listed(tasks, 20)}")
-    if len({run.model_id for run in runs}) > 1:
-        raise ResultsError(f"{path}: several models; choose one of: {_choices(runs)}")
-    newest = runs[-1]
-    if len(runs) > 1:
-        logger.warning(
-            "reading %s, the newest of %d runs; %d older left out",
-            newest.path,
-            len(runs),
-            len(runs) - 1,
-        )
-    try:
-        cells = parse_cells(newest.needle_cells()[task])
-    except ResultsError as error:
-        raise ResultsError(
-            f"{newest.path}: task {task}: {error}; run the evaluation again"
-        ) from error
-    return NeedleRun(newest.model, task, newest.path, newest.date, cells)
-
-
-def parse_cells(raw: list) -> tuple[NeedleCell, ...]:
-    """The cells that a needle task left, checked. Raises ResultsError, telling which is wrong."""
     if not raw:
         raise ResultsError("its list of cells is empty")
     cells: dict[tuple[int, float], NeedleCell] = {}
     for entry in raw:
         try:
             numbers = [entry[name] for name in _CELL_NUMBERS]
-            cell = NeedleCell(*numbers, **_answers(entry))
+            cell = NeedleCell(*numbers, **_answers(entry), source=source)
         except (KeyError, TypeError) as error:
             raise ResultsError(
                 f"cell {shown(entry)} needs context_length, depth, samples, correct"
@@ -254,26 +196,6 @@ def _answers(entry: dict) -> dict[str, tuple]:
     return {name: tuple(entry[name]) for name in told if entry.get(name) is not None}
 
 
-def _name_model(data: dict) -> tuple[str, tuple[str, ...]]:
-    """The model's name for titles, and what tells it apart from other models."""
-    config = data["config"]
-    args = config.get("model_args")
-    if isinstance(args, str):
-        args = simple_parse_args_string(args)
-    elif not isinstance(args, dict):
-        args = {}
-    # The yoco backend puts its bundled checkpoint, which nobody names in the arguments, in config.
-    pretrained = str(args.get("pretrained") or config.get("pretrained") or "")
-    if pretrained:
-        name = Path(pretrained).name or pretrained
-        origin = os.path.normpath(pretrained)
-    else:
-        name = str(args.get("model") or data.get("model_name") or config.get("model") or "model")
-        origin = name
-    adapters = (str(args.get(key) or "") for key in ("peft", "delta", "revision"))
-    return name, (origin, *adapters)
-
-
 def _date(path: Path, data: dict) -> datetime:
     """When the run started, from the file's `date` (seconds), else from the file's name."""
     try:
@@ -287,12 +209,11 @@ def _date(path: Path, data: dict) -> datetime:
         raise ResultsError(f"{path}: no date, neither in the file nor in its name") from None
 
 
-def _choices(runs: list[ResultsFile]) -> str:
-    """Each model's newest folder; its file where the folder holds another model's results too."""
-    choices = []
-    for model_id in dict.fromkeys(run.model_id for run in runs):
-        newest = [run for run in runs if run.model_id == model_id][-1]
-        folder = newest.path.parent
-        shared = any(run.model_id != model_id and folder in run.path.parents for run in runs)
-        choices.append(f"{newest.path if shared else folder} ({newest.model})")
-    return listed(sorted(choices), 20)
+def mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a mapping, else an empty one: a file may hold anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a results file is a figure: lm-eval writes "N/A" where there is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

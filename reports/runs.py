@@ -1,21 +1,26 @@
-"""Collects the results of checkpoints: from each folder the newest of every task, under one name.
+"""Collects the results of checkpoints: from each folder those of one model, under one name.
 
 A folder may hold several files, benchmarks in one and needles in another, of any lm-eval backend,
-and profiles beside them. What is not used is named with the reason, and nothing in a folder can
-stop a report of the rest.
+and profiles beside them. Runs of a task at several context lengths are united, of other tasks the
+newest counts. What is not used is named with the reason, and nothing in a folder can stop a report
+of the rest.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from yoco_eval.printable import listed
+
+from .models import name_models, settle
 from .profile import NotAProfile, Profile, load_profile
-from .results import NeedleRun, ResultsError, ResultsFile, parse_cells, read_results
+from .results import NeedleRun, ResultsError, ResultsFile, read_results
 from .samples import find_samples
+from .task_runs import TaskRun, task_runs
+from .united import unite
 
 logger = logging.getLogger(__name__)
 
@@ -29,52 +34,25 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Score:
-    """A metric's value and, where lm-eval tells it, its standard error."""
-
-    value: float
-    error: float | None = None
-
-
-@dataclass(frozen=True)
-class TaskRun:
-    """The newest result of a task or group.
-
-    n_shot: examples in each prompt; None for a group whose tasks have different numbers.
-    scores: by metric and filter, as lm-eval names them, in its order: "acc,none".
-    members: the tasks of a group, those of its sub-groups too; empty for a task.
-    """
-
-    task: str
-    n_shot: int | None
-    file: ResultsFile
-    scores: dict[str, Score]
-    members: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """What is known of one checkpoint.
 
     tasks: by name and number of examples.
     needles: by task, those of `tasks` that left cells.
-    samples: by needle task, where its samples were logged.
+    samples: by needle task, where its samples were logged, by the results file of the same run.
     """
 
     name: str
     path: Path
     tasks: dict[tuple[str, int | None], TaskRun] = field(default_factory=dict)
     needles: dict[str, NeedleRun] = field(default_factory=dict)
-    samples: dict[str, Path] = field(default_factory=dict)
+    samples: dict[str, dict[Path, Path]] = field(default_factory=dict)
     profile: Profile | None = None
     skipped: tuple[Skipped, ...] = ()
 
     def needle_task(self, task: str) -> TaskRun:
-        """The task's entry in `tasks`, from the file that its cells are from."""
-        path = self.needles[task].path
-        return next(
-            run for run in self.tasks.values() if run.task == task and run.file.path == path
-        )
+        """The task's entry in `tasks`, which has its cells."""
+        return next(run for run in self.tasks.values() if run.task == task and run.cells)
 
 
 def load_checkpoints(
@@ -90,10 +68,7 @@ def load_checkpoints(
     """
     paths = [Path(path) for path in paths]
     for path in paths:
-        if not path.exists():
-            raise ResultsError(
-                f"{path}: no such file or folder; give what lm_eval got as --output_path"
-            )
+        _check_there(path)
     names = _check_names(names, len(paths)) if names else _names(paths)
     checkpoints = [_load(path, name) for path, name in zip(paths, names, strict=True)]
     _check_apart(checkpoints)
@@ -104,7 +79,8 @@ def _check_apart(checkpoints: Sequence[Checkpoint]) -> None:
     """A file that counts for two, of a folder and one within it, would compare with itself."""
     owners: dict[Path, Checkpoint] = {}
     for checkpoint in checkpoints:
-        for file in {run.file.path.resolve() for run in checkpoint.tasks.values()}:
+        files = {file.path for run in checkpoint.tasks.values() for file in run.files}
+        for file in sorted(path.resolve() for path in files):
             other = owners.setdefault(file, checkpoint)
             if other is not checkpoint:
                 raise ResultsError(
@@ -150,44 +126,122 @@ def _load(path: Path, name: str) -> Checkpoint:
             "%s holds results of several models; only those of %s count. Give each model's own "
             "folder to compare them", path, files[-1].model,
         )  # fmt: skip
-    skipped += of_others
-    tasks: dict[tuple[str, int | None], TaskRun] = {}
-    needles: dict[str, NeedleRun] = {}
-    for file in files:
-        found = {run.task: run for run in _task_runs(file)}
-        for task, raw in file.needle_cells().items():
-            try:
-                cells = parse_cells(raw)
-            except ResultsError as error:
-                skipped.append(Skipped(file.path, f"task {task}: {error}"))
-                del found[task]
-                continue
-            needles[task] = NeedleRun(name, task, file.path, file.date, cells)
-        for task in found:
-            if task in needles and needles[task].path != file.path:
-                del needles[task]  # the newest result counts, although it has no cells
-        tasks |= {(run.task, run.n_shot): run for run in found.values()}
-    told = {run.file.path for run in tasks.values()} | {skip.path for skip in skipped}
-    for file in files:
-        if file.path not in told:
-            reason = "its results are all in newer files" if _task_runs(file) else "has no results"
-            skipped.append(Skipped(file.path, reason))
+    tasks, left_out = _collect(files)
+    skipped += [*of_others, *left_out]
     skipped += [Skipped(file, "an older profile") for file, _ in profiles[:-1]]
-    samples = {task: find_samples(run.path, task) for task, run in needles.items()}
     if not (tasks or profiles):
         first = f" ({skipped[0].path.name}: {skipped[0].reason})" if skipped else ""
         raise ResultsError(
             f"{path}: no results in it{first}; make some with lm_eval ... --output_path {path}"
         )
+    needles = {run.task: _needle_run(run, name) for run in tasks.values() if run.cells}
     return Checkpoint(
         name,
         path,
         tasks,
         needles,
-        {task: file for task, file in samples.items() if file},
+        {task: _samples(run) for task, run in needles.items()},
         profiles[-1][1] if profiles else None,
         tuple(sorted(skipped, key=lambda skip: str(skip.path))),
     )
+
+
+def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
+    """The needle results at `path`, which must be of one model: of the newest run and its like.
+
+    path: a folder or a file, as for `load_checkpoints`.
+    task: the task to read; needed only where there are several needle tasks.
+    Raises ResultsError: no needle results, several tasks or models to choose from, malformed cells.
+    """
+    path = Path(path)
+    _check_there(path)
+    if path.is_file():
+        files, skipped = _named([read_results(path)]), []
+    else:
+        files, _, skipped = _read_files(path)
+    files = [file for file in files if file.needle_cells()]
+    if not files:
+        folder = path.parent if path.is_file() else path
+        raise ResultsError(
+            f"{path}: no needle results; make some with "
+            f"lm_eval ... --tasks yoco_needle --output_path {folder}"
+        )
+    tasks = sorted({name for file in files for name in file.needle_cells()})
+    if task is None:
+        if len(tasks) > 1:
+            raise ResultsError(
+                f"{path}: several needle tasks; choose one with --task: {listed(tasks, 20)}"
+            )
+        task = tasks[0]
+    files = [file for file in files if task in file.needle_cells()]
+    if not files:
+        raise ResultsError(f"{path}: no needle task {task!r}; there is: {listed(tasks, 20)}")
+    if len({file.model_id for file in files}) > 1:
+        raise ResultsError(f"{path}: several models; choose one of: {_choices(files)}")
+    if damage := task_runs(files[-1])[1].get(task):
+        raise ResultsError(f"{files[-1].path}: task {task}: {damage}; run the evaluation again")
+    found, left_out = _collect(files, task)
+    for skip in (*skipped, *left_out):
+        logger.warning("skipped %s: %s", skip.path, skip.reason)
+    run = _needle_run(next(iter(found.values())), files[-1].model)
+    if len(run.sources) > 1:
+        logger.warning(
+            "%s: one grid of %d runs: %s",
+            task, len(run.sources), listed(sorted(source.name for source in run.sources)),
+        )  # fmt: skip
+    return run
+
+
+def _check_there(path: Path) -> None:
+    if not path.exists():
+        raise ResultsError(
+            f"{path}: no such file or folder; give what lm_eval got as --output_path"
+        )
+
+
+def _needle_run(run: TaskRun, name: str) -> NeedleRun:
+    return NeedleRun(name, run.task, run.file.path, run.file.date, run.cells)
+
+
+def _samples(run: NeedleRun) -> dict[Path, Path]:
+    found = {source: find_samples(source, run.task) for source in sorted(run.sources)}
+    return {source: samples for source, samples in found.items() if samples}
+
+
+def _collect(
+    files: Sequence[ResultsFile], only: str | None = None
+) -> tuple[dict[tuple[str, int | None], TaskRun], list[Skipped]]:
+    """The results of files of one model, and what is not among them.
+
+    files: oldest first. only: the one task that is wanted.
+    """
+    runs: dict[tuple[str, int | None], list[TaskRun]] = {}
+    skipped: list[Skipped] = []
+    superseded: dict[Path, str] = {}
+    for file in files:
+        found, damaged = task_runs(file)
+        for task, error in damaged.items():
+            if only in (None, task):
+                skipped.append(Skipped(file.path, f"task {task}: {error}"))
+        superseded[file.path] = "its results are all in newer files" if found else "has no results"
+        for run in found:
+            if only in (None, run.task):
+                runs.setdefault((run.task, run.n_shot), []).append(run)
+    tasks: dict[tuple[str, int | None], TaskRun] = {}
+    reasons: dict[tuple[Path, str], list[str]] = {}
+    for key, alike in runs.items():
+        tasks[key], left_out = unite(alike[::-1])
+        for one in left_out:
+            newer = alike[-1].file.path.name
+            reason = f"not united with {newer}: {one.reason}"
+            reasons.setdefault((one.run.file.path, reason), []).append(one.run.task)
+    for (path, reason), members in reasons.items():
+        named = members[0] if len(members) == 1 else f"{members[0]} and {len(members) - 1} more"
+        skipped.append(Skipped(path, f"{named}: {reason}"))
+    told = {file.path for run in tasks.values() for file in run.files}
+    told |= {skip.path for skip in skipped}
+    skipped += [Skipped(path, why) for path, why in superseded.items() if path not in told]
+    return tasks, skipped
 
 
 def _read_files(
@@ -211,7 +265,17 @@ def _read_files(
                 skipped.append(Skipped(file, reason.removeprefix(f"{file}: ")))
     results.sort(key=lambda found: found.date)
     profiles.sort(key=lambda found: found[0].stat().st_mtime)
-    return results, profiles, skipped
+    return _named(results), profiles, skipped
+
+
+def _named(files: Sequence[ResultsFile]) -> list[ResultsFile]:
+    """Files, oldest first, whose models are called by what tells them from the others."""
+    models = settle([file.model_id for file in files])
+    names = name_models(models)
+    return [
+        replace(file, model=names[model], model_id=model)
+        for file, model in zip(files, models, strict=True)
+    ]
 
 
 def _one_model(files: list[ResultsFile]) -> tuple[list[ResultsFile], list[Skipped]]:
@@ -222,51 +286,19 @@ def _one_model(files: list[ResultsFile]) -> tuple[list[ResultsFile], list[Skippe
     mine = [file for file in files if file.model_id == newest.model_id]
     reason = f"of another model than {newest.path.name}, {{}}; give its results by themselves"
     others = [
-        Skipped(file.path, reason.format(" ".join(filter(None, file.model_id))))
+        Skipped(file.path, reason.format(file.model))
         for file in files
         if file.model_id != newest.model_id
     ]
     return mine, others
 
 
-def _task_runs(file: ResultsFile) -> list[TaskRun]:
-    """Every task and group that the file has at least one figure or the cells of."""
-    runs, needles = [], file.needle_cells()
-    results = mapping(file.data.get("results"))
-    for task, metrics in {**dict.fromkeys(needles), **results}.items():
-        scores = {}
-        for metric, value in mapping(metrics).items():
-            if "," in metric and "_stderr," not in metric and is_number(value):
-                error = metrics.get(metric.replace(",", "_stderr,", 1))
-                scores[metric] = Score(float(value), float(error) if is_number(error) else None)
-        if scores or task in needles:
-            members = tuple(_members(task, mapping(file.data.get("group_subtasks"))))
-            runs.append(TaskRun(task, _shots(task, members, file.data), file, scores, members))
-    return runs
-
-
-def _members(group: str, subtasks: dict[str, Any], seen: tuple[str, ...] = ()) -> list[str]:
-    """The tasks and groups below a group, at any depth, each once."""
-    found: list[str] = []
-    direct = subtasks.get(group)
-    for member in direct if isinstance(direct, list) else []:
-        if isinstance(member, str) and member not in (group, *seen):
-            found += [member, *_members(member, subtasks, (*seen, group))]
-    return list(dict.fromkeys(found))
-
-
-def _shots(task: str, members: tuple[str, ...], data: dict[str, Any]) -> int | None:
-    shots = mapping(data.get("n-shot"))
-    told = (shots.get(name) for name in members or (task,))
-    found = {number for number in told if isinstance(number, int)}
-    return found.pop() if len(found) == 1 else None
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    """The value if it is a mapping, else an empty one: a file may hold anything."""
-    return value if isinstance(value, dict) else {}
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a results file is a figure: lm-eval writes "N/A" where there is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+def _choices(files: Sequence[ResultsFile]) -> str:
+    """Each model's newest folder; its file where the folder holds another model's results too."""
+    choices = []
+    for model_id in dict.fromkeys(file.model_id for file in files):
+        newest = [file for file in files if file.model_id == model_id][-1]
+        folder = newest.path.parent
+        shared = any(file.model_id != model_id and folder in file.path.parents for file in files)
+        choices.append(f"{newest.path if shared else folder} ({newest.model})")
+    return listed(sorted(choices), 20)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from yoco_eval.lengths import format_length
 
 from .heatmap import format_depths
-from .runs import Checkpoint, TaskRun, mapping
+from .results import ResultsFile, mapping
+from .task_runs import TaskRun
+
+if TYPE_CHECKING:
+    from .runs import Checkpoint  # which is made of runs whose setups are known to be alike
 
 STATED, MARKED, REFUSED = "stated", "marked", "refused"
 
@@ -76,19 +81,29 @@ def effect(setting: str) -> str:
 
 
 def setup(run: TaskRun) -> dict[str, str]:
-    """How a task was evaluated: settings by name, without those that the file does not tell."""
-    data = run.file.data
+    """How a task was evaluated: settings by name, without those that its files do not tell."""
+    of_files = [_of_file(run, file) for file in run.files]
+    settings = {name: common([one[name] for one in of_files]) for name in of_files[0]}
+    if run.context_lengths:  # of how many there are, the number of documents is no news
+        settings |= {"context lengths": run.context_lengths, "documents": None}
+    if run.cells:
+        settings["depths"] = sorted({cell.depth for cell in run.cells})
+    return {name: _text(name, value) for name, value in settings.items() if value is not None}
+
+
+def _of_file(run: TaskRun, file: ResultsFile) -> dict[str, Any]:
+    """The settings in one of its files; None for what it does not tell."""
+    data, leaves = file.data, run.leaves(file)
     config = mapping(data.get("config"))
-    leaves = [task for task in run.members if task in data["configs"]] or [run.task]
-    metadata = [mapping(mapping(data["configs"].get(task)).get("metadata")) for task in leaves]
+    metadata = [file.metadata(task) for task in leaves]
     documents = [
         mapping(mapping(data.get("n-samples")).get(task)).get("effective") for task in leaves
     ]
-    settings = {
-        "task version": _common([mapping(data.get("versions")).get(task) for task in leaves]),
-        **{name.replace("_", " "): _common([m.get(name) for m in metadata])
+    return {
+        "task version": common([mapping(data.get("versions")).get(task) for task in leaves]),
+        **{name.replace("_", " "): common([m.get(name) for m in metadata])
            for name in _OF_THE_TASK},
-        "documents": _common(documents),
+        "documents": common(documents),
         **{name.replace("_", " "): config.get(name) for name in _OF_THE_RUN},
         "generation": config.get("gen_kwargs") or None,
         "chat template": data.get("chat_template_sha"),
@@ -97,15 +112,14 @@ def setup(run: TaskRun) -> dict[str, str]:
         "dtype": config.get("model_dtype"),
         "lm-eval": data.get("lm_eval_version"),
     }  # fmt: skip
-    return {name: _text(name, value) for name, value in settings.items() if value is not None}
 
 
-def _common(values: list) -> object:
-    """The value that all tasks of a group have; else all of them, in the order of the tasks."""
+def common(values: Sequence[Any]) -> Any:
+    """The value that all tasks or files have; else each of them once, in their order."""
     told = [value for value in values if value is not None]
     if all(value == told[0] for value in told):
         return told[0] if told else None
-    return ", ".join(map(str, told))
+    return ", ".join(dict.fromkeys(map(str, told)))
 
 
 def _text(name: str, value: object) -> str:

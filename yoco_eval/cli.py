@@ -155,7 +155,8 @@ def _share(text: str) -> float:
 
 def _heatmap(args: argparse.Namespace) -> None:
     from yoco_eval.reports.heatmap import check_output, print_heatmap, save_heatmap
-    from yoco_eval.reports.results import ResultsError, load_needle_run
+    from yoco_eval.reports.results import ResultsError
+    from yoco_eval.reports.runs import load_needle_run
 
     try:
         if args.output:
@@ -293,8 +294,8 @@ def _parser() -> _Parser:
     heatmap.add_argument(
         "results",
         metavar="RESULTS",
-        help="what lm_eval got as --output_path, a folder in it, or one results_*.json file; "
-        "of several runs of a model the newest is drawn",
+        help="what lm_eval got as --output_path, a folder in it, or one results file; several "
+        "runs of a model in one setup are drawn as one grid",
     )
     heatmap.add_argument(
         "-o",
@@ -324,8 +325,8 @@ for their number; a difference is told only if significant at the 5 % level.""",
         nargs="+",
         metavar="RESULTS",
         help="for each checkpoint, from the earliest to the latest, what lm_eval got as "
-        "--output_path; of every task the newest results count, and a .json file of "
-        "yoco-eval profile may stand beside them",
+        "--output_path; of every task the newest results count, joined by those of the same "
+        "setup at other context lengths; a .json file of yoco-eval profile may stand beside them",
     )
     compare.add_argument(
         "--names",

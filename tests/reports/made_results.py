@@ -1,6 +1,7 @@
 """Results folders as lm-eval leaves them, of checkpoints whose accuracies are chosen."""
 
 import json
+import re
 from hashlib import blake2b
 from random import Random
 
@@ -37,21 +38,29 @@ def needle_results(
             cells.append(cell)
     settings = {
         "version": 1, "context_lengths": lengths, "depths": depths, "samples": samples,
-        "seed": seed, "haystack": "synthetic", **metadata,
+        "seed": seed, "haystack": "synthetic", "by_length": ["acc"], **metadata,
     }  # fmt: skip
-    correct = sum(cell["correct"] for cell in cells)
-    return results(
-        {task: {"alias": task, "acc,none": correct / len(cells) / samples}},
-        model, date, configs={task: {"metadata": settings | {"cells": cells}}},
-    )  # fmt: skip
+    scores = {"alias": task, "acc,none": _accuracy(cells)}
+    for length in lengths:
+        here = [cell for cell in cells if cell["context_length"] == length]
+        scores[f"acc@{length:07d},none"] = _accuracy(here)
+    configs = {task: {"metadata": settings | {"cells": cells}}}
+    return results({task: scores}, model, date, configs=configs)
+
+
+def _accuracy(cells):
+    return sum(cell["correct"] for cell in cells) / sum(cell["samples"] for cell in cells)
 
 
 def results(scores, model="m", date=1.7e9, shots=0, **parts):
-    """A results file with these metrics by task; `parts` take the place of lm-eval's."""
+    """A results file with these metrics by task; `parts` take the place of lm-eval's.
+
+    Tasks with metrics such as acc@0004096 say that these are by length, as this project's do.
+    """
     data = {
         "results": scores,
         "group_subtasks": {},
-        "configs": {task: {} for task in scores},
+        "configs": {task: {"metadata": _by_length(metrics)} for task, metrics in scores.items()},
         "versions": dict.fromkeys(scores, 1.0),
         "n-shot": dict.fromkeys(scores, shots),
         "n-samples": {task: {"original": 1000, "effective": 1000} for task in scores},
@@ -63,6 +72,15 @@ def results(scores, model="m", date=1.7e9, shots=0, **parts):
         "date": date,
     }  # fmt: skip
     return data | parts
+
+
+def _by_length(metrics):
+    found = [match for metric in metrics if (match := re.match(r"(\w+)@(\d{7}),", metric))]
+    if not found:
+        return {"version": 1.0}
+    lengths = sorted({int(match[2]) for match in found})
+    by_length = sorted({match[1] for match in found})
+    return {"version": 1.0, "context_lengths": lengths, "by_length": by_length}
 
 
 def write(folder, data, name="results_2025-01-02T03-04-05.678901.json"):

@@ -11,9 +11,10 @@ from made_results import LENGTHS, needle_results, results, trained_to, write
 from yoco_eval.reports.comparison import compare
 from yoco_eval.reports.comparison_files import save_comparison
 from yoco_eval.reports.results import ResultsError
-from yoco_eval.reports.runs import Score, load_checkpoints
+from yoco_eval.reports.runs import load_checkpoints
 from yoco_eval.reports.samples import NeedleSample
 from yoco_eval.reports.statistics import wilson
+from yoco_eval.reports.task_runs import Score
 
 ZERO_SHOT = "arc_challenge arc_easy boolq hellaswag openbookqa piqa winogrande sciq".split()
 

@@ -7,11 +7,8 @@ from datetime import datetime
 import pytest
 from lm_eval.loggers import EvaluationTracker
 
-from yoco_eval.reports.results import (
-    NeedleCell,
-    ResultsError,
-    load_needle_run,
-)
+from yoco_eval.reports.results import NeedleCell, ResultsError
+from yoco_eval.reports.runs import load_needle_run
 
 CELLS = [
     {"context_length": 8192, "depth": 0.0, "samples": 5, "correct": 2},
@@ -99,6 +96,7 @@ def test_several_tasks(tmp_path):
 def test_newest_run_of_a_model(tmp_path, caplog, dated):
     for day in (1, 3, 2):
         data = results(CELLS[: day - 1] or CELLS, date=86400.0 * day)
+        data["configs"]["yoco_needle"]["metadata"]["seed"] = day  # so that they are not united
         if dated == "name":
             del data["date"]
         name = f"results_2025-01-0{day}T00-00-00.000001.json" if dated == "name" else None
@@ -108,7 +106,16 @@ def test_newest_run_of_a_model(tmp_path, caplog, dated):
     with caplog.at_level(logging.WARNING):
         run = load_needle_run(tmp_path)
     assert len(run.cells) == 2
-    assert f"reading {run.path}, the newest of 3 runs; 2 older left out" in caplog.text
+    assert f"yoco_needle: not united with {run.path.name}: seed 2, not 3" in caplog.text
+    assert caplog.text.count("skipped") == 2
+
+
+@pytest.mark.parametrize("name", ["results.json", "mine_2025-01-02T03-04-05.678901.json"])
+def test_files_of_any_name_are_read(tmp_path, name):
+    """As lm-eval calls them with --output_path mine.json, and as people do."""
+    write(tmp_path, results(), name)
+    write(tmp_path, '{"model_type": "yoco"}', "config.json")
+    assert load_needle_run(tmp_path).prompts == 20
 
 
 def test_models_of_equal_name_are_told_apart(tmp_path):
@@ -116,7 +123,7 @@ def test_models_of_equal_name_are_told_apart(tmp_path):
         config = {"model_args": {"pretrained": f"ckpt/{stage}/last"}}
         write(tmp_path / stage, results(config=config))
     a, b = tmp_path / "4k", tmp_path / "64k"
-    assert f"several models; choose one of: {a} (last), {b} (last)" in error(tmp_path)
+    assert f"several models; choose one of: {a} (4k/last), {b} (64k/last)" in error(tmp_path)
     assert load_needle_run(a).model == "last"
 
 
@@ -141,7 +148,7 @@ def test_foreign_files_are_skipped(tmp_path, caplog, text):
     (tmp_path / "results_0.json").write_bytes(text.encode(errors="surrogateescape"))
     write(tmp_path, results())
     assert load_needle_run(tmp_path).prompts == 20
-    assert f"skipped {tmp_path / 'results_0.json'}: not " in caplog.text
+    assert f"skipped {tmp_path / 'results_0.json'}: {'not ' if text else 'empty'}" in caplog.text
     assert f"{tmp_path / 'results_0.json'}: not " in error(tmp_path / "results_0.json")
 
 

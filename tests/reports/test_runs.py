@@ -7,8 +7,9 @@ from made_results import needle_results, results, write
 
 from yoco_eval.reports.profile import Profile, ProfileRow, save_profile
 from yoco_eval.reports.results import ResultsError
-from yoco_eval.reports.runs import Score, load_checkpoints
+from yoco_eval.reports.runs import load_checkpoints
 from yoco_eval.reports.samples import NeedleSample, read_samples
+from yoco_eval.reports.task_runs import Score
 
 
 def load(path):
@@ -50,6 +51,10 @@ def test_a_newer_result_without_cells_counts(tmp_path):
     checkpoint = load(tmp_path)
     assert checkpoint.tasks["yoco_needle", 0].scores["acc,none"].value == 0.3
     assert not checkpoint.needles
+    assert skipped(checkpoint) == {
+        "results_1.json": "yoco_needle: not united with results_2.json: nothing is by context "
+        "length there"
+    }
 
 
 def test_numbers_of_examples_are_told_apart(tmp_path):
@@ -159,7 +164,7 @@ def test_logged_samples(tmp_path):
     lines = [json.dumps(line), "{", "3", '{"doc": {}}', json.dumps({**line, "filtered_resps": []})]
     lines.append(json.dumps({**line, "doc": doc | {"context_length": float("inf")}}))
     (tmp_path / "samples_yoco_needle_2025.jsonl").write_text("\n".join(lines))
-    path = load(tmp_path).samples["yoco_needle"]
+    (path,) = load(tmp_path).samples["yoco_needle"].values()
     sample = NeedleSample(
         4096, 0.3, 1, "What?", "123", " 7", "It is 123.", doc["excerpt"], 4090, False
     )

@@ -1,0 +1,173 @@
+"""One model's runs of one task in one setup, joined: a grid, or values by context length.
+
+The newest run decides: older ones with its setup add the context lengths and depths that it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .models import model_args
+from .results import NeedleCell, mapping
+from .setups import common, setup
+from .task_runs import BUCKETS, Score, TaskRun
+
+# What runs that are one may differ in. The lengths at which they were evaluated have prompts of
+# their own; and a run's longest input says nothing of shorter prompts.
+_MAY_DIFFER = frozenset(
+    {"context lengths", "depths", "documents", "limit", "max length", "lm-eval"}
+)
+_OF_THE_LENGTHS = frozenset(
+    "version config_source cells prompts by_length context_lengths max_seq_lengths depths".split()
+)
+_LONGEST = 40  # letters of a value that is told
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that cannot be one with the newest, and why."""
+
+    run: TaskRun
+    reason: str
+
+
+def unite(runs: Sequence[TaskRun]) -> tuple[TaskRun, list[LeftOut]]:
+    """All runs of one task that can be one; the newest alone of a task that is not by length.
+
+    runs: of one model, the newest first.
+    """
+    newest, *older = runs
+    if not newest.context_lengths:
+        reason = "nothing is by context length there"
+        return newest, [LeftOut(run, reason) for run in older if run.context_lengths]
+    joined, left_out = [newest], []
+    for run in older:
+        reason = _obstacle(newest, run)
+        if reason is None:
+            joined.append(run)
+        elif run.context_lengths:
+            left_out.append(LeftOut(run, reason))
+    cells = _cells(joined)
+    by_length = {
+        metric: _values(metric, [run.by_length.get(metric, {}) for run in joined])
+        for metric in dict.fromkeys(metric for run in joined for metric in run.by_length)
+    }
+    used = {cell.source for cell in cells}
+    used |= {score.source for values in by_length.values() for score in values.values()}
+    files = tuple(run.file for run in joined if run.file.path in used)
+    if len(files) < 2:
+        return newest, left_out
+    return replace(newest, files=files, scores={}, by_length=by_length, cells=cells), left_out
+
+
+def _cells(runs: Sequence[TaskRun]) -> tuple[NeedleCell, ...]:
+    cells: dict[tuple[int, float], NeedleCell] = {}
+    for run in runs:
+        for cell in run.cells:
+            cells.setdefault((cell.context_length, cell.depth), cell)
+    return tuple(sorted(cells.values()))
+
+
+def _values(metric: str, runs: Sequence[dict[int, Score]]) -> dict[int, Score]:
+    """At each length the newest value; of a bucket the newest that begins at the length before."""
+    lengths = sorted({length for run in runs for length in run})
+    values = {}
+    for before, length in zip([0, *lengths], lengths, strict=False):
+        found = [run[length] for run in runs if length in run]
+        fitting = [score for score in found if score.after == before]
+        values[length] = (fitting if fitting and metric in BUCKETS else found)[0]
+    return values
+
+
+def _obstacle(newest: TaskRun, run: TaskRun) -> str | None:
+    """Why the run is not one with the newest; None if it is."""
+    if bool(newest.cells) != bool(run.cells):
+        return "needle cells in one of them only"
+    if newest.members != run.members:
+        return "other tasks in the group"
+    mine, theirs = _settings(newest), _settings(run)
+    differing = [
+        _differing(name, theirs.get(name), mine.get(name))
+        for name in dict.fromkeys([*mine, *theirs])
+        if mine.get(name) != theirs.get(name)
+    ]
+    if differing:
+        return " and ".join(differing)
+    return "other prompts" if _other_prompts(newest, run) else None
+
+
+def _differing(name: str, theirs: Any, mine: Any) -> str:
+    told = [str(value) for value in (theirs, mine)]
+    if max(map(len, told)) > _LONGEST:
+        return f"another {name}"
+    return f"{name} {told[0]}, not {told[1]}"
+
+
+def _settings(run: TaskRun) -> dict[str, Any]:
+    """All that must be the same for two runs to be one, of a run that is of one file."""
+    data, leaves = run.file.data, run.leaves(run.file)
+    settings: dict[str, Any] = {
+        name: value for name, value in setup(run).items() if name not in _MAY_DIFFER
+    }
+    if not _limited_nothing(run):
+        settings["limit"] = mapping(data["config"]).get("limit")
+    args = model_args(data)  # which lm-eval puts into every task's metadata
+    metadata = [run.file.metadata(leaf) for leaf in leaves]
+    for name in dict.fromkeys(name for one in metadata for name in one):
+        if name not in _OF_THE_LENGTHS and name not in args:
+            value = common([one.get(name) for one in metadata])
+            settings.setdefault(name.replace("_", " "), str(value))
+    configs = [mapping(data["configs"].get(leaf)) for leaf in leaves]
+    generation = common([config.get("generation_kwargs") for config in configs])
+    settings["generation"] = str(generation or settings.get("generation"))
+    if run.n_shot and data.get("chat_template_sha"):
+        settings["few-shot turns"] = data.get("fewshot_as_multiturn")
+    return settings
+
+
+def _limited_nothing(run: TaskRun) -> bool:
+    """Whether all documents were evaluated, or as many as if there had been no --limit."""
+    if mapping(run.file.data["config"]).get("limit") is None:
+        return True
+    counts = mapping(run.file.data.get("n-samples"))
+    told = [mapping(counts.get(leaf)) for leaf in run.leaves(run.file)]
+    return all(one and one.get("effective") == one.get("original") for one in told)
+
+
+def _other_prompts(newest: TaskRun, run: TaskRun) -> bool:
+    """Whether the digests of their prompts differ where both have results."""
+    theirs = {(cell.context_length, cell.depth): cell for cell in run.cells}
+    for cell in newest.cells:
+        other = theirs.get((cell.context_length, cell.depth))
+        if other and any(
+            prompt != _prompts(other).get(sample, prompt)
+            for sample, prompt in _prompts(cell).items()
+        ):
+            return True
+    for leaf in newest.leaves(newest.file):
+        mine, theirs = (
+            mapping(one.file.metadata(leaf).get("prompts")) for one in (newest, run)
+        )  # fmt: skip
+        for length in mine.keys() & theirs.keys():
+            if mine[length] != theirs[length] and _same_bucket(newest, run, length):
+                return True
+    return False
+
+
+def _prompts(cell: NeedleCell) -> dict[int, str]:
+    """The digests by number of the sample, where they are told."""
+    if cell.prompts is None:
+        return {}
+    return dict(zip(sorted((*cell.right, *cell.wrong)), cell.prompts, strict=True))
+
+
+def _same_bucket(newest: TaskRun, run: TaskRun, length: str) -> bool:
+    """Whether the prompts at a length begin at the same place in a document."""
+    values = [
+        one.by_length.get(metric, {}).get(int(length)) if length.isdecimal() else None
+        for one in (newest, run)
+        for metric in BUCKETS
+    ]
+    return None in values or len({value.after for value in values}) == 1
