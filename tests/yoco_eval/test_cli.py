@@ -221,9 +221,10 @@ def test_notes_go_to_stderr(results, capsys):
     write_results(results / "org__small", [], date=1, name="results_0.json")
     (results / "results_2.json").write_text("{")
     assert main(["heatmap", str(results)]) == 0
-    skipped, newest = capsys.readouterr().err.splitlines()
+    skipped, older = capsys.readouterr().err.splitlines()
     assert skipped.startswith(f"yoco-eval: skipped {results / 'results_2.json'}: not readable")
-    assert newest.startswith(f"yoco-eval: reading {results / 'org__small' / 'results_1.json'}")
+    damaged = results / "org__small" / "results_0.json"
+    assert older == f"yoco-eval: skipped {damaged}: task yoco_needle: its list of cells is empty"
 
 
 def test_heatmap_refusals(results, tmp_path, capsys):
