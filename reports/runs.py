@@ -62,7 +62,7 @@ def load_checkpoints(
 
     paths: folders, searched with their subfolders, or single results files.
     names: of the checkpoints; by default those of the folders, with as many of the parents as it
-        takes to tell them apart.
+        takes to tell them apart; of files in one folder those of their models.
     Raises ResultsError: a path is not there, is given twice or holds no results; names that do not
     fit.
     """
@@ -108,6 +108,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
             raise ResultsError(f"{path}: given twice; give each folder once")
     parts = [(path.parent if path.is_file() else path).parts for path in resolved]
     if len(set(parts)) < len(parts):  # files of one folder
+        if models := _models(paths):
+            return models
         parts = [path.parts for path in resolved]
     names = []
     for mine in parts:
@@ -116,6 +118,15 @@ def _names(paths: Sequence[Path]) -> list[str]:
             taken += 1
         names.append("/".join(mine[-taken:]))
     return names
+
+
+def _models(paths: Sequence[Path]) -> list[str] | None:
+    """The names of the models of results files, if these tell all of them apart."""
+    try:
+        names = [file.model for file in _named([read_results(path) for path in paths])]
+    except ResultsError:
+        return None
+    return names if len(set(names)) == len(names) else None
 
 
 def _load(path: Path, name: str) -> Checkpoint:

@@ -17,7 +17,7 @@ from .task_runs import BUCKETS, Score, TaskRun
 # What runs that are one may differ in. The lengths at which they were evaluated have prompts of
 # their own; and a run's longest input says nothing of shorter prompts.
 _MAY_DIFFER = frozenset(
-    {"context lengths", "depths", "documents", "limit", "max length", "lm-eval"}
+    {"context lengths", "depths", "documents", "limit", "max_length", "lm-eval"}
 )
 _OF_THE_LENGTHS = frozenset(
     "version config_source cells prompts by_length context_lengths max_seq_lengths depths".split()

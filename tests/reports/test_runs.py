@@ -132,6 +132,12 @@ def test_names(tmp_path):
     file = write(tmp_path / "c", needle_results(half), "results_2.json")
     assert names([file]) == ["c"]
     assert names([file, next(paths[3].glob("results_2025*"))])[0] == "results_2.json"
+    for step in (1, 2):
+        data = needle_results(half, "org/ckpts")
+        data["config"]["model_args"]["revision"] = f"step{step}"
+        write(tmp_path / "d", data, f"results_{step}.json")
+    files = sorted((tmp_path / "d").iterdir())
+    assert names(files) == ["ckpts revision=step1", "ckpts revision=step2"]
     assert names(paths[:2], ["x", "y"]) == ["x", "y"]
     for given, several, message in [
         (["x"], paths, "--names: 1 given for 4 results"),
