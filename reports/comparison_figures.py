@@ -196,7 +196,8 @@ def _curve_plots(comparison: Comparison) -> Iterator[_Plot]:
     for curves in comparison.curves:
         if not curves.member:
             title = f"{curves.task}: {METRICS.get(curves.metric, curves.metric)}"
-            yield _Plot(title, _from_one_token(curves), share=curves.metric == "acc")
+            if any(values := _from_one_token(curves)):
+                yield _Plot(title, values, share=curves.metric == "acc")
 
 
 def _from_one_token(curves: LengthCurves) -> list[dict[int, float] | None]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from yoco_eval.printable import shown
+
 from .models import model_args
 from .results import NeedleCell, mapping
 from .setups import common, setup
@@ -85,7 +87,7 @@ def _obstacle(newest: TaskRun, run: TaskRun) -> str | None:
     """Why the run is not one with the newest; None if it is."""
     if bool(newest.cells) != bool(run.cells):
         return "needle cells in one of them only"
-    if newest.members != run.members:
+    if set(newest.members) != set(run.members):
         return "other tasks in the group"
     mine, theirs = _settings(newest), _settings(run)
     differing = [
@@ -99,10 +101,17 @@ def _obstacle(newest: TaskRun, run: TaskRun) -> str | None:
 
 
 def _differing(name: str, theirs: Any, mine: Any) -> str:
-    told = [str(value) for value in (theirs, mine)]
+    told = [_text(value) for value in (theirs, mine)]
     if max(map(len, told)) > _LONGEST:
         return f"another {name}"
     return f"{name} {told[0]}, not {told[1]}"
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)
+    except (RecursionError, ValueError):  # a file may hold anything
+        return shown(value)
 
 
 def _settings(run: TaskRun) -> dict[str, Any]:
@@ -118,10 +127,10 @@ def _settings(run: TaskRun) -> dict[str, Any]:
     for name in dict.fromkeys(name for one in metadata for name in one):
         if name not in _OF_THE_LENGTHS and name not in args:
             value = common([one.get(name) for one in metadata])
-            settings.setdefault(name.replace("_", " "), str(value))
+            settings.setdefault(name.replace("_", " "), _text(value))
     configs = [mapping(data["configs"].get(leaf)) for leaf in leaves]
     generation = common([config.get("generation_kwargs") for config in configs])
-    settings["generation"] = str(generation or settings.get("generation"))
+    settings["generation"] = _text(generation or settings.get("generation"))
     if run.n_shot and data.get("chat_template_sha"):
         settings["few-shot turns"] = data.get("fewshot_as_multiturn")
     return settings
@@ -165,9 +174,9 @@ def _prompts(cell: NeedleCell) -> dict[int, str]:
 
 def _same_bucket(newest: TaskRun, run: TaskRun, length: str) -> bool:
     """Whether the prompts at a length begin at the same place in a document."""
-    values = [
-        one.by_length.get(metric, {}).get(int(length)) if length.isdecimal() else None
+    begins = [
+        {str(n): score.after for n, score in one.by_length.get(metric, {}).items()}.get(length)
         for one in (newest, run)
         for metric in BUCKETS
     ]
-    return None in values or len({value.after for value in values}) == 1
+    return None in begins or len(set(begins)) == 1

@@ -4,6 +4,7 @@ import pytest
 from made_results import log_samples, needle_results, results, trained_to, write
 
 from yoco_eval.reports.comparison import compare
+from yoco_eval.reports.comparison_figures import panels
 from yoco_eval.reports.runs import load_checkpoints, load_needle_run
 from yoco_eval.reports.setups import setup
 
@@ -192,6 +193,14 @@ def test_one_length_runs_are_compared_like_with_like(tmp_path):
         {0: 0.95, 16384: 0.40}, {0: 0.93, 16384: 0.60},
     )  # fmt: skip
     assert not comparison.setup_differences and not comparison.caveats
+
+
+def test_what_is_of_0k_alone_is_a_table_without_a_figure(tmp_path):
+    """lm-eval's default, which has no place on an axis of lengths."""
+    save(tmp_path, babilong(0.95, "0k"))
+    comparison = compare([load(tmp_path)])
+    assert curve(comparison, "babilong_qa1").context_lengths == [0]
+    assert not panels(comparison)
 
 
 def test_losses_of_other_buckets_are_not_set_side_by_side(tmp_path):
