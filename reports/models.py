@@ -36,7 +36,9 @@ _DEFAULTS = {
 _TOLD = frozenset(
     "revision subfolder gguf_file peft delta lora_local_path load_in_4bit load_in_8bit".split()
 )
-_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{7,64})$")
+# A path, or the name of a folder that lm-eval made of it.
+_SNAPSHOT = re.compile(r"models--([^/\\]+?)(?:[/\\]|__)snapshots(?:[/\\]|__)([0-9a-f]{7,64})$")
+_DIGITS = 8  # of a commit
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,27 @@ def identify(data: dict[str, Any]) -> Model:
     commits = [config.get(key) for key in ("model_sha", "peft_sha", "delta_sha")]
     origin = os.path.normpath(name) if named != "model" else name
     shown = name if named == "model" else Path(name).name or name
-    if snapshot := _SNAPSHOT.search(origin):
-        origin = shown = snapshot[1].replace("--", "/", 1)
-        commits[0] = snapshot[2]
+    if snapshot := find_snapshot(origin):
+        origin, commits[0] = snapshot
+        shown = origin
     commit = " ".join(one for one in commits if isinstance(one, str) and one)
     return Model(origin, tuple(sorted(told.items())), commit or None, shown)
+
+
+def find_snapshot(path: str) -> tuple[str, str] | None:
+    """The repository and the commit of a snapshot in the hub's cache; None of any other path."""
+    match = _SNAPSHOT.search(path)
+    return (match[1].replace("--", "/", 1), match[2]) if match else None
+
+
+def name_folders(folders: Sequence[str]) -> list[str]:
+    """The names of folders of results; of those of the hub's snapshots their repositories."""
+    found = [find_snapshot(folder) or (folder, "") for folder in folders]
+    names = [name for name, _ in found]
+    return [
+        f"{name} {commit[:_DIGITS]}" if commit and names.count(name) > 1 else name
+        for name, commit in found
+    ]
 
 
 def settle(models: Sequence[Model]) -> list[Model]:
@@ -118,7 +136,7 @@ def name_models(models: Sequence[Model]) -> dict[Model, str]:
         differing = {key for other in alike for key, _ in set(other.args) ^ set(model.args)}
         told = [f"{key}={value}" for key, value in model.args if key in _TOLD or key in differing]
         if model.commit and len({other.commit for other in alike}) > 1:
-            told.append(" ".join(one[:8] for one in model.commit.split()))
+            told.append(" ".join(one[:_DIGITS] for one in model.commit.split()))
         others = {other.origin for other in models if other.shown == model.shown}
         names[model] = " ".join([_tail(model, others - {model.origin}), *told])
     return names

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from yoco_eval.printable import listed
 
-from .models import name_models, settle
+from .models import name_folders, name_models, settle
 from .profile import NotAProfile, Profile, load_profile
 from .results import NeedleRun, ResultsError, ResultsFile, read_results
 from .samples import find_samples
@@ -117,7 +117,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
         while sum(other[-taken:] == mine[-taken:] for other in parts) > 1:
             taken += 1
         names.append("/".join(mine[-taken:]))
-    return names
+    return name_folders(names)
 
 
 def _models(paths: Sequence[Path]) -> list[str] | None:

@@ -1,8 +1,9 @@
 """Which results are of one model, and what models are called."""
 
 import pytest
+from lm_eval.utils import sanitize_model_name
 
-from yoco_eval.reports.models import identify, name_models, settle
+from yoco_eval.reports.models import identify, name_folders, name_models, settle
 
 SNAPSHOT = "/root/.cache/huggingface/hub/models--org--small-1b/snapshots/"
 
@@ -53,6 +54,9 @@ def test_snapshots_of_the_hub_are_called_as_their_repository():
     first, second = (model({"pretrained": SNAPSHOT + digit * 40}) for digit in "ab")
     assert names(first) == ["org/small-1b"]
     assert names(first, second) == ["org/small-1b aaaaaaaa", "org/small-1b bbbbbbbb"]
+    folders = [sanitize_model_name(SNAPSHOT + digit * 40) for digit in "ab"]
+    assert name_folders([folders[0], "mine"]) == ["org/small-1b", "mine"]
+    assert name_folders(folders) == ["org/small-1b aaaaaaaa", "org/small-1b bbbbbbbb"]
     by_name = model("pretrained=org/small-1b", model_sha="a" * 40)
     assert settle([by_name, first])[0] == first
 
