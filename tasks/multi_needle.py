@@ -9,7 +9,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from .needle import Needle, Settings, draw_cities
-from .needle_grid import Hidden, first_number
+from .needle_grid import Hidden
 from .settings import count, depths, flag, lengths, setting
 from .wording import CITIES, QUESTION
 
@@ -64,9 +64,9 @@ class MultiNeedle(Needle):
     def tell_of_others(self, others: Sequence[Hidden]) -> dict[str, Any]:
         return {"others": [{**other.facts, "depth": other.depth} for other in others]}
 
-    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: None = None) -> str:
+    def whole_prompt(self, doc: Mapping[str, Any]) -> str:
         """The prompt, with the question for the document's city at its end."""
-        text, question = super().doc_to_text(doc), QUESTION.format(city=doc["city"])
+        text, question = super().whole_prompt(doc), QUESTION.format(city=doc["city"])
         if text.endswith(question):
             return text
         return text.rpartition(QUESTION.partition("{")[0])[0] + question
@@ -79,8 +79,7 @@ class MultiNeedle(Needle):
         if self.settings.ask_all:
             for index, other in enumerate(doc["others"], start=1):
                 another = {**doc, "city": other["city"], "number": other["number"]}
-                context = self.fewshot_context(another, num_fewshot=0, **self._wrapping)
-                request = super().construct_requests(doc, context, **options)
+                request = super().construct_requests(doc, self._context(another), **options)
                 request.idx = index
                 requests.append(request)
         return requests
@@ -91,7 +90,7 @@ class MultiNeedle(Needle):
         if "acc_all" in self._metric_fn_list:
             numbers = [doc["number"], *(other["number"] for other in doc["others"])]
             right = [
-                first_number(answer) == number
+                self.is_right(answer, number)
                 for answer, number in zip(results, numbers, strict=True)
             ]
             metrics["acc_all"] = sum(right) / len(right)

@@ -9,7 +9,7 @@ from random import Random
 from .haystack import SyntheticHaystack, TextHaystack, load_haystack
 from .needle_grid import GridSettings, Hidden, NeedleGrid
 from .settings import setting, text
-from .wording import CITIES, INTRODUCTION, NEEDLE, NUMBER_DIGITS, QUESTION
+from .wording import ANSWER, CITIES, INTRODUCTION, NEEDLE, NUMBER_DIGITS, QUESTION
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Settings(GridSettings):
 class Needle(NeedleGrid):
     settings_class: type[Settings] = Settings
     introduction = INTRODUCTION
+    answer_start = ANSWER
 
     def haystack(self) -> SyntheticHaystack | TextHaystack:
         return load_haystack(self.settings.haystack, self.settings.seed)

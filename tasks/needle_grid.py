@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from .answers import after_thinking, first_number
 from .by_length import BY_LENGTH, digest, metric_list, values_at
 from .evaluated_model import check_positions, max_positions, token_counter
 from .haystack import sentence_starts
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 _EXCERPT = 200  # characters shown on each side of the needle
 _WORST_CELL = "acc_worst_cell"
+# Chat models write sentences, one token a letter perhaps, and lines without an answer.
+_IN_CHATS = {"max_gen_toks": 128, "until": []}
+_BUDGETS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # to lm-eval
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,14 @@ class NeedleGrid(ConfigurableTask):
     Attributes:
         settings_class: what a user can set, `GridSettings` or more.
         introduction: the text before the haystack; it ends in whitespace.
+        answer_start: what every question ends with, a format of a document's fields; in a chat,
+            the assistant's turn begins with it where the backend can leave that open.
         starts, own_lines: where needles may stand, and how: see `Notes`.
     """
 
     settings_class: type[GridSettings] = GridSettings
     introduction: str
+    answer_start: str
     starts = staticmethod(sentence_starts)
     own_lines = False
 
@@ -93,6 +99,8 @@ class NeedleGrid(ConfigurableTask):
         metadata = dict(config.get("metadata") or {})
         self.settings = read_settings(self.settings_class, metadata)
         metadata |= {**asdict(self.settings), BY_LENGTH: ["acc"]}  # for the results file
+        self._generation_given: set[str] = set()
+        self._answer_begun = False  # whether the answer's beginning is the assistant's
         own = {
             "metadata": metadata,
             "metric_list": metric_list(
@@ -106,6 +114,7 @@ class NeedleGrid(ConfigurableTask):
             "process_results": "process_results",
         }
         super().__init__(config={k: v for k, v in config.items() if k != "class"} | own)
+        self._outside_chats = dict(self.config.generation_kwargs)
 
     @abstractmethod
     def haystack(self) -> Haystack:
@@ -156,8 +165,26 @@ class NeedleGrid(ConfigurableTask):
             len(settings.depths), settings.samples,
         )
 
-    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: None = None) -> str:
+    def whole_prompt(self, doc: Mapping[str, Any]) -> str:
+        """The whole prompt of a document, from the introduction to the answer's beginning."""
         return self._prompts[doc["context_length"], doc["depth"], doc["sample"]]
+
+    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: None = None) -> str:
+        prompt, start = self.whole_prompt(doc), self.doc_to_prefix(doc)
+        return prompt.removesuffix(start).rstrip() if start else prompt
+
+    def doc_to_prefix(self, doc: Mapping[str, Any]) -> str | None:
+        """What the assistant's turn begins with, if it does: lm-eval's `gen_prefix`."""
+        return self.answer_start.format(**doc) if self._answer_begun else None
+
+    def set_config(self, key: str, value: Any, update: bool = False) -> None:
+        """As lm-eval's, which hands over --gen_kwargs so; a budget by any name is the only one."""
+        if key == "generation_kwargs":
+            self._generation_given |= set(value)
+            if update and _BUDGETS & set(value):
+                bare = {k: v for k, v in self.config.generation_kwargs.items() if k not in _BUDGETS}
+                super().set_config(key, bare)
+        super().set_config(key, value, update)
 
     def build_all_requests(
         self,
@@ -170,6 +197,7 @@ class NeedleGrid(ConfigurableTask):
     ) -> None:
         """As lm-eval's; a system instruction and a chat template take their tokens from the notes.
 
+        In chats, answers have more room, and newlines do not end them, unless --gen_kwargs say so.
         Requests are never cached: lm-eval's cache does not tell one grid from another.
         """
         self._wrapping = {
@@ -178,12 +206,13 @@ class NeedleGrid(ConfigurableTask):
             "chat_template": chat_template,
             "fewshot_as_multiturn": fewshot_as_multiturn,
         }
-        around = 0
+        self._set_generation(_IN_CHATS if apply_chat_template else self._outside_chats)
+        model = getattr(chat_template, "__self__", None)
+        self._answer_begun = apply_chat_template and self._can_begin_answers(model)
+        around, shortest = 0, self.eval_docs[0]
         if system_instruction or apply_chat_template:
-            shortest = self.eval_docs[0]
-            whole = self.fewshot_context(shortest, num_fewshot=0, **self._wrapping)
-            bare = self.doc_to_text(shortest)
-            around = self._counter.count(_text(whole)) - self._counter.count(bare)
+            whole = _text(self._context(shortest))
+            around = self._counter.count(whole) - self._counter.count(self.whole_prompt(shortest))
         if around or self._answer_tokens() != self._answer:  # --gen_kwargs come after loading
             self._build_documents(around)
         super().build_all_requests(**{**options, **self._wrapping, "cache_requests": False})
@@ -195,13 +224,47 @@ class NeedleGrid(ConfigurableTask):
         """
         if "bypass" in self._metric_fn_list:  # --predict_only
             return super().process_results(doc, results)
-        correct = first_number(results[0]) == doc["number"]
-        length, prompt = doc["context_length"], self.doc_to_text(doc)
+        correct = self.is_right(results[0], doc["number"])
+        length, prompt = doc["context_length"], self.whole_prompt(doc)
         return {
             "acc": float(correct),
             **values_at("acc", self.settings.context_lengths, length, float(correct)),
             _WORST_CELL: (length, doc["depth"], doc["sample"], correct, digest(prompt)),
         }
+
+    def is_right(self, answer: str | None, number: str) -> bool:
+        """Whether an answer, its thinking left out, gives the number first."""
+        return first_number(after_thinking(answer)) == number
+
+    def _set_generation(self, defaults: Mapping[str, Any]) -> None:
+        """Sets what ends answers, where the user has not."""
+        own = {key: defaults[key] for key in _IN_CHATS.keys() - self._generation_given}
+        if self._generation_given & _BUDGETS:
+            own.pop("max_gen_toks", None)
+        self.config.generation_kwargs = {**self.config.generation_kwargs, **own}
+
+    def _can_begin_answers(self, model: Any) -> bool:
+        """Whether, in chats with this model, the answer's beginning can stand in its turn."""
+        if getattr(model, "think_end_token", None):  # its turn begins with thoughts
+            if not self._generation_given & _BUDGETS:
+                logger.warning(
+                    "%s: a model that thinks needs room for it; give --gen_kwargs "
+                    "max_gen_toks=4096, or more", self.config.task,
+                )  # fmt: skip
+            return False
+        shortest = self.eval_docs[0]
+        self._answer_begun = True
+        try:
+            context = self._context(shortest)
+        except Exception:  # templates raise whatever they do where a turn stays open
+            return False
+        # Servers get a chat as JSON, and take each turn in it for a finished one.
+        return isinstance(context, str) and context.endswith(self.doc_to_prefix(shortest))
+
+    def _context(self, doc: Mapping[str, Any]) -> Any:
+        """What the model gets, system instruction and chat template included."""
+        prefix = self.doc_to_prefix(doc)
+        return self.fewshot_context(doc, num_fewshot=0, gen_prefix=prefix, **self._wrapping)
 
     def _answer_tokens(self) -> int:
         """The generation budget, under whichever of its names lm-eval knows."""
@@ -270,12 +333,6 @@ class NeedleGrid(ConfigurableTask):
         others = (needles - 1) * max(sentences)
         reserve = others + max(map(sum, zip(sentences, questions, strict=True)))
         return reserve, self._counter.special + max(whole) + others + needles * digits
-
-
-def first_number(text: str) -> str | None:
-    """The first number in a text, without the commas between its digits; None if there is none."""
-    match = re.search(r"\d+(?:,\d+)*", text)
-    return match and match[0].replace(",", "")
 
 
 def _text(context: Any) -> str:

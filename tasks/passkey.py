@@ -13,6 +13,7 @@ from .needle import draw_number
 from .needle_grid import Hidden, NeedleGrid
 from .wording import (
     NUMBER_DIGITS,
+    PASSKEY_ANSWER,
     PASSKEY_FILLER,
     PASSKEY_INTRODUCTION,
     PASSKEY_NEEDLE,
@@ -31,6 +32,7 @@ class Filler:
 
 class Passkey(NeedleGrid):
     introduction = PASSKEY_INTRODUCTION
+    answer_start = PASSKEY_ANSWER
     own_lines = True
 
     @staticmethod

@@ -5,10 +5,9 @@ INTRODUCTION = (
     "Read every note; a question about a special number follows at the end.\n\n"
 )
 NEEDLE = "The special number of {city} is {number}."
-QUESTION = (
-    "\n\nQuestion: What is the special number of {city}?\n"
-    "Answer: The special number of {city} is"
-)
+# Each question ends with the beginning of its answer.
+ANSWER = "Answer: The special number of {city} is"
+QUESTION = "\n\nQuestion: What is the special number of {city}?\n" + ANSWER
 # Numbers have this many digits, the first of them not 0.
 NUMBER_DIGITS = 5
 
@@ -28,4 +27,5 @@ PASSKEY_FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 )
 PASSKEY_NEEDLE = "The pass key is {number}. Remember it. {number} is the pass key."
-PASSKEY_QUESTION = "\nWhat is the pass key? The pass key is"
+PASSKEY_ANSWER = "The pass key is"
+PASSKEY_QUESTION = "\nWhat is the pass key? " + PASSKEY_ANSWER
