@@ -95,7 +95,8 @@ class LongContextTask(ConfigurableTask):
     def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
         if "bypass" in self._metric_fn_list:  # --predict_only
             return super().process_results(doc, results)
-        score = self.score(doc, results)
+        # Backends give None for an answer that there is not.
+        score = self.score(doc, [answer or "" for answer in results])
         lengths = self.settings.context_lengths
         return {"acc": score, **values_at("acc", lengths, doc["context_length"], score)}
 

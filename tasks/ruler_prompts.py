@@ -8,6 +8,7 @@ their searches for the largest prompt that fits.
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from .haystack import ESSAYS
 from .hub import load
 from .prompts import TokenCounter
 
+logger = logging.getLogger(__name__)
+
 # By module of lm-eval: the function that makes the samples of one context length; and which
 # argument of its `generate_input_output` is the size that it searches for, if it does.
 _SAMPLERS = {
@@ -33,7 +36,9 @@ _SAMPLERS = {
     "fwe_utils": ("sys_kwext", None),
     "qa_utils": ("generate_samples", 1),
 }
-_SPREAD = 1.25  # how many times the tokens of another a prompt of the same size may have
+# How many times the tokens of another a prompt of the same size may have. ruler_cwe's differ as
+# much, but each try has other words, so that one among some will fit.
+_SPREAD, _SPREAD_OF_WORDS = 1.25, 1.1
 
 
 class _Tokenizer:
@@ -62,10 +67,13 @@ class _Search:
     after, and are all made.
     """
 
-    def __init__(self, make: Callable, place: int, room: int, tokenizer: _Tokenizer) -> None:
+    def __init__(
+        self, make: Callable, place: int, room: int, tokenizer: _Tokenizer, spread: float
+    ) -> None:
         self._make = make
         self._place = place
         self._room = room
+        self._spread = spread
         self._tokenizer = tokenizer
         self._searching = True
         self._smallest: Any = None
@@ -103,7 +111,7 @@ class _Search:
         if self._smallest is None:
             raise _TooShort(0)
         prompt = max((part for part in self._smallest if isinstance(part, str)), key=len)
-        needed = int(len(self._tokenizer(prompt).input_ids) * _SPREAD)
+        needed = int(len(self._tokenizer(prompt).input_ids) * self._spread)
         if needed > self._room:
             raise _TooShort(needed - self._room)
         return tqdm(steps, **options, leave=False, delay=1)
@@ -113,6 +121,19 @@ class _Search:
         tokens = self._tokenizer.last
         self._worthwhile = self._made * (1 + 0.9 * (self._room - tokens) / tokens)
         self._made = 0
+
+
+def _with_example(make: Callable, kept: bool) -> Callable:
+    """ruler_cwe's `generate_input_output`, its one-shot example before the prompt or left out.
+
+    RULER's authors have it before the prompt. lm-eval counts it, and leaves it out all the same.
+    """
+
+    def joined(*args: Any, **options: Any) -> tuple[str, str, list[str]]:
+        example, prompt, answer = make(*args, **options)
+        return "", f"{example}\n{prompt}" if kept else prompt, answer
+
+    return joined
 
 
 class _TooShort(Exception):
@@ -150,12 +171,13 @@ def generate(
         ValueError: a context length is too short, or texts are missing.
     """
     names = dataset.__globals__
-    name, place = _SAMPLERS[Path(dataset.__code__.co_filename).stem]
+    module = Path(dataset.__code__.co_filename).stem
+    name, place = _SAMPLERS[module]
     make_samples = names[name]
     tokenizer = _Tokenizer(counter)
     collected: list[dict[str, Any]] = []
 
-    def run(*args: Any, **options: Any) -> list[dict[str, Any]]:
+    def run(*args: Any, kept: bool = True, **options: Any) -> list[dict[str, Any]]:
         length = options["max_seq_length"]
         key = f"ruler/{seed}/{task}/{length}"
         replaced: dict[str, Any] = {"RNG": random.Random(key), "print": lambda *_: None}
@@ -167,7 +189,10 @@ def generate(
                 raise _TooShort(2 * len(frame) + answer - length)
         else:
             make = make_samples.__globals__["generate_input_output"]
-            search = _Search(make, place, length - answer, tokenizer)
+            spread = _SPREAD
+            if module == "cwe_utils":
+                make, spread = _with_example(make, kept), _SPREAD_OF_WORDS
+            search = _Search(make, place, length - answer, tokenizer, spread)
             replaced |= {"generate_input_output": search, "tqdm": search.samples}
         with patch.dict(make_samples.__globals__, replaced), _seeded(key):
             return make_samples(*args, **options)
@@ -185,11 +210,15 @@ def generate(
         questions = options.get("qas")
         if questions is not None and len(questions) < samples:
             raise ValueError(f"samples: {task} has {len(questions)} questions, {samples} are asked")
+        kept = True
         while True:
             try:
-                made = run(*args, **options | {"num_samples": samples})
+                made = run(*args, kept=kept, **options | {"num_samples": samples})
             except _TooShort as error:
                 lack = error.args[0]
+                if kept and module == "cwe_utils":
+                    kept = False
+                    continue
                 raise ValueError(
                     f"context_lengths: {length} is too short for {task}; give longer ones"
                     + (f", from about {length + lack} on" if lack else "")
@@ -199,6 +228,11 @@ def generate(
                 one["length"] = counter.special + counter.count(prompt) + answer
             excess = max(one["length"] for one in made) - length
             if excess <= 0:
+                if not kept:
+                    logger.warning(
+                        "%s: its example takes more tokens than context length %d has room for; "
+                        "prompts of this length are without it", task, length,
+                    )  # fmt: skip
                 collected.extend(made)
                 return []
             tokenizer.beyond += excess  # which the generator has not counted
