@@ -91,12 +91,15 @@ class Encoder:
     """Encodes texts with a fast tokenizer, no special tokens added.
 
     Ids and positions equal those of the tokenizer's own call on the whole text.
+
+    Attributes:
+        fingerprint: a hash of all that its `tokenizer.json` says.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         backend = self._backend()
-        self._fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
         # Words are encoded by themselves, so that a piece may end where one does. In byte-pair
         # encoding it may end within a word, too, say where a whole text is one: there a row of
         # tokens is right if every two neighbours would be in a text of their own.
@@ -144,7 +147,7 @@ class Encoder:
         first = max(0, begin - _AROUND)
         around = text[first : end + _AROUND]
         # Special tokens in a text are found or not, by an attribute that may change.
-        key = self._fingerprint, bool(self._tokenizer.split_special_tokens)
+        key = self.fingerprint, bool(self._tokenizer.split_special_tokens)
         return _Cutout(key, around, begin - first, end - first)
 
     def _pieces(self, cutouts: Iterable[_Cutout], ends: bool) -> dict[_Cutout, _Piece]:

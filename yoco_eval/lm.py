@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -25,12 +26,13 @@ from tqdm import tqdm
 from yoco_eval.model import Yoco
 from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, load_config, resolve_checkpoint
 
+from .chat import ChatTemplate
 from .devices import find_device, find_dtype
 from .encoding import Encoder
 from .engine import Engine, GenerateRequest, Sampling, ScoreRequest, TokenIds
 from .lengths import parse_length
 from .memory import check_weights
-from .tokenizers import check_vocabulary, checkpoint_tokenizer, load_tokenizer
+from .tokenizers import check_ends, check_vocabulary, checkpoint_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,26 @@ _ARGUMENTS = (
     "pretrained, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, prefill_chunk, "
     "add_bos_token"
 )
+# Settings of other backends that change nothing if they have these values.
+_WITHOUT_EFFECT = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "typical_p": 1,
+    "min_p": 0,
+}
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """What a request's settings say of its generation: stop strings, bounds, and how to draw."""
+
+    until: list[str]
+    max_tokens: int
+    sampled: bool
+    sampling: Sampling
 
 
 class YocoLM(TemplateLM):
@@ -59,6 +81,7 @@ class YocoLM(TemplateLM):
         prefill_chunk: tokens fed at a time; changes memory and speed, not results. Default: as many
             as pay and fit.
         add_bos_token: whether a BOS token stands before every text; default: as the tokenizer does.
+        trust_remote_code: accepted because other backends take it; no code is ever executed.
     """
 
     def __init__(
@@ -73,6 +96,7 @@ class YocoLM(TemplateLM):
         max_gen_toks: int = 256,
         prefill_chunk: int | str | None = None,
         add_bos_token: bool | None = None,
+        trust_remote_code: Any = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -80,6 +104,14 @@ class YocoLM(TemplateLM):
             raise ValueError(
                 f"unknown model argument {', '.join(sorted(unknown))}; --model yoco takes "
                 f"{_ARGUMENTS}"
+            )
+        named = {"pretrained": pretrained, "tokenizer": tokenizer, "dtype": dtype, "device": device}
+        for name, value in named.items():
+            if value is not None and not str(value).strip():
+                raise ValueError(f"{name}= is empty; give a value, or leave it out for the default")
+        if trust_remote_code:
+            logger.warning(
+                "trust_remote_code has no effect: --model yoco executes no code of a checkpoint"
             )
         if device == "cuda:0" and not torch.cuda.is_available():
             device = None  # lm_eval passes this where no device was asked for, GPU or not
@@ -92,22 +124,23 @@ class YocoLM(TemplateLM):
         if add_bos_token not in (None, True, False):
             raise ValueError(f"add_bos_token: {add_bos_token!r} is neither True nor False")
 
-        path = resolve_checkpoint(pretrained or DEFAULT_CHECKPOINT)
+        self._name = DEFAULT_CHECKPOINT if pretrained is None else str(pretrained)
+        path = resolve_checkpoint(self._name)
         check_weights(load_config(path), kind, where)
         model = Yoco.from_pretrained(path, where, kind)
         if tokenizer is None:
             self.tokenizer = checkpoint_tokenizer(path, model.config.vocab_size)
         else:
-            self.tokenizer = load_tokenizer(tokenizer)
+            self.tokenizer = load_tokenizer(str(tokenizer))
             check_vocabulary(self.tokenizer, model.config.vocab_size)
         # Lengths are this backend's business; transformers would warn of every long prompt.
         self.tokenizer.model_max_length = sys.maxsize
-        if self.prefix_token_id is None:
-            raise ValueError(
-                f"{self.tokenizer.name_or_path}: this tokenizer has neither a BOS nor an EOS "
-                "token; name another one with --model_args tokenizer=..."
-            )
-        self._name = str(pretrained or DEFAULT_CHECKPOINT)
+        check_ends(self.tokenizer)
+        if self.eot_token_id is None:
+            logger.warning(
+                "%s: does not say which token ends a text: only stop strings and max_gen_toks end "
+                "a generation", self.tokenizer.name_or_path,
+            )  # fmt: skip
         self._device, self.model = model.device, model
         self.batch_size = batch_size
         self.max_length: int = (
@@ -122,6 +155,7 @@ class YocoLM(TemplateLM):
         self.add_bos_token = bool(add_bos_token)
         self.engine = Engine(model, batch, chunk)
         self._encoder, self._bos = Encoder(self.tokenizer), self.tokenizer.bos_token_id
+        self._chats = ChatTemplate(self.tokenizer)
         self._encoded: dict[str, np.ndarray] = {}  # texts of the requests at hand
 
     @classmethod
@@ -132,6 +166,12 @@ class YocoLM(TemplateLM):
 
         lm-eval passes its defaults of --device and --batch_size, too, and fails on both.
         """
+        if "pretrained" in arg_dict and arg_dict["pretrained"] is None:
+            # As a script writes it whose variable is not set: no wish for the demo.
+            raise ValueError(
+                "pretrained=None names no checkpoint; name one, or leave pretrained out for the "
+                f"bundled {DEFAULT_CHECKPOINT}"
+            )
         options = {k: v for k, v in (additional_config or {}).items() if v is not None}
         return cls(**{**options, **arg_dict})
 
@@ -165,11 +205,16 @@ class YocoLM(TemplateLM):
         for name, parameter in self.model.state_dict().items():
             few = parameter.flatten()[:: max(1, parameter.numel() // 4096)].double().tolist()
             digest.update(f"{name} {few}".encode())
-        digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        digest.update(self._encoder.fingerprint.encode())
+        # What its own file does not say: how special tokens are found in texts and left out of
+        # answers, and which begin and end a text.
+        tokenizer = self.tokenizer
+        flags = tokenizer.split_special_tokens, tokenizer.clean_up_tokenization_spaces
+        digest.update(repr([*flags, sorted(tokenizer.special_tokens_map.items())]).encode())
         return digest.hexdigest()
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         return self.tokenizer.eos_token_id
 
     @property
@@ -218,16 +263,25 @@ class YocoLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"{self._name}: its tokenizer has no chat template; leave out --apply_chat_template"
-            )
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        return self._chats.render(chat_history, add_generation_prompt)
+
+    def refuse_unsupported(self, tasks: Mapping[Any, Any]) -> None:
+        """Refuses what `generate_until` would, for all tasks of a run before any is computed.
+
+        Args:
+            tasks: as lm-eval's `evaluate` takes them: by name, in groups or not.
+
+        Raises:
+            ValueError: a task's settings of generation are not supported.
+        """
+        for name, task in tasks.items():
+            if isinstance(task, Mapping):
+                self.refuse_unsupported(task)
+            elif getattr(task, "OUTPUT_TYPE", None) == "generate_until":
+                try:
+                    self._read_settings(task.config.generation_kwargs or {})
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -302,20 +356,23 @@ class YocoLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         results: list[Any] = [None] * len(requests)
-        prompts, untils, cuts = [], [], []
+        settings = [self._read_settings(request.args[1]) for request in requests]
+        prompts, cuts = [], []
         with self._encoding(request.args[0] for request in requests):
-            for request in requests:
-                prompt, until, cut = self._generation(*request.args)
+            for request, own in zip(requests, settings, strict=True):
+                prompt, cut = self._generation(request.args[0], own)
                 prompts.append(prompt)
-                untils.append(until)
                 cuts.append(cut)
+                if own.sampled:
+                    # lm-eval's cache tells by nothing else that a response is not to be kept.
+                    request.args[1]["do_sample"] = True
         self._warn_of_cuts(cuts)
         for index, tokens in self._run(
             self.engine.generate, prompts, "generate_until", disable_tqdm
         ):
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            results[index] = postprocess_generated_text(text, untils[index], None)
-            if not requests[index].args[1].get("do_sample"):
+            results[index] = postprocess_generated_text(text, settings[index].until, None)
+            if not settings[index].sampled:
                 self.cache_hook.add_partial("generate_until", requests[index].args, results[index])
         return results
 
@@ -331,43 +388,56 @@ class YocoLM(TemplateLM):
         context = context[-room:] if len(context) else [self.prefix_token_id]
         return ScoreRequest(_ids(context), _ids(continuation))
 
-    def _generation(
-        self, context: str, settings: dict[str, Any]
-    ) -> tuple[GenerateRequest, list[str], int]:
-        """The engine's request, the stop strings, and the number of tokens cut on the left."""
-        kwargs = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        until = kwargs.pop("until", None) or []
-        until = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        max_tokens = kwargs.pop("max_gen_toks")
-        sampled = kwargs.pop("do_sample")
-        temperature, top_p, top_k = (kwargs.pop(k, None) for k in ("temperature", "top_p", "top_k"))
-        sampling = Sampling(
-            temperature=(1.0 if temperature is None else float(temperature)) if sampled else 0.0,
-            top_p=1.0 if top_p is None else float(top_p),
-            top_k=0 if top_k is None else int(top_k),
-        )
-        if kwargs:
-            raise ValueError(
-                f"unknown generation setting {', '.join(sorted(kwargs))}; --model yoco knows "
-                "until, max_gen_toks, do_sample, temperature, top_p and top_k"
-            )
-        room = self.max_length - max_tokens
-        if room < 1:
+    def _read_settings(self, settings: Mapping[str, Any]) -> _Generation:
+        """What lm-eval's settings of a generation say.
+
+        Raises:
+            ValueError: one is unknown, or its value cannot be used.
+        """
+        try:
+            kwargs = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"generation settings {dict(settings)}: {error}") from None
+        until = [stop for stop in kwargs.pop("until") if stop]
+        max_tokens, sampled = kwargs.pop("max_gen_toks"), bool(kwargs.pop("do_sample"))
+        drawn = {key: kwargs.pop(key, None) for key in ("temperature", "top_p", "top_k")}
+        for key, value in kwargs.items():
+            if key not in _WITHOUT_EFFECT or value != _WITHOUT_EFFECT[key]:
+                raise ValueError(
+                    f"generation setting {key}={value!r} is not supported; --model yoco knows "
+                    "until, max_gen_toks, do_sample, temperature, top_p and top_k"
+                )
+        if not all(isinstance(stop, str) for stop in until):
+            raise ValueError(f"generation setting until={until!r}: stop strings must be texts")
+        if not 0 <= max_tokens < self.max_length:
             raise ValueError(
                 f"max_gen_toks = {max_tokens} leaves no room for a prompt within max_length = "
                 f"{self.max_length}; lower the one or raise the other"
             )
+        numbers = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        numbers |= {key: value for key, value in drawn.items() if value is not None}
+        try:
+            temperature, top_p, top_k = map(float, numbers.values())
+            top_k = int(top_k)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"generation settings {drawn}: not all are numbers") from None
+        sampling = Sampling(temperature if sampled else 0.0, top_p, top_k)
+        return _Generation(until, max_tokens, sampled, sampling)
+
+    def _generation(self, context: str, settings: _Generation) -> tuple[GenerateRequest, int]:
+        """The engine's request, and the number of tokens cut on the left."""
+        room = self.max_length - settings.max_tokens
         ids = self._tokens(context)
         if len(ids) == 0:
             ids = _ids([self.prefix_token_id])
         request = GenerateRequest(
             context=ids[-room:],
-            max_tokens=max_tokens,
-            end_tokens=frozenset([self.eot_token_id]),
-            finished=self._stopper(until),
-            sampling=sampling,
+            max_tokens=settings.max_tokens,
+            end_tokens=frozenset([] if self.eot_token_id is None else [self.eot_token_id]),
+            finished=self._stopper(settings.until),
+            sampling=settings.sampling,
         )
-        return request, until, max(0, len(ids) - room)
+        return request, max(0, len(ids) - room)
 
     def _stopper(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
         """Says whether generated tokens contain a stop string, of which the last one is a part."""

@@ -1,9 +1,9 @@
 """Tells lm-eval of this project's backend and tasks wherever `lm_eval` is imported.
 
 lm-eval 0.4.13 finds only the backends and tasks of its own source tree. So a .pth file in
-site-packages calls `install()` when Python starts: a finder on `sys.meta_path` then waits for the
-modules in which lm-eval lists its backends and its tasks and reads its command line, and adds ours
-after each has run.
+site-packages imports this package when Python starts, which calls `install()`: a finder on
+`sys.meta_path` then waits for the modules in which lm-eval lists its backends and its tasks, reads
+its command line and runs its evaluations, and adds ours after each has run.
 Later releases read the entry point `lm_eval.models`, and for them only the tasks are added.
 
 This module is imported whenever Python starts, so it imports nothing but `sys`. By
@@ -65,10 +65,28 @@ def _add_tasks(index):
     index.TaskIndex.build = staticmethod(build_with_ours)
 
 
+def _check_first(module):
+    """Have a backend that can tell refuse a run's tasks before the first request is computed."""
+    from functools import wraps
+
+    evaluate = module.evaluate
+
+    @wraps(evaluate)
+    def evaluate_checked(*args, **options):
+        given = dict(zip(("lm", "task_dict"), args, strict=False), **options)
+        refuse = getattr(given.get("lm"), "refuse_unsupported", None)
+        if refuse is not None:
+            refuse(given.get("task_dict", {}))
+        return evaluate(*args, **options)
+
+    module.evaluate = evaluate_checked
+
+
 _HOOKS = {
     "lm_eval.models": _add_backend,
     "lm_eval.tasks._index": _add_tasks,
     "lm_eval.config.evaluate_config": _note_metadata,
+    "lm_eval.evaluator": _check_first,
 }
 
 
@@ -118,8 +136,9 @@ class _Finder:
 
 def install():
     """Start waiting for lm-eval; what it has already imported is extended at once."""
-    if _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
+    if _Finder in sys.meta_path:
+        return
+    sys.meta_path.insert(0, _Finder)
     for name in _HOOKS:
         if name in sys.modules:
             _run_hook(sys.modules[name])

@@ -1,12 +1,16 @@
 """The lm-eval backend against brute force over texts, and its treatment of bad input."""
 
+import json
 import random
 import shutil
 
 import pytest
 import torch
+from datasets import Dataset
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, CachingLM, TemplateLM
+from lm_eval.api.task import ConfigurableTask
 
 from yoco_eval.lm import YocoLM
 from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
@@ -171,12 +175,38 @@ def test_generation_settings(lm):
     sampled = {generate(seed, do_sample=True, temperature=1.0) for seed in (1, 1, 2)}
     assert len(sampled) == 2
     assert generate(0, until="\n") == generate(0, until=["\n"])
-    with pytest.raises(ValueError, match="unknown generation setting num_beams; --model yoco"):
+    assert generate(0, num_beams=1, repetition_penalty=1.0) == greedy
+    with pytest.raises(ValueError, match="setting num_beams=4 is not supported; --model yoco"):
         generate(0, num_beams=4)
+    for bad in ({"temperature": "hot"}, {"temperature": None}, {"top_k": "x", "do_sample": True},
+                {"max_gen_toks": float("inf")}, {"until": [5]}):
+        with pytest.raises(ValueError, match="^generation setting") as error:
+            generate(0, **bad)
+        assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="max_gen_toks = 600 leaves no room"):
         generate(0, max_gen_toks=600)
     with pytest.raises(ValueError, match="top_p 2.0 is outside 0..1"):
         generate(0, do_sample=True, top_p=2)
+
+
+def test_a_setting_of_any_task_is_refused_before_the_first_request(lm, monkeypatch):
+    def task(name, **config):
+        data = {"test": Dataset.from_list([{"text": "Oslo is old."}])}
+        return ConfigurableTask(
+            config={
+                "task": name, "custom_dataset": lambda **_: data, "test_split": "test",
+                "doc_to_text": "{{text}}", "doc_to_target": "{{text}}", **config,
+            }
+        )
+
+    scored = []
+    monkeypatch.setattr(lm.engine, "score", lambda *args, **kwargs: scored.append(args) or [])
+    beams = {"generation_kwargs": {"num_beams": 4}, "output_type": "generate_until"}
+    tasks = {"text": task("text", output_type="loglikelihood_rolling"), "beams": task("b", **beams)}
+    for given in ({"tasks": tasks, "groups": {}}, {"group": tasks}):
+        with pytest.raises(ValueError, match="^beams: generation setting num_beams=4 is not"):
+            evaluator.evaluate(lm=lm, task_dict=given)
+    assert not scored
 
 
 SETTINGS = {"max_gen_toks": 3, "until": []}
@@ -231,6 +261,53 @@ def test_a_cache_of_another_model_is_refused(folder, small_model, tmp_path):
         cached()
 
 
+def test_sampled_responses_are_not_kept(folder, tmp_path):
+    """Also where only a temperature says that they are sampled."""
+    lm = YocoLM(pretrained=str(folder), device="cpu")
+    cached = CachingLM(lm, str(tmp_path / "cache.db"))
+
+    def generate(seed, **settings):
+        torch.manual_seed(seed)
+        settings = {"max_gen_toks": 6, "until": [], **settings}
+        return cached.generate_until(instances("generate_until", [("Oslo", settings)] * 2))
+
+    first = generate(0, temperature=1.0)
+    assert first[0] != first[1] and generate(0, temperature=1.0) == first
+    assert not set(generate(1, temperature=1.0)) & set(first)
+    greedy = generate(0)
+    lm.engine = None
+    assert generate(0) == greedy
+
+
+@pytest.mark.parametrize("change", ["merges", "added token", "flag"])
+def test_a_cache_is_of_one_tokenizer(folder, tmp_path, change):
+    """Also where its vocabulary is the same."""
+    CachingLM(YocoLM(pretrained=str(folder), device="cpu"), str(tmp_path / "cache.db"))
+    file = folder / ("tokenizer_config.json" if change == "flag" else "tokenizer.json")
+    content = json.loads(file.read_text())
+    if change == "merges":
+        content["model"]["merges"].reverse()
+    elif change == "added token":
+        content["added_tokens"][0]["lstrip"] = True
+    else:
+        content["split_special_tokens"] = True
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
+        CachingLM(YocoLM(pretrained=str(folder), device="cpu"), str(tmp_path / "cache.db"))
+
+
+def test_a_tokenizer_without_an_end_token(folder, caplog):
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"eos_token": None}))
+    lm = YocoLM(pretrained=str(folder), device="cpu")
+    assert "does not say which token ends a text" in caplog.text
+    assert lm.generate_until(instances("generate_until", [("Oslo", SETTINGS)]))[0]
+    file.write_text(json.dumps(config | {"eos_token": None, "bos_token": None}))
+    with pytest.raises(ValueError, match="does not say which token begins or ends a text"):
+        YocoLM(pretrained=str(folder), device="cpu")
+
+
 def test_model_args_come_before_options():
     """lm_eval passes its defaults of --device and --batch_size as well."""
     options = {"batch_size": 1, "max_batch_size": None, "device": "cuda:99"}
@@ -281,6 +358,18 @@ def test_chat_template(lm):
     assert lm.apply_chat_template(history) == "[user] Oslo"
 
 
+@pytest.mark.parametrize("given", ["pretrained=,device=cpu", "device=cpu,pretrained=None"])
+def test_the_demo_is_never_taken_for_somebodys_model(given):
+    """As a script writes it whose variable is not set."""
+    with pytest.raises(ValueError, match="^pretrained=(None| is empty)"):
+        YocoLM.create_from_arg_string(given)
+
+
+def test_trust_remote_code_has_no_effect_and_says_so(folder, caplog):
+    YocoLM(pretrained=str(folder), device="cpu", trust_remote_code=True)
+    assert "trust_remote_code has no effect" in caplog.text
+
+
 def test_the_bundled_checkpoint_is_the_default():
     lm = YocoLM(device="cpu")
     assert lm.get_model_info()["pretrained"] == DEFAULT_CHECKPOINT
@@ -301,6 +390,11 @@ def test_the_bundled_checkpoint_is_the_default():
         ({"pretraind": "x"}, "unknown model argument pretraind; --model yoco takes pretrained,"),
         ({"pretrained": "/nowhere"}, "/nowhere: no such checkpoint"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; choose one of auto, bfloat16"),
+        ({"pretrained": ""}, "pretrained= is empty; give a value, or leave it out"),
+        ({"tokenizer": " "}, "tokenizer= is empty; give a value, or leave it out"),
+        ({"pretrained": 7}, "7: no such checkpoint"),
+        ({"device": "mps"}, "device 'mps' cannot be used: models run on cuda and cpu alone"),
+        ({"device": "meta"}, "device 'meta' cannot be used: models run on cuda and cpu alone"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
         ({"max_length": "long"}, "max_length: 'long' is not a length"),
         ({"batch_size": 0}, "batch_size: 0 is not a whole number from 1 on; give one"),

@@ -1,0 +1,112 @@
+"""Chats to texts by the template of a tokenizer: bounded in work, with markers that are tokens."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Lines of Python that a template may run, and more for each message: a usual one takes some tens a
+# message. Not a time, so that what one machine renders every machine does.
+_LINES, _LINES_A_MESSAGE = 300_000, 3_000
+_MARKER = re.compile(r"<\|[^<>|\s]+\|>")  # what is hardly ever meant as plain text
+
+
+class ChatTemplate:
+    """Renders chats as the tokenizer's template has them.
+
+    Args:
+        tokenizer: with its template, which is read at each use.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._checked: set[Any] = set()
+
+    def render(self, chat: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat; without a generation prompt, its last message is to be continued.
+
+        Raises:
+            ValueError: there is no template, it fails, it does not come to an end, or the tokenizer
+                splits the markers that it writes into plain text.
+        """
+        form = (tuple(message.get("role") for message in chat), add_generation_prompt)
+        if form not in self._checked:
+            self._check_markers(
+                self._render([{**m, "content": "Oslo"} for m in chat], add_generation_prompt)
+            )
+            self._checked.add(form)
+        return self._render(chat, add_generation_prompt)
+
+    def _render(self, chat: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        name = self._tokenizer.name_or_path
+        if self._tokenizer.chat_template is None:
+            raise ValueError(
+                f"{name}: this tokenizer has no chat template; leave out --apply_chat_template"
+            )
+        try:
+            with _bounded(_LINES + _LINES_A_MESSAGE * len(chat)):
+                return self._tokenizer.apply_chat_template(
+                    chat,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+        except Exception as error:  # a template raises whatever its author's slips lead to
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{name}: its chat template fails ({reason}); mend it, or leave out "
+                "--apply_chat_template"
+            ) from error
+
+    def _check_markers(self, text: str) -> None:
+        """Checks that the markers in a text, of which no part is anybody's words, are tokens."""
+        tokenizer = self._tokenizer
+        special = (token for token in tokenizer.all_special_tokens if token in text)
+        split = [
+            marker
+            for marker in dict.fromkeys([*_MARKER.findall(text), *special])
+            if len(tokenizer(marker, add_special_tokens=False).input_ids) != 1
+        ]
+        if not split:
+            return
+        markers = ", ".join(split)
+        if tokenizer.split_special_tokens:
+            raise ValueError(
+                f"{tokenizer.name_or_path}: its chat template writes {markers}, which this "
+                "tokenizer splits into plain text; if the model was trained so, set "
+                "split_special_tokens to false in tokenizer_config.json, else give a tokenizer "
+                "that has them as tokens, or leave out --apply_chat_template"
+            )
+        logger.warning(
+            "%s: its chat template writes %s, which are no tokens of this tokenizer: the model "
+            "reads them as plain text", tokenizer.name_or_path, markers,
+        )  # fmt: skip
+
+
+@contextmanager
+def _bounded(lines: int) -> Iterator[None]:
+    """Lets what runs inside take so many lines of Python, then fails."""
+    left = lines
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError(f"it is not done after {lines} steps, so it may never be")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
