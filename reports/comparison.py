@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from pathlib import Path
 
 from yoco_eval.tasks.by_length import effective_length as ruler_effective_length
@@ -64,6 +65,8 @@ class NeedleResult:
     too_few_prompts: whether that ended at a length all of whose prompts were answered right, so
         that more prompts might show a longer one.
     gaps: whether shorter lengths, at which other checkpoints were evaluated, were left out.
+    cut: the lengths at which the backend cut prompts, with the tokens that were left of them. The
+        effective length is below all of them.
     samples: those that were logged, by context length and depth; empty if none were.
     """
 
@@ -72,6 +75,7 @@ class NeedleResult:
     effective_length: int | None
     too_few_prompts: bool
     gaps: bool
+    cut: dict[int, int]
     samples: dict[tuple[int, float], tuple[NeedleSample, ...]]
 
     def at(self, context_length: int) -> LengthAccuracy | None:
@@ -120,6 +124,8 @@ class LengthCurves:
     member: whether it is a part of a group that is there, too.
     values: by context length in tokens; None for checkpoints that were not evaluated.
     effective_lengths: of RULER, by its authors' rule, in tokens (0: none); else None.
+    cut: of each checkpoint, the lengths at which the backend cut prompts, with the tokens that were
+        left of them. Effective lengths are below all of them.
     """
 
     task: str
@@ -128,6 +134,7 @@ class LengthCurves:
     member: bool
     values: tuple[dict[int, float] | None, ...]
     effective_lengths: tuple[int | None, ...] | None
+    cut: tuple[dict[int, int], ...]
 
     @property
     def context_lengths(self) -> list[int]:
@@ -296,16 +303,22 @@ def _needle_result(
         cells = [cell for cell in run.cells if cell.context_length == length]
         right, total = sum(cell.correct for cell in cells), sum(cell.samples for cell in cells)
         by_length.append(LengthAccuracy(length, right, total, wilson(right, total)))
-    effective = effective_length({one.context_length: one.interval.low for one in by_length},
-                                 threshold)  # fmt: skip
+    bounds = {one.context_length: one.interval.low for one in by_length}
+    effective = effective_length(below_cut(bounds, run.cut), threshold)
     beyond = [one for one in by_length if one.context_length > (effective or 0)]
     too_few = bool(beyond) and beyond[0].correct == beyond[0].samples
+    too_few = too_few and beyond[0].context_length not in run.cut
     gaps = any(length < (effective or 0) for length in set(lengths) - set(run.context_lengths))
     grid: dict[tuple[int, float], tuple[NeedleSample, ...]] = {}
     for sample in samples:
         cell = sample.context_length, sample.depth
         grid[cell] = (*grid.get(cell, ()), sample)
-    return NeedleResult(run, tuple(by_length), effective, too_few, gaps, grid)
+    return NeedleResult(run, tuple(by_length), effective, too_few, gaps, run.cut, grid)
+
+
+def below_cut(values: dict[int, float], cut: dict[int, int]) -> dict[int, float]:
+    """The values at context lengths below those at which prompts were cut."""
+    return {length: value for length, value in values.items() if length < min(cut, default=inf)}
 
 
 def _published_needles(task: str) -> list[PublishedNeedles]:
@@ -336,14 +349,24 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
         )
         for metric in dict.fromkeys(metric for run in runs if run for metric in run.by_length):
             values = _values_by_length(metric, runs)
-            effective = tuple(one and ruler_effective_length(one) for one in values)
+            cut = tuple(_cut(metric, run) for run in runs)
+            effective = tuple(
+                one and ruler_effective_length(below_cut(one, lengths))
+                for one, lengths in zip(values, cut, strict=True)
+            )
             curves.append(
                 LengthCurves(
-                    task, n_shot, metric, member, values, effective if task in _RULER else None
+                    task, n_shot, metric, member, values,
+                    effective if task in _RULER else None, cut,
                 )
             )
     order = {task: len(r.members) for c in checkpoints for (task, _), r in c.tasks.items()}
     return sorted(curves, key=lambda curve: (curve.member, not order[curve.task]))
+
+
+def _cut(metric: str, run: TaskRun | None) -> dict[int, int]:
+    scores = run.by_length.get(metric, {}) if run else {}
+    return {n: score.cut_to for n, score in scores.items() if score.cut_to is not None}
 
 
 def _values_by_length(

@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os.path import commonprefix
+from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
@@ -18,6 +20,7 @@ from .comparison import Comparison, LengthCurves, NeedleTask
 from .comparison_tables import COSTS, CURVES, METRICS, NEEDLES, QUANTITIES, effective_text
 from .heatmap import (
     CELL_FONT,
+    CUT,
     add_color_bar,
     cell_figures,
     draw_heatmap,
@@ -51,6 +54,8 @@ _LEGEND_ROW = 0.16
 _DODGE = 0.5  # the span of intervals at one context length, in parts of the distance to the next
 _LONGEST = 24  # letters of a name that stay as they are
 _TITLE_LETTERS = 79  # of a title at most
+_CUT = "prompts cut to the backend's max_length"
+_NOTE = 0.16  # below heatmaps
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class _Plot:
     bounds: Sequence[dict[int, tuple[float, float]]] = ()
     share: bool = False  # 0 to 1
     line: float | None = None  # a threshold
+    cut: Sequence[Collection[int]] = ()  # at which lengths prompts were cut, in the same order
     scale: str = "linear"
 
 
@@ -121,6 +127,7 @@ def _heatmaps(comparison: Comparison, task: NeedleTask) -> Panel:
     columns = _map_columns(task)
     rows = math.ceil(sum(result is not None for result in task.results) / columns)
     height = _TITLE + rows * (_CAPTION + grid_height(len(task.depths)) + _BELOW)
+    height += _NOTE * any(run.cut for run in task.runs)
     draw = partial(_draw_heatmaps, comparison, task, columns, height)
     return Panel(NEEDLES, f"{file_name(task.task)}-heatmaps", one_line(task.task), height, draw)
 
@@ -145,6 +152,8 @@ def _draw_heatmaps(
     comparison: Comparison, task: NeedleTask, columns: int, height: float, figure: FigureBase
 ) -> None:
     _draw_title(figure, task.task, height)
+    if any(run.cut for run in task.runs):
+        figure.text(0.5, 0.06 / height, f"{CUT}: {_CUT}", size=FONT - 1, ha="center", va="bottom")
     width, rows = _map_width(columns), grid_height(len(task.depths))
     names = _short_names(comparison.names)
     there = [i for i, result in enumerate(task.results) if result]
@@ -189,6 +198,7 @@ def _needle_plots(comparison: Comparison) -> Iterator[_Plot]:
             [{one.context_length: one.interval for one in ones} for ones in by_length],
             share=True,
             line=comparison.threshold,
+            cut=[result.cut if result else () for result in task.results],
         )
 
 
@@ -197,7 +207,8 @@ def _curve_plots(comparison: Comparison) -> Iterator[_Plot]:
         if not curves.member:
             title = f"{curves.task}: {METRICS.get(curves.metric, curves.metric)}"
             if any(values := _from_one_token(curves)):
-                yield _Plot(title, values, share=curves.metric == "acc")
+                share = curves.metric == "acc"
+                yield _Plot(title, values, share=share, cut=curves.cut)
 
 
 def _from_one_token(curves: LengthCurves) -> list[dict[int, float] | None]:
@@ -227,10 +238,12 @@ def _plots(
         for index, label in enumerate(_short_names(comparison.names))
         if any(plot.curves[index] for plot in plots)
     }
-    legend = math.ceil(len(names) / _legend_columns(names.values())) * _LEGEND_ROW
+    cut = any(lengths for plot in plots for lengths in plot.cut)
+    entries = [*names.values(), *[_CUT] * cut]
+    legend = math.ceil(len(entries) / _legend_columns(entries)) * _LEGEND_ROW
     rows = math.ceil(len(plots) / _PLOT_COLUMNS)
     height = _TITLE + legend + rows * (_ABOVE + _PLOT_HEIGHT + _BELOW)
-    draw = partial(_draw_plots, title, plots, names, _TITLE + legend, height)
+    draw = partial(_draw_plots, title, plots, names, cut, _TITLE + legend, height)
     return Panel(section, name, title, height, draw)
 
 
@@ -244,16 +257,23 @@ def _draw_plots(
     title: str,
     plots: Sequence[_Plot],
     names: dict[int, str],
+    cut: bool,
     top: float,
     height: float,
     figure: FigureBase,
 ) -> None:
-    """names: in the legend, by place among the checkpoints. top: of the plots, in inches."""
+    """names: in the legend, by place among the checkpoints. cut: whether its mark is there, too.
+
+    top: of the plots, in inches.
+    """
     _draw_title(figure, title, height)
+    handles = [Line2D([], [], label=name, **series(index)) for index, name in names.items()]
+    handles += [Line2D([], [], label=_CUT, **_cross())] * cut
     figure.legend(
-        handles=[Line2D([], [], label=name, **series(index)) for index, name in names.items()],
+        handles=handles,
         loc="upper center", bbox_to_anchor=(0.5, 1 - (_TITLE - 0.08) / height), borderaxespad=0,
-        ncols=_legend_columns(names.values()), frameon=False, fontsize=FONT,
+        ncols=_legend_columns([handle.get_label() for handle in handles]), frameon=False,
+        fontsize=FONT,
     )  # fmt: skip
     columns = min(len(plots), _PLOT_COLUMNS)
     whole = (PAGE_WIDTH - _RIGHT) / columns
@@ -280,6 +300,10 @@ def _draw_plot(plot: _Plot, ax: Axes) -> None:
         if plot.bounds:
             low, high = zip(*(plot.bounds[index][n] for n in sorted(curve)), strict=True)
             ax.vlines(xs, low, high, color=style["color"], linewidth=0.8, alpha=0.6)
+        cut = plot.cut[index] if plot.cut else ()
+        crosses = [(x, curve[n]) for x, n in zip(xs, sorted(curve), strict=True) if n in cut]
+        if crosses:
+            ax.plot(*zip(*crosses, strict=True), **_cross())
     if plot.share:
         ax.set_ylim(-0.02, 1.02)
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
@@ -295,6 +319,12 @@ def _draw_plot(plot: _Plot, ax: Axes) -> None:
     ax.set_axisbelow(True)
     length_axis(ax, lengths)
     length_axis(ax, lengths, _thinned(ax))
+
+
+def _cross() -> dict[str, Any]:
+    """How a value is marked at a length at which prompts were cut."""
+    ink = matplotlib.rcParams["text.color"]
+    return {"color": ink, "marker": "x", "markersize": 4, "linestyle": "none", "zorder": 3}
 
 
 def _thinned(ax: Axes) -> list[str]:

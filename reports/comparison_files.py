@@ -90,9 +90,12 @@ def _figures(comparison: Comparison) -> Iterator[dict[str, Any]]:
             "kind": "by length", "task": curves.task, "n_shot": curves.n_shot,
             "metric": curves.metric,
         }  # fmt: skip
-        for name, values in zip(names, curves.values, strict=True):
+        for name, values, cut in zip(names, curves.values, curves.cut, strict=True):
             for length, value in (values or {}).items():
-                yield {**of, "checkpoint": name, "context_length": length, "value": value}
+                yield {
+                    **of, "checkpoint": name, "context_length": length, "value": value,
+                    "note": _cut_note(cut.get(length)),
+                }  # fmt: skip
         for name, value in zip(names, curves.effective_lengths or [None] * len(names), strict=True):
             if value is not None:
                 yield of | {"kind": "effective length", "checkpoint": name, "value": value}
@@ -132,18 +135,23 @@ def _needle_figures(names: list[str], task: Any) -> Iterator[dict[str, Any]]:
             yield {
                 **of, "kind": "cell", "context_length": cell.context_length, "depth": cell.depth,
                 "deepest": cell.depth, "value": cell.accuracy, "samples": cell.samples,
+                "note": _cut_note(cell.cut_to),
             }  # fmt: skip
         for one in result.by_length:
             yield {
                 **of, "kind": "by length", "context_length": one.context_length,
                 "value": one.accuracy, "low": one.interval.low, "high": one.interval.high,
-                "samples": one.samples,
+                "samples": one.samples, "note": _cut_note(result.cut.get(one.context_length)),
             }  # fmt: skip
         notes = {"too few prompts": result.too_few_prompts, "shorter ones left out": result.gaps}
         yield {
             **of, "kind": "effective length", "value": result.effective_length or 0,
             "note": ", ".join(note for note, holds in notes.items() if holds),
         }  # fmt: skip
+
+
+def _cut_note(tokens: int | None) -> str:
+    return "" if tokens is None else f"prompts cut to {tokens} tokens"
 
 
 def _json(comparison: Comparison) -> str:

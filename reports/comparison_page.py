@@ -33,6 +33,7 @@ from .comparison_tables import (
     Cell,
     Section,
     Table,
+    cut_note,
     effective_note,
     effective_text,
     incomparable,
@@ -146,6 +147,8 @@ def _effective(comparison: Comparison) -> Table:
         notes += incomparable(comparison, task.task)
         if any(result and result.gaps for result in task.results) and GAPS not in notes:
             notes.append(GAPS)
+        for note in cut_note(comparison, [result and result.cut for result in task.results]):
+            notes += [note] * (note not in notes)
     notes = (*notes, effective_note(comparison))
     return Table("Effective context length", ("task", *comparison.names), tuple(rows), notes=notes)
 
@@ -180,6 +183,8 @@ def _cells(
             f"{name}, {format_length(cell.context_length)} tokens, depth {depths[cell.depth]} %: "
             f"{cell.correct} of {cell.samples} right"
         )
+        if cell.cut_to is not None:
+            label += f", of prompts cut to {cell.cut_to} tokens"
         attributes = {
             "class": "cell", "role": "button", "tabindex": "-1", "aria-label": label,
             "data-task": place, "data-checkpoint": index, "data-column": column, "data-row": row,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from yoco_eval.lengths import format_length
 from yoco_eval.printable import VALUE, listed, shortened
@@ -11,6 +12,7 @@ from yoco_eval.printable import VALUE, listed, shortened
 from .benchmarks import Benchmark
 from .comparison import Comparison, LengthCurves, NeedleResult, NeedleTask, p_text
 from .differences import Finding
+from .heatmap import CUT
 from .profile import GIB
 from .setups import REFUSED, SetupDifference
 from .statistics import prompts_needed
@@ -146,6 +148,23 @@ def effective_note(comparison: Comparison) -> str:
     )
 
 
+def cut_note(comparison: Comparison, cut: Iterable[dict[int, int] | None]) -> Iterable[str]:
+    """What the mark at figures means, where there are any. cut: of each checkpoint, by length."""
+    told = [
+        f"{name} {_span(lengths.values())} tokens"
+        for name, lengths in zip(comparison.names, cut, strict=True)
+        if lengths
+    ]
+    if told:
+        mark = f"{CUT}: prompts cut to the backend's max_length"
+        yield f"{mark} ({', '.join(told)}); effective lengths end before."
+
+
+def _span(numbers: Iterable[int]) -> str:
+    least, *more = sorted(set(numbers))
+    return f"{least} to {more[-1]}" if more else f"{least}"
+
+
 def incomparable(comparison: Comparison, task: str) -> Iterable[str]:
     """In what the checkpoints' prompts differ so much that a task's scores do not compare."""
     for difference in comparison.setup_differences:
@@ -171,6 +190,7 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Table:
         )
     if any(result and result.gaps for result in task.results):
         notes.append(GAPS)
+    notes += cut_note(comparison, [result and result.cut for result in task.results])
     sources = dict.fromkeys((row.source, row.context_length) for row in task.published)
     for source, length in sources:
         models = ", ".join(
@@ -192,7 +212,8 @@ def _accuracy(result: NeedleResult | None, length: int, threshold: float) -> Cel
         return Cell(NOTHING)
     low, high = found.interval
     detail = f"{_apart(low, threshold)}–{high:.2f}"
-    return Cell(f"{found.accuracy:.2f}", detail, value=found.accuracy)
+    mark = CUT * (length in result.cut)
+    return Cell(f"{found.accuracy:.2f}{mark}", detail, value=found.accuracy)
 
 
 def _apart(value: float, threshold: float) -> str:
@@ -210,10 +231,19 @@ def _length(tokens: int) -> Cell:
 def effective_text(result: NeedleResult) -> str:
     """The effective context length; with a star where more prompts might show a longer one.
 
-    With a dagger where shorter ones were left out.
+    With a dagger where shorter ones were left out, a double one where prompts of longer ones were
+    cut.
     """
-    length = format_length(result.effective_length) if result.effective_length else "none"
+    lengths = result.run.context_lengths
+    length = _effective(result.effective_length, lengths, result.cut)
     return length + "*" * result.too_few_prompts + "†" * result.gaps
+
+
+def _effective(effective: int | None, lengths: Iterable[int], cut: dict[int, int]) -> str:
+    """With a mark where it would perhaps be longer, had longer prompts not been cut."""
+    whole = [length for length in lengths if length < min(cut, default=inf)]
+    ends = bool(cut) and (effective or 0) == max(whole, default=0)
+    return (format_length(effective) if effective else "none") + CUT * ends
 
 
 def _benchmarks(comparison: Comparison) -> tuple[Table, ...]:
@@ -262,8 +292,8 @@ def _published_name(model: str, training_tokens: int | None) -> str:
     return f"{model} ({training_tokens / 1e12:g}T)" if training_tokens else model
 
 
-def _figure(value: float) -> Cell:
-    return Cell(f"{value:.3f}", value=value)
+def _figure(value: float, mark: str = "") -> Cell:
+    return Cell(f"{value:.3f}{mark}", value=value)
 
 
 def _by_length(comparison: Comparison) -> Section:
@@ -276,17 +306,25 @@ def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
     rows = [
         (
             _length(n),
-            *(_figure(v[n]) if v and n in v else Cell(NOTHING) for v in curves.values),
+            *(
+                _figure(values[n], CUT * (n in cut)) if values and n in values else Cell(NOTHING)
+                for values, cut in zip(curves.values, curves.cut, strict=True)
+            ),
         )
         for n in curves.context_lengths
     ]
     foot = ()
     if curves.effective_lengths:
-        lengths = curves.effective_lengths
-        shown = [NOTHING if n is None else format_length(n) if n else "none" for n in lengths]
+        shown = [
+            NOTHING if n is None else _effective(n, values, cut)
+            for n, values, cut in zip(
+                curves.effective_lengths, curves.values, curves.cut, strict=True
+            )
+        ]
         foot = (Cell("effective"), *map(Cell, shown))
     title = f"{curves.task}: {METRICS.get(curves.metric, curves.metric)}"
-    return Table(title, ("context", *comparison.names), tuple(rows), foot)
+    notes = tuple(cut_note(comparison, curves.cut))
+    return Table(title, ("context", *comparison.names), tuple(rows), foot, notes=notes)
 
 
 def _profiles(comparison: Comparison) -> tuple[Table, ...]:
@@ -337,6 +375,12 @@ def _values(comparison: Comparison, difference: SetupDifference) -> str:
 
 
 def _caveats(comparison: Comparison) -> Iterable[str]:
+    for task in comparison.needles if comparison.tests else ():
+        for name, result in zip(comparison.names, task.results, strict=True):
+            if result and result.cut:
+                lengths = listed(list(map(format_length, sorted(result.cut))))
+                left = _span(result.cut.values())
+                yield f"{name} ({task.task}): at {lengths} by prompts cut to {left} tokens"
     tasks: dict[tuple[str, int, int], list[str]] = {}
     for caveat in comparison.caveats:
         key = caveat.reason, caveat.first, caveat.second

@@ -22,7 +22,7 @@ _LATEX = {
     "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "–": "--",
     "[": "{[}", "]": "{]}", '"': r"\textquotedbl{}", "*": r"\textasteriskcentered{}",
-    "†": r"\textdagger{}",
+    "†": r"\textdagger{}", "‡": r"\textdaggerdbl{}",
 }  # fmt: skip
 
 

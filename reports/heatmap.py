@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 COLORS = matplotlib.colormaps["viridis"]  # perceptually uniform, and safe for the colour-blind
 SCALE = Normalize(0, 1)
+CUT = "‡"  # behind a context length at which prompts were cut
 MISSING = "#f2f2f2"
 HATCH = "#bdbdbd"
 # Sizes on paper, in inches, and of fonts in points.
@@ -41,7 +42,9 @@ CELL_FONT = (4.5, 7)  # the smallest that can be read; the largest that is wante
 COMFORTABLE_FONT = 5.5  # smaller ones make the figure a page wide
 SEAM = 0.5  # between cells, in points
 
-CSV_COLUMNS = ("model", "task", "context_length", "depth", "samples", "correct", "accuracy")
+CSV_COLUMNS = (
+    "model", "task", "context_length", "depth", "samples", "correct", "accuracy", "cut_to",
+)  # fmt: skip
 
 
 def save_heatmap(run: NeedleRun, path: str | Path, title: str | None = None) -> None:
@@ -85,8 +88,10 @@ def heatmap_figure(
     heading = textwrap.wrap(name, int(width * 72 / (TITLE_FONT * 0.66)))
     facts = textwrap.wrap(describe(run), int(width * 72 / (FONT * 0.56)))
     facts += ["hatched: no result"] * (len(run.cells) < len(lengths) * len(depths))
+    if run.cut:
+        facts.append(cut_note(run))
     top = 0.1 + (1.3 * TITLE_FONT * len(heading) + 1.4 * FONT * len(facts)) / 72
-    longest = text_width([format_length(n) for n in lengths], FONT) / 72
+    longest = text_width(_labels(run, lengths), FONT) / 72
     slanted = longest > 0.9 * grid_width / columns
     bottom = 0.37 + (0.7 * longest if slanted else 0)
 
@@ -126,7 +131,7 @@ def draw_heatmap(run: NeedleRun, ax: Axes, beside: Sequence[NeedleRun] = ()) -> 
     cell_width, cell_height = box.width / len(lengths), box.height / len(depths)
     seam = min(SEAM, 2 * min(cell_width, cell_height))
     mesh = ax.pcolormesh(grid, cmap=COLORS, norm=SCALE, edgecolors="white", linewidth=seam)
-    _label_lengths(ax, lengths, cell_width)
+    _label_lengths(ax, _labels(run, lengths), cell_width)
     _label_depths(ax, depths, cell_height)
     ax.tick_params(length=0, pad=3)
     ax.spines[:].set_visible(False)
@@ -176,15 +181,18 @@ def print_heatmap(run: NeedleRun, console: Console, title: str | None = None) ->
     cells = {(cell.context_length, cell.depth): cell for cell in run.cells}
     figures = cell_figures(run)
     lengths = run.context_lengths
-    column = 1 + max(5, *(len(format_length(n)) for n in lengths))  # 5: a blank before 0.95
+    labels_of = dict(zip(lengths, _labels(run, lengths), strict=True))
+    column = 1 + max(5, *map(len, labels_of.values()))  # 5: a blank before 0.95
     per_block = max(1, (console.width - margin - 1) // column)
 
     console.print(Text(one_line(title or run.model, VALUE), style="bold"))
     missing = len(run.cells) < len(lengths) * len(run.depths)
     console.print(Text(describe(run) + ", -: no result" * missing))
+    if run.cut:
+        console.print(Text(cut_note(run)))
     for start in range(0, len(lengths), per_block):
         block = lengths[start : start + per_block]
-        header = "".join(f"{format_length(n):>{column - 1}} " for n in block)
+        header = "".join(f"{labels_of[n]:>{column - 1}} " for n in block)
         console.print()
         console.print(Text(f"{corner:>{margin}} {header}", style="bold"))
         for depth, label in zip(run.depths, labels, strict=True):
@@ -210,6 +218,13 @@ def describe(run: NeedleRun) -> str:
         f"{run.prompts} prompt{'s' * (run.prompts != 1)}"
         + f", {len(run.sources)} runs" * (len(run.sources) > 1)
     )
+
+
+def cut_note(run: NeedleRun) -> str:
+    """What the mark at context lengths means."""
+    left = sorted(set(run.cut.values()))
+    span = f"{left[0]}" if len(left) == 1 else f"{left[0]} to {left[-1]}"
+    return f"{CUT}: prompts cut to {span} tokens, the backend's max_length"
 
 
 def cell_figures(run: NeedleRun, beside: Sequence[NeedleRun] = ()) -> dict[NeedleCell, str]:
@@ -241,8 +256,8 @@ def _csv(run: NeedleRun) -> str:
     return to_csv(
         CSV_COLUMNS,
         (
-            {"model": run.model, "task": run.task, "accuracy": cell.accuracy}
-            | {name: getattr(cell, name) for name in CSV_COLUMNS[2:6]}
+            {"model": run.model, "task": run.task}
+            | {name: getattr(cell, name) for name in CSV_COLUMNS[2:]}
             for cell in run.cells
         ),
     )
@@ -254,12 +269,16 @@ def fit_font(figures: dict[NeedleCell, str], width: float, height: float = math.
     return min(CELL_FONT[1], 72 * width / (widest + 0.6), 72 * height / 1.25)
 
 
-def _label_lengths(ax: Axes, lengths: list[int], cell_width: float) -> None:
-    labels = [format_length(n) for n in lengths]
+def _labels(run: NeedleRun, lengths: Iterable[int]) -> list[str]:
+    cut = run.cut
+    return [format_length(n) + CUT * (n in cut) for n in lengths]
+
+
+def _label_lengths(ax: Axes, labels: list[str], cell_width: float) -> None:
     slanted = text_width(labels, FONT) > 0.9 * 72 * cell_width
     step = math.ceil(1.1 * FONT / (72 * cell_width))
     style = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    ticks = range(0, len(lengths), step)
+    ticks = range(0, len(labels), step)
     ax.set_xticks([i + 0.5 for i in ticks], labels[::step], size=FONT, **style)
     ax.set_xlabel("Context length (tokens)", size=FONT)
 

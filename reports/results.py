@@ -46,6 +46,18 @@ class ResultsFile:
         found = {task: self.metadata(task).get("cells") for task in self.data["configs"]}
         return {task: cells for task, cells in found.items() if isinstance(cells, list)}
 
+    def cut(self, context_length: int) -> int | None:
+        """To how many tokens the backend cut prompts of a context length.
+
+        None if they are whole, or the file does not tell: lm-eval writes `max_length` of backends
+        that have a tokenizer.
+        """
+        told = self.data.get("max_length")
+        if isinstance(told, bool) or not isinstance(told, int) or told < 1:
+            return None
+        # lm-eval's API backends count one token of the answer apart.
+        return told if context_length > told + 1 else None
+
     def metadata(self, task: str) -> dict[str, Any]:
         """What a task left in the file besides its results."""
         return mapping(mapping(self.data["configs"].get(task)).get("metadata"))
@@ -58,6 +70,7 @@ class NeedleCell:
     right, wrong: the numbers of the samples that were answered so; None in files that lack them.
     prompts: a digest of each sample's prompt, in the order of their numbers; None likewise.
     source: the results file that it is from.
+    cut_to: tokens that its prompts were cut to; None if they were not, as far as is known.
     """
 
     context_length: int
@@ -68,6 +81,7 @@ class NeedleCell:
     wrong: tuple[int, ...] | None = None
     prompts: tuple[str, ...] | None = None
     source: Path | None = field(default=None, compare=False)
+    cut_to: int | None = field(default=None, compare=False)
 
     def __post_init__(self):
         for name in ("context_length", "samples", "correct"):
@@ -130,6 +144,16 @@ class NeedleRun:
         return sorted({cell.depth for cell in self.cells})
 
     @property
+    def cut(self) -> dict[int, int]:
+        """The context lengths at which prompts were cut, with the tokens that were left of them."""
+        cut: dict[int, int] = {}
+        for cell in self.cells:
+            if cell.cut_to is not None:
+                least = cut.get(cell.context_length, cell.cut_to)
+                cut[cell.context_length] = min(least, cell.cut_to)
+        return cut
+
+    @property
     def sources(self) -> set[Path]:
         """The results files that the cells are from."""
         return {cell.source for cell in self.cells if cell.source}
@@ -165,7 +189,7 @@ def read_results(path: Path) -> ResultsFile:
     return ResultsFile(name_models([model])[model], model, path, _date(path, data), data)
 
 
-def parse_cells(raw: list, source: Path | None = None) -> tuple[NeedleCell, ...]:
+def parse_cells(raw: list, file: ResultsFile | None = None) -> tuple[NeedleCell, ...]:
     """The cells that a needle task left in a results file, checked.
 
     Raises ResultsError, telling which is wrong.
@@ -176,7 +200,7 @@ def parse_cells(raw: list, source: Path | None = None) -> tuple[NeedleCell, ...]
     for entry in raw:
         try:
             numbers = [entry[name] for name in _CELL_NUMBERS]
-            cell = NeedleCell(*numbers, **_answers(entry), source=source)
+            cell = NeedleCell(*numbers, **_answers(entry))
         except (KeyError, TypeError) as error:
             raise ResultsError(
                 f"cell {shown(entry)} needs context_length, depth, samples, correct"
@@ -184,6 +208,8 @@ def parse_cells(raw: list, source: Path | None = None) -> tuple[NeedleCell, ...]
         except ResultsError as error:
             raise ResultsError(f"cell {shown(entry)}: {error}") from error
         cell = replace(cell, depth=round(cell.depth, 9))  # 0.1 + 0.2 and 0.3 are one row
+        if file:
+            cell = replace(cell, source=file.path, cut_to=file.cut(cell.context_length))
         key = cell.context_length, cell.depth
         if key in cells:
             raise ResultsError(f"two cells for context length {key[0]} at depth {key[1]}")

@@ -31,12 +31,15 @@ class Score:
 
     after: of a value at a context length, the length before in the same run; 0 for the first.
     source: the results file that it is from.
+    cut_to: of a value at a context length, tokens that its prompts were cut to; None if they were
+        not, as far as is known.
     """
 
     value: float
     error: float | None = None
     after: int = field(default=0, compare=False)
     source: Path | None = field(default=None, compare=False)
+    cut_to: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def task_runs(file: ResultsFile) -> tuple[list[TaskRun], dict[str, str]]:
     needles, results = file.needle_cells(), mapping(file.data.get("results"))
     for task in dict.fromkeys((*needles, *results)):
         try:
-            cells = parse_cells(needles[task], file.path) if task in needles else ()
+            cells = parse_cells(needles[task], file) if task in needles else ()
         except ResultsError as error:
             damaged[task] = str(error)
             continue
@@ -137,7 +140,7 @@ def _by_length(run: TaskRun, tasks: Mapping[str, TaskRun]) -> TaskRun:
             if len(set(lengths)) == 1:  # a mean over several is of no length
                 values["acc"] = {lengths[0]: score}
     by_length = {
-        metric: _with_sources(found, run.file.path) for metric, found in values.items() if found
+        metric: _with_sources(found, run.file) for metric, found in values.items() if found
     }
     return replace(run, scores=scores, by_length=by_length)
 
@@ -177,11 +180,13 @@ def _babilong_length(file: ResultsFile, task: str) -> int | None:
         return None
 
 
-def _with_sources(values: dict[int, Score], source: Path) -> dict[int, Score]:
+def _with_sources(values: dict[int, Score], file: ResultsFile) -> dict[int, Score]:
     """The values, the shortest length first, each with the length before and the file."""
     lengths = sorted(values)
     return {
-        length: Score(values[length].value, values[length].error, after, source)
+        length: Score(
+            values[length].value, values[length].error, after, file.path, file.cut(length)
+        )
         for after, length in zip([0, *lengths], lengths, strict=False)
     }
 

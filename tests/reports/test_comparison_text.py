@@ -11,6 +11,7 @@ from rich.console import Console
 
 from yoco_eval.printable import one_line
 from yoco_eval.reports.comparison import compare
+from yoco_eval.reports.comparison_figures import panels
 from yoco_eval.reports.comparison_files import save_comparison
 from yoco_eval.reports.comparison_text import print_comparison
 from yoco_eval.reports.profile import Profile, ProfileRow, save_profile
@@ -185,10 +186,9 @@ def test_restrictions_are_told(tmp_path):
 
 
 def test_long_values_and_lists_are_cut_and_counted(tmp_path):
-    depths = [i / 10_000 for i in range(10_000)]
-    for name, last in (("a", 0.99975), ("b", 0.99985)):
+    for name, last in (("a", 7), ("b", 8)):
         data = needle_results(lambda *_: 0.5, lengths=[4096], depths=[0, 1])
-        data["configs"]["yoco_needle"]["metadata"]["depths"] = [*depths, last]
+        data["configs"]["yoco_needle"]["metadata"]["samples"] = [*range(10_000), last]
         data["config"]["gen_kwargs"] = {"until": [name * 10_000]}
         for i in range(100):
             write(tmp_path / name, "{", f"x{i:02}.json")
@@ -196,7 +196,7 @@ def test_long_values_and_lists_are_cut_and_counted(tmp_path):
     comparison = compare(load_checkpoints([tmp_path / "a", tmp_path / "b"]))
     for text in (saved(comparison, tmp_path, "md"), terminal(comparison, width=10_000)):
         assert max(map(len, text.splitlines())) < 24 * 80
-        assert "0.230 and 9977 more, b 0.000, 0.010" in text and "(not the same further on)" in text
+        assert "22, 23 and 9977 more, b " in text and "(not the same further on)" in text
         assert "aaa … " in text and " characters left out … bbb" in text
         assert text.count("not readable as JSON") == 24
         assert re.search(r"a: 88 more; a \.json report names them", text)
@@ -244,6 +244,49 @@ def test_effective_lengths_that_mislead_are_marked(tmp_path):
     assert [(row["value"], row["note"]) for row in effective] == [
         ("4096", ""), ("16384", "shorter ones left out"),
     ]  # fmt: skip
+
+
+def test_lengths_of_cut_prompts_are_marked(tmp_path):
+    """The older of two runs, that are one grid, had a backend that cut at 8K."""
+    runs = {"a": [(8192, LENGTHS[:3]), (2**20, LENGTHS[3:5])], "b": [(2**20, LENGTHS[:5])]}
+    for name, parts in runs.items():
+        for i, (limit, lengths) in enumerate(parts):
+            data = needle_results(lambda *_: 1.0, name, lengths=lengths, date=1.7e9 + i)
+            data["max_length"] = limit
+            write(tmp_path / name, data, f"results_{i}.json")
+    ruler = {f"acc@{n:07},none": 0.9 for n in LENGTHS[:3]}
+    for name in "ab":
+        data = results({"yoco_ruler": ruler}, name, max_length=5000 if name == "a" else 2**14)
+        data["configs"]["yoco_ruler"]["metadata"] = {"by_length": ["acc"]}
+        write(tmp_path / name, data, "results_ruler.json")
+    comparison = compare(load_checkpoints([tmp_path / "a", tmp_path / "b"]))
+    text = terminal(comparison)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["16K", "1.00‡", "0.93–1.00", "1.00", "0.93–1.00"] in lines
+    assert ["32K", "1.00", "0.93–1.00", "1.00", "0.93–1.00"] in lines
+    assert ["effective", "8K‡", "64K"] in lines
+    assert ["8K", "0.900‡", "0.900"] in lines and ["effective", "4K‡", "16K"] in lines
+    told = "‡: prompts cut to the backend's max_length (a 8192 tokens)"
+    assert told in " ".join(text.split())
+    assert "- a (yoco_needle): at 16K by prompts cut to 8192 tokens" in text
+    assert r"1.00\textdaggerdbl{}" in saved(comparison, tmp_path, "tex")
+    rows = list(csv.DictReader(io.StringIO(saved(comparison, tmp_path, "csv"))))
+    notes = {(row["checkpoint"], row["task"], row["context_length"])
+             for row in rows if row["note"] == "prompts cut to 8192 tokens"}  # fmt: skip
+    assert notes == {("a", "yoco_needle", "16384")}
+    data = json.loads(saved(comparison, tmp_path, "json"))
+    assert data["needles"][0]["results"][0]["cut"] == {"16384": 8192}
+    assert data["curves"][0]["cut"] == [{"8192": 5000, "16384": 5000}, {}]
+    assert data["curves"][0]["effective_lengths"] == [4096, 16384]
+    assert ">8K‡<" in saved(comparison, tmp_path, "html").replace("\n", "")
+    texts = {text.get_text() for panel in panels(comparison)
+             for part in panel.figure().subfigs for text in [*part.texts, *legend_texts(part)]}
+    legend = "prompts cut to the backend's max_length"
+    assert {legend, f"‡: {legend}"} <= texts
+
+
+def legend_texts(figure):
+    return [text for legend in figure.legends for text in legend.get_texts()]
 
 
 def test_bounds_tell_on_which_side_of_the_threshold_they_are(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -194,12 +195,29 @@ def test_csv(tmp_path):
     save_heatmap(HOLES, tmp_path / "a.csv")
     with open(tmp_path / "a.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = "model,task,context_length,depth,samples,correct,accuracy"
+    columns = "model,task,context_length,depth,samples,correct,accuracy,cut_to"
     assert ",".join(rows[0]) == columns
     assert len(rows) == 7
     assert rows[1] == dict(
-        zip(columns.split(","), "yoco-3b,yoco_needle,4096,0.5,5,5,1.0".split(","), strict=True)
+        zip(columns.split(","), "yoco-3b,yoco_needle,4096,0.5,5,5,1.0,".split(","), strict=True)
     )
+
+
+def test_lengths_of_cut_prompts_are_marked(tmp_path):
+    cells = [replace(cell, cut_to=2047) if cell.context_length > 2048 else cell
+             for cell in needle_run([2048, 4096, 8192], 2).cells]  # fmt: skip
+    run = replace(TYPICAL, cells=tuple(cells))
+    lines = terminal(run).splitlines()
+    assert lines[2] == "‡: prompts cut to 2047 tokens, the backend's max_length"
+    assert lines[4].split() == ["depth", "2K", "4K‡", "8K‡"]
+    figure = heatmap_figure(run)
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["2K", "4K‡", "8K‡"]
+    assert figure.texts[-1].get_text() == lines[2]
+    save_heatmap(run, tmp_path / "a.csv")
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = [(row["context_length"], row["cut_to"]) for row in csv.DictReader(file)]
+    assert rows == [(n, "2047" * (n != "2048")) for n in ("2048", "4096", "8192") for _ in range(2)]
+    assert "‡" not in terminal(TYPICAL)
 
 
 def test_settings_of_matplotlib_are_left_alone(tmp_path):

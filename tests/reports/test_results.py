@@ -2,12 +2,13 @@
 
 import json
 import logging
+import math
 from datetime import datetime
 
 import pytest
 from lm_eval.loggers import EvaluationTracker
 
-from yoco_eval.reports.results import NeedleCell, ResultsError
+from yoco_eval.reports.results import NeedleCell, ResultsError, read_results
 from yoco_eval.reports.runs import load_needle_run
 
 CELLS = [
@@ -42,6 +43,20 @@ def error(path, task=None):
         load_needle_run(path, task)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "cut"),
+    [
+        (2047, {4096: 2047, 2049: 2047}), (2048, {4096: 2048}), (4095, {}), (4096, {}),
+        (None, {}), (True, {}), ("2048", {}), (0, {}), (math.inf, {}), (2**63 - 1, {}),
+    ],
+)  # fmt: skip
+def test_prompts_longer_than_the_backend_takes_are_cut(tmp_path, max_length, cut):
+    data = {"config": {}, "configs": {}, "date": 1, "max_length": max_length}
+    file = read_results(write(tmp_path, data))
+    lengths = (1024, 2048, 2049, 4096)
+    assert {n: file.cut(n) for n in lengths if file.cut(n) is not None} == cut
 
 
 def test_reads_what_lm_eval_writes(tmp_path):
