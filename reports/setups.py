@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 STATED, MARKED, REFUSED = "stated", "marked", "refused"
 
 # A comparison across these would be of different questions, not of different checkpoints.
-_REFUSED = frozenset({"task version", "haystack", "needles", "data"})
+_REFUSED = frozenset({"task version", "haystack", "needles", "protocol", "data"})
 # Across these it holds, but for fewer prompts, or for others of the same kind.
 _MARKED = frozenset({"seed", "samples", "depths", "context lengths", "limit", "documents"})
 # Where a file lacks one of these, it is not known; where it lacks another, it was not set.
 _ALWAYS = frozenset({"task version", "documents", "backend", "dtype", "lm-eval"})
-_OF_THE_TASK = ("seed", "haystack", "needles", "data", "samples", "depths", "context_lengths")
+_OF_THE_TASK = (
+    "seed", "haystack", "needles", "protocol", "data", "samples", "depths", "context_lengths",
+)  # fmt: skip
 _OF_THE_RUN = ("limit", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 
 

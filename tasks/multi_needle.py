@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 from lm_eval.api.instance import Instance
 
-from .needle import Needle, Settings, draw_cities
+from .answers import after_thinking
+from .needle import Needle, Settings, draw_cities, hide
 from .needle_grid import Hidden
 from .settings import count, depths, flag, lengths, setting
 from .wording import CITIES, QUESTION
+
+_PROTOCOLS = ("default", "paper")
+_PAPERS_LARGEST = 50000  # numbers are from 1 to this in the paper's code
+_PAPERS_ROOM = 150  # tokens of a context length that its prompts leave free
+_PAPERS_ANSWER = {"max_gen_toks": 20, "until": []}
+
+
+def _protocol(name: str, value: Any) -> str:
+    if value not in _PROTOCOLS:
+        raise ValueError(f"{name}: {value!r} is unknown; give one of {', '.join(_PROTOCOLS)}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -21,6 +34,7 @@ class MultiSettings(Settings):
     Attributes:
         needles: how many cities' numbers are hidden; a task with a number in its name has that.
         ask_all: whether the same text is also asked for every other needle.
+        protocol: "paper" hides needles, leaves room and scores as the code of the YOCO paper does.
     """
 
     context_lengths: list[int] = setting(lengths, [1 << 17])
@@ -28,6 +42,7 @@ class MultiSettings(Settings):
     samples: int = setting(count, 5)
     needles: int = setting(count, 16)
     ask_all: bool = setting(flag, True)
+    protocol: str = setting(_protocol, "default")
 
 
 class MultiNeedle(Needle):
@@ -42,7 +57,8 @@ class MultiNeedle(Needle):
         super().__init__(config | {"metadata": metadata})
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None) -> None:
-        needles = self.settings.needles
+        settings = self.settings
+        needles = settings.needles
         if needles > len(CITIES):
             raise ValueError(
                 f"needles: {needles} exceeds the {len(CITIES)} cities there are; give fewer"
@@ -52,14 +68,48 @@ class MultiNeedle(Needle):
                 f"needles: {self.config.task} has {self._named}, not {needles}; evaluate "
                 "yoco_multi_needle_n for another number"
             )
+        if self._as_paper:
+            if needles > 1 and not 0 < min(settings.depths) <= max(settings.depths) < 1:
+                raise ValueError(
+                    "depths: with protocol=paper, needles stand before and behind the one that is "
+                    "asked for; give depths above 0 and below 1"
+                )
+            self.own_lines = True
+            self.config.generation_kwargs = self.config.generation_kwargs | _PAPERS_ANSWER
         super().download(dataset_kwargs)
+
+    @property
+    def _as_paper(self) -> bool:
+        return self.settings.protocol == "paper"
 
     def own_metrics(self) -> dict[str, str]:
         return {"acc_all": "mean"} if self.settings.ask_all else {}
 
     def hidden(self, length: int, depth: float, sample: int) -> list[Hidden]:
         settings = self.settings
-        return draw_cities(settings.seed, length, depth, sample, settings.needles)
+        cities = draw_cities(settings.seed, length, depth, sample, settings.needles)
+        if not self._as_paper:
+            return cities
+        draw = Random(f"paper/{settings.seed}/{length}/{depth}/{sample}").random
+        depths = [depth, *scatter(draw, depth, len(cities) - 1)]
+        numbers: list[str] = []
+        while len(numbers) < len(cities):
+            number = str(1 + int(draw() * _PAPERS_LARGEST))
+            if number not in numbers:
+                numbers.append(number)
+        return [
+            hide(place, needle.facts["city"], number)
+            for needle, place, number in zip(cities, depths, numbers, strict=True)
+        ]
+
+    def is_right(self, answer: str | None, number: str) -> bool:
+        """As yoco_needle's; by the paper's protocol wherever the answer holds the number."""
+        if self._as_paper:
+            return number in after_thinking(answer)
+        return super().is_right(answer, number)
+
+    def _answer_tokens(self) -> int:
+        return max(super()._answer_tokens(), _PAPERS_ROOM if self._as_paper else 0)
 
     def tell_of_others(self, others: Sequence[Hidden]) -> dict[str, Any]:
         return {"others": [{**other.facts, "depth": other.depth} for other in others]}
@@ -95,3 +145,19 @@ class MultiNeedle(Needle):
             ]
             metrics["acc_all"] = sum(right) / len(right)
         return metrics
+
+
+def scatter(draw: Callable[[], float], depth: float, others: int) -> list[float]:
+    """Depths of the other needles of a prompt, as the paper's code has them.
+
+    How many stand before the one at `depth`, from none to all but one, is as likely as any other
+    number, wherever that one is. They are spread evenly over what is before it, and behind it.
+
+    Args:
+        draw: `random` of a `Random`.
+    """
+    before = int(draw() * others)
+    return [
+        depth * draw() if place < before else depth + (1 - depth) * draw()
+        for place in range(others)
+    ]

@@ -36,7 +36,7 @@ class Needle(NeedleGrid):
         return draw_cities(self.settings.seed, length, depth, sample, count=1)
 
     def possible(self) -> Iterable[Hidden]:
-        return [_hide(0, city, "7" * NUMBER_DIGITS) for city in CITIES]
+        return [hide(0, city, "7" * NUMBER_DIGITS) for city in CITIES]
 
 
 def draw_cities(seed: int, length: int, depth: float, sample: int, count: int) -> list[Hidden]:
@@ -51,7 +51,7 @@ def draw_cities(seed: int, length: int, depth: float, sample: int, count: int) -
         while (number := draw_number(draw)) in numbers:
             pass
         numbers.add(number)
-        needles.append(_hide(draw() if place else depth, city, number))
+        needles.append(hide(draw() if place else depth, city, number))
     return needles
 
 
@@ -65,7 +65,8 @@ def draw_number(draw: Callable[[], float]) -> str:
     return str(smallest + int(draw() * 9 * smallest))
 
 
-def _hide(depth: float, city: str, number: str) -> Hidden:
+def hide(depth: float, city: str, number: str) -> Hidden:
+    """A city's number as a needle at `depth`."""
     return Hidden(
         depth,
         {"city": city, "number": number},

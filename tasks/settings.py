@@ -19,7 +19,8 @@ T = TypeVar("T")
 # All settings of all tasks. The tasks of a run share one --metadata, so that each must know the
 # others' names to tell them from slips.
 NAMES = frozenset(
-    "context_lengths max_seq_lengths depths samples haystack seed needles ask_all data".split()
+    "context_lengths max_seq_lengths depths samples haystack seed needles ask_all protocol "
+    "data".split()
 )
 # Which model is evaluated and how its tokens are counted: read by `evaluated_model` and lm-eval.
 _OF_THE_MODEL = frozenset(

@@ -154,6 +154,7 @@ def test_what_is_not_compared(compared):
     for change, reason in [
         ({"haystack": "essays"}, "not compared: another haystack"),
         ({"needles": 4}, "not compared: another needles"),
+        ({"protocol": "paper"}, "not compared: another protocol"),
         ({"lengths": [1000]}, "not compared: no context length and depth in common"),
     ]:
         comparison = compared(run, needle_results(lambda *_: 0.0, **change))

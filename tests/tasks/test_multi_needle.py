@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,8 @@ from lm_eval.tasks import TaskManager
 import yoco_eval.tasks
 from yoco_eval.lm import YocoLM
 from yoco_eval.reports.heatmap import save_heatmap
-from yoco_eval.reports.results import load_needle_run
-from yoco_eval.tasks.multi_needle import MultiSettings
+from yoco_eval.reports.runs import load_needle_run
+from yoco_eval.tasks.multi_needle import MultiSettings, scatter
 from yoco_eval.tasks.wording import CITIES, INTRODUCTION
 
 TASKS = Path(yoco_eval.tasks.__file__).parent
@@ -72,6 +74,8 @@ def test_defaults_are_the_papers():
         ({"needles": 3}, "needles: yoco_multi_needle_4 has 4, not 3; evaluate yoco_multi_needle_n"),
         ({"needles": 0}, "needles: 0 is below 1"),
         ({"ask_all": "some"}, "ask_all: 'some' is neither true nor false"),
+        ({"protocol": "papers"}, "protocol: 'papers' is unknown; give one of default, paper"),
+        ({"protocol": "paper"}, "depths: with protocol=paper, needles stand before and behind"),
         ({"context_lengths": 128}, "128 is too short for introduction, 4 needles, question and"),
         ({"max_length": "64k", "context_lengths": None}, "131072 exceeds the model's 65536"),
     ],
@@ -181,6 +185,47 @@ def test_system_instruction_chat_template_and_budget_fit_too(tokenizers, answere
     counts = [len(tokenizers["demo"](prompt).input_ids) for prompt in reader.asked]
     assert len(counts) == 6 * 4
     assert max(counts[: 3 * 4]) <= 512 - budget < 700 - budget - 16 <= max(counts) <= 700 - budget
+
+
+# The paper's protocol
+
+
+def test_papers_needles_stand_on_lines_of_their_own_before_and_behind_the_asked_one(tokenizers):
+    grid = {"context_lengths": [1024], "depths": [0.01, 0.5, 0.99], "samples": 3}
+    task = load("yoco_multi_needle_8", **grid, protocol="paper", ask_all=False)
+    for doc in task.eval_docs:
+        prompt = task.doc_to_text(doc)
+        cities = re.findall(r"^The special number of (\w+) is \d+\.$", prompt, re.MULTILINE)
+        assert len(set(cities)) == 8
+        before = sum(other["depth"] < doc["depth"] for other in doc["others"])
+        assert cities.index(doc["city"]) == before < 7
+        assert 1024 - 150 - 16 <= doc["prompt_tokens"] <= 1024 - 150
+        assert doc["prompt_tokens"] == len(tokenizers["demo"](prompt).input_ids)
+    numbers = {int(one["number"]) for doc in task.eval_docs for one in (doc, *doc["others"])}
+    assert 0 < min(numbers) < 10_000 < max(numbers) <= 50_000
+    assert load("yoco_multi_needle_1", **{**grid, "depths": [0, 1]}, protocol="paper").eval_docs
+
+
+@pytest.mark.parametrize("depth", [0.1, 0.9])
+def test_how_many_needles_precede_the_asked_one_does_not_depend_on_its_depth(depth):
+    draw = random.Random(0).random
+    drawn = [scatter(draw, depth, 4) for _ in range(4000)]
+    counts = Counter(sum(other < depth for other in others) for others in drawn)
+    assert sorted(counts) == [0, 1, 2, 3] and all(abs(n - 1000) < 100 for n in counts.values())
+
+
+def test_papers_answers_are_right_wherever_they_hold_the_number(answerer):
+    class Model(answerer):
+        def generate_until(self, requests, disable_tqdm=False):
+            assert requests[0].args[1] == {"do_sample": False, "max_gen_toks": 20, "until": []}
+            return super().generate_until(requests)
+
+    grid = {"context_lengths": 700, "depths": [0.5], "samples": 2, "protocol": "paper"}
+    model = Model(lambda prompt: f"\n1 or 2, no: x{number_asked(prompt)}0")
+    scores = evaluate(model, metadata=grid)["results"]["yoco_multi_needle_4"]
+    assert scores["acc,none"] == scores["acc_all,none"] == 1
+    model = answerer(lambda prompt: None)
+    assert evaluate(model, metadata=grid)["results"]["yoco_multi_needle_4"]["acc,none"] == 0
 
 
 # Scores

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 import yoco_eval.tasks
-from yoco_eval.reports.results import load_needle_run
+from yoco_eval.reports.runs import load_needle_run
 from yoco_eval.tasks import evaluated_model
 from yoco_eval.tasks.by_length import digest
 from yoco_eval.tasks.needle import Settings

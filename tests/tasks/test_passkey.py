@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 import yoco_eval.tasks
 from yoco_eval.lm import YocoLM
 from yoco_eval.reports.heatmap import save_heatmap
-from yoco_eval.reports.results import load_needle_run
+from yoco_eval.reports.runs import load_needle_run
 
 TASKS = Path(yoco_eval.tasks.__file__).parent
 SMALL = {"context_lengths": [256, 512], "depths": [0, 0.5, 1], "samples": 2}
