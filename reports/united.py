@@ -1,6 +1,7 @@
 """One model's runs of one task in one setup, joined: a grid, or values by context length.
 
-The newest run decides: older ones with its setup add the context lengths and depths that it lacks.
+The newest run decides: older ones with its setup add the context lengths and depths that it lacks,
+or at which its prompts were cut and theirs were not.
 """
 
 from __future__ import annotations
@@ -68,18 +69,27 @@ def _cells(runs: Sequence[TaskRun]) -> tuple[NeedleCell, ...]:
     cells: dict[tuple[int, float], NeedleCell] = {}
     for run in runs:
         for cell in run.cells:
-            cells.setdefault((cell.context_length, cell.depth), cell)
+            newer = cells.setdefault((cell.context_length, cell.depth), cell)
+            if newer.cut_to is not None and cell.cut_to is None:
+                cells[cell.context_length, cell.depth] = cell
     return tuple(sorted(cells.values()))
 
 
 def _values(metric: str, runs: Sequence[dict[int, Score]]) -> dict[int, Score]:
-    """At each length the newest value; of a bucket the newest that begins at the length before."""
+    """At each length the newest value of whole prompts.
+
+    Of a bucket the newest that begins at the length before.
+    """
     lengths = sorted({length for run in runs for length in run})
     values = {}
     for before, length in zip([0, *lengths], lengths, strict=False):
         found = [run[length] for run in runs if length in run]
-        fitting = [score for score in found if score.after == before]
-        values[length] = (fitting if fitting and metric in BUCKETS else found)[0]
+        values[length] = min(  # the first of those that are best
+            found,
+            key=lambda score, before=before: (
+                metric in BUCKETS and score.after != before, score.cut_to is not None
+            ),
+        )  # fmt: skip
     return values
 
 

@@ -88,6 +88,18 @@ def test_the_newest_counts_where_runs_overlap(tmp_path):
     assert len(run.sources) == 3
 
 
+def test_answers_to_cut_prompts_do_not_take_the_place_of_others(tmp_path):
+    whole, cut = needle_results(right, lengths=SHORT), needle_results(wrong, lengths=SHORT + LONG)
+    cut["max_length"] = SHORT[1]
+    save(tmp_path / "needles", whole, cut)
+    run = load_needle_run(tmp_path / "needles")
+    assert {cell.context_length for cell in run.cells if not cell.correct} == {*SHORT[:2], *LONG}
+    assert run.cut == {LONG[0]: SHORT[1]}
+    save(tmp_path / "ruler", ruler({8192: 0.9}), ruler({8192: 0.1}) | {"max_length": 4096})
+    comparison = compare([load(tmp_path / "ruler")])
+    assert curve(comparison, "yoco_ruler").values == ({8192: 0.9},)
+
+
 def test_what_is_all_in_newer_files_is_said_to_be(tmp_path):
     save(
         tmp_path,
