@@ -243,9 +243,7 @@ def _collect(
     for key, alike in runs.items():
         tasks[key], left_out = unite(alike[::-1])
         for one in left_out:
-            newer = alike[-1].file.path.name
-            reason = f"not united with {newer}: {one.reason}"
-            reasons.setdefault((one.run.file.path, reason), []).append(one.run.task)
+            reasons.setdefault((one.run.file.path, one.reason), []).append(one.run.task)
     for (path, reason), members in reasons.items():
         named = members[0] if len(members) == 1 else f"{members[0]} and {len(members) - 1} more"
         skipped.append(Skipped(path, f"{named}: {reason}"))

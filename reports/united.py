@@ -30,7 +30,7 @@ _LONGEST = 40  # letters of a value that is told
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run that cannot be one with the newest, and why."""
+    """A run that is not used, although not all of it is in newer ones, and why."""
 
     run: TaskRun
     reason: str
@@ -43,7 +43,7 @@ def unite(runs: Sequence[TaskRun]) -> tuple[TaskRun, list[LeftOut]]:
     """
     newest, *older = runs
     if not newest.context_lengths:
-        reason = "nothing is by context length there"
+        reason = f"not united with {newest.file.path.name}: nothing is by context length there"
         return newest, [LeftOut(run, reason) for run in older if run.context_lengths]
     joined, left_out = [newest], []
     for run in older:
@@ -51,7 +51,7 @@ def unite(runs: Sequence[TaskRun]) -> tuple[TaskRun, list[LeftOut]]:
         if reason is None:
             joined.append(run)
         elif run.context_lengths:
-            left_out.append(LeftOut(run, reason))
+            left_out.append(LeftOut(run, f"not united with {newest.file.path.name}: {reason}"))
     cells = _cells(joined)
     by_length = {
         metric: _values(metric, [run.by_length.get(metric, {}) for run in joined])
@@ -59,10 +59,15 @@ def unite(runs: Sequence[TaskRun]) -> tuple[TaskRun, list[LeftOut]]:
     }
     used = {cell.source for cell in cells}
     used |= {score.source for values in by_length.values() for score in values.values()}
-    files = tuple(run.file for run in joined if run.file.path in used)
-    if len(files) < 2:
-        return newest, left_out
-    return replace(newest, files=files, scores={}, by_length=by_length, cells=cells), left_out
+    for run in joined:
+        if run.file.path not in used and any(map(run.file.cut, run.context_lengths)):
+            left_out.append(LeftOut(run, "its prompts were cut, those of another run were not"))
+    joined = [run for run in joined if run.file.path in used]
+    if len(joined) == 1:
+        return joined[0], left_out
+    files = tuple(run.file for run in joined)
+    united = replace(joined[0], files=files, scores={}, by_length=by_length, cells=cells)
+    return united, left_out
 
 
 def _cells(runs: Sequence[TaskRun]) -> tuple[NeedleCell, ...]:

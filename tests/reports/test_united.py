@@ -96,8 +96,10 @@ def test_answers_to_cut_prompts_do_not_take_the_place_of_others(tmp_path):
     assert {cell.context_length for cell in run.cells if not cell.correct} == {*SHORT[:2], *LONG}
     assert run.cut == {LONG[0]: SHORT[1]}
     save(tmp_path / "ruler", ruler({8192: 0.9}), ruler({8192: 0.1}) | {"max_length": 4096})
-    comparison = compare([load(tmp_path / "ruler")])
-    assert curve(comparison, "yoco_ruler").values == ({8192: 0.9},)
+    checkpoint = load(tmp_path / "ruler")
+    assert curve(compare([checkpoint]), "yoco_ruler").values == ({8192: 0.9},)
+    told = "niah_single_1 and 1 more: its prompts were cut, those of another run were not"
+    assert skipped(checkpoint) == {"results_2.json": told}
 
 
 def test_what_is_all_in_newer_files_is_said_to_be(tmp_path):
