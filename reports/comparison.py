@@ -33,9 +33,9 @@ from .differences import (
 from .profile import Profile
 from .results import NeedleRun, ResultsError, common_grid
 from .runs import Checkpoint, Skipped
-from .samples import NeedleSample, read_samples
+from .samples import Answers, NeedleSample, answers, clusters, read_samples
 from .setups import SetupDifference, find_differences
-from .statistics import Interval, effective_length, wilson
+from .statistics import Interval, effective_length, interval, wilson
 from .task_runs import BUCKETS, TaskRun
 
 THRESHOLD = 0.9  # of the effective context length, by default
@@ -44,12 +44,17 @@ _RULER = ("yoco_ruler", "ruler")
 
 @dataclass(frozen=True)
 class LengthAccuracy:
-    """All prompts of one context length (tokens), with the 95 % interval of their accuracy."""
+    """All prompts of one context length (tokens), with the 95 % interval of their accuracy.
+
+    haystacks: how many samples the prompts are of. None where a file does not tell which prompts
+        were right: the interval then takes them for independent.
+    """
 
     context_length: int
     correct: int
     samples: int
     interval: Interval
+    haystacks: int | None
 
     @property
     def accuracy(self) -> float:
@@ -222,7 +227,11 @@ def compare(
         _samples(checkpoint, found) for checkpoint, found in zip(checkpoints, skipped, strict=True)
     ]
     benchmarks = compare_benchmarks(checkpoints)
-    of_needles, caveats = needle_tests(checkpoints, samples)
+    told = [
+        {task: answers(run, logged.get(task, ())) for task, run in checkpoint.needles.items()}
+        for checkpoint, logged in zip(checkpoints, samples, strict=True)
+    ]
+    of_needles, caveats = needle_tests(checkpoints, told)
     of_benchmarks, more = benchmark_tests(checkpoints, benchmarks)
     tests = correct([*of_needles, *of_benchmarks])
     keys = dict.fromkeys(key for checkpoint in checkpoints for key in checkpoint.tasks)
@@ -231,11 +240,11 @@ def compare(
         threshold,
         tuple(benchmarks),
         tuple(published_models(benchmarks)) if published else (),
-        tuple(_needle_tasks(checkpoints, samples, threshold, published)),
+        tuple(_needle_tasks(checkpoints, samples, told, threshold, published)),
         tuple(_curves(checkpoints)),
         tuple(checkpoint.profile for checkpoint in checkpoints),
         tuple(tests),
-        tuple(find(tests)),
+        tuple(find(tests, checkpoints)),
         (*caveats, *more),
         tuple(find_differences(checkpoints, list(keys))),
     )
@@ -277,6 +286,7 @@ def _source(checkpoint: Checkpoint, skipped: Sequence[Skipped]) -> Source:
 def _needle_tasks(
     checkpoints: Sequence[Checkpoint],
     samples: Sequence[dict[str, list[NeedleSample]]],
+    told: Sequence[dict[str, Answers]],
     threshold: float,
     published: bool,
 ) -> list[NeedleTask]:
@@ -286,8 +296,10 @@ def _needle_tasks(
         runs = [checkpoint.needles.get(task) for checkpoint in checkpoints]
         lengths, _ = common_grid(filter(None, runs))
         results = tuple(
-            _needle_result(run, lengths, logged.get(task, []), threshold) if run else None
-            for run, logged in zip(runs, samples, strict=True)
+            _needle_result(run, lengths, logged.get(task, []), answered[task], threshold)
+            if run
+            else None
+            for run, logged, answered in zip(runs, samples, told, strict=True)
         )
         rows = tuple(_published_needles(task)) if published else ()
         found.append(NeedleTask(task, results, rows))
@@ -295,14 +307,21 @@ def _needle_tasks(
 
 
 def _needle_result(
-    run: NeedleRun, lengths: Sequence[int], samples: Sequence[NeedleSample], threshold: float
+    run: NeedleRun,
+    lengths: Sequence[int],
+    samples: Sequence[NeedleSample],
+    told: Answers,
+    threshold: float,
 ) -> NeedleResult:
     """lengths: those of all checkpoints."""
     by_length = []
     for length in run.context_lengths:
         cells = [cell for cell in run.cells if cell.context_length == length]
         right, total = sum(cell.correct for cell in cells), sum(cell.samples for cell in cells)
-        by_length.append(LengthAccuracy(length, right, total, wilson(right, total)))
+        by_sample = clusters(told[length, cell.depth] for cell in cells)
+        held = interval(*by_sample) if by_sample else wilson(right, total)
+        haystacks = len(by_sample[0]) if by_sample else None
+        by_length.append(LengthAccuracy(length, right, total, held, haystacks))
     bounds = {one.context_length: one.interval.low for one in by_length}
     effective = effective_length(below_cut(bounds, run.cut), threshold)
     beyond = [one for one in by_length if one.context_length > (effective or 0)]

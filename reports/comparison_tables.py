@@ -144,7 +144,7 @@ def effective_note(comparison: Comparison) -> str:
     """What an effective context length is."""
     return (
         "Effective: the longest evaluated context length at which, and at all shorter ones, the "
-        f"95 % interval of the accuracy (Wilson) lies above {comparison.threshold:g}."
+        f"95 % interval of the accuracy lies above {comparison.threshold:g}."
     )
 
 
@@ -165,6 +165,22 @@ def _span(numbers: Iterable[int]) -> str:
     return f"{least} to {more[-1]}" if more else f"{least}"
 
 
+def _interval_notes(comparison: Comparison, task: NeedleTask) -> Iterable[str]:
+    """What the intervals are, and where they do not tell of other haystacks."""
+    yield (
+        "Intervals: Wilson's, widened where samples, each of which has a haystack of its own, "
+        "differ by more than chance."
+    )
+    found: dict[int | None, list[str]] = {}
+    for name, result in zip(comparison.names, task.results, strict=True):
+        for haystacks in {one.haystacks for one in result.by_length} if result else ():
+            found.setdefault(haystacks, []).append(name)
+    if None in found:
+        yield f"Not told which prompts were right, taken for independent: {listed(found[None])}."
+    if 1 in found:
+        yield f"Of one sample, which tells nothing of other haystacks: {listed(found[1])}."
+
+
 def incomparable(comparison: Comparison, task: str) -> Iterable[str]:
     """In what the checkpoints' prompts differ so much that a task's scores do not compare."""
     for difference in comparison.setup_differences:
@@ -183,6 +199,7 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Table:
     effective = (effective_text(result) if result else NOTHING for result in task.results)
     foot = (Cell("effective"), *map(Cell, effective))
     notes = [*incomparable(comparison, task.task), effective_note(comparison)]
+    notes += _interval_notes(comparison, task)
     if any(result and result.too_few_prompts for result in task.results):
         notes.append(
             "*: all prompts of the next length were right, but they are too few to tell: it takes "

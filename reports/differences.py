@@ -2,13 +2,15 @@
 
 Every pair of checkpoints is tested on every task that both were evaluated on. Needle tasks are
 tested at each context length, over all depths and over the shallower and the deeper half, and over
-all lengths together; benchmarks by their means. The p-values of a whole report are corrected
-together, so that all that it states holds at once at the level of 5 %.
+all lengths together; benchmarks by their means. Prompts of needle tasks are paired where both
+results files tell that they were the same, and those of one sample, which have a haystack in
+common, count as a cluster. The p-values of a whole report are corrected together, so that all that
+it states holds at once at the level of 5 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -16,19 +18,18 @@ from yoco_eval.lengths import format_length
 
 from .benchmarks import Benchmark
 from .heatmap import format_depths
-from .results import NeedleCell, NeedleRun, mapping
+from .results import NeedleCell, NeedleRun, common_grid, mapping
 from .runs import Checkpoint
-from .samples import NeedleSample
-from .setups import MARKED, REFUSED, differing
-from .statistics import LEVEL, fisher, holm, mcnemar, z_test
+from .samples import Answers, Cell, clusters
+from .setups import MARKED, PROMPTS, REFUSED, STATED, differing
+from .statistics import LEVEL, fisher, holm, mcnemar, paired_test, unpaired_test, z_test
 from .task_runs import TaskRun
 
-PAIRED, UNPAIRED, MEANS = "McNemar's exact test", "Fisher's exact test", "z-test"
+# Each takes answers of one sample for a cluster, but for the last two.
+PAIRED, UNPAIRED = "McNemar's exact and t test", "Fisher's exact and Welch's test"
+INDEPENDENT, MEANS = "Fisher's exact test", "z-test"
 
 _FEWEST_DOCUMENTS = 30  # with fewer, a mean is not distributed normally enough
-
-Cell = tuple[int, float]  # context length, depth
-Answers = dict[Cell, dict[int, bool]]  # whether each sample was answered right
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class PairTest:
     """Two checkpoints on one task, or on a part of its prompts.
 
     first, second: which of the checkpoints, by their place.
-    method: `PAIRED`, `UNPAIRED` or `MEANS`.
+    method: `PAIRED`, `UNPAIRED`, `INDEPENDENT` or `MEANS`.
     scores: of the first and the second on what was compared: shares of right answers, or a
         benchmark's metric.
     p, corrected: the p-value by itself, and corrected for all tests of the report.
     prompts: of the first and the second. The same ones where the test is paired.
-    context_length: in tokens; None where all lengths are taken together.
+    context_lengths: in tokens, of the prompts; several are taken together. Empty in benchmarks.
     depths: the shallowest and the deepest needle, 0 to 1; None in benchmarks.
     part: which half of the depths: "shallow" or "deep"; None for all of them.
     n_shot: of a benchmark, examples in each prompt.
@@ -55,11 +56,16 @@ class PairTest:
     p: float
     corrected: float = 1.0
     prompts: tuple[int, int] | None = None
-    context_length: int | None = None
+    context_lengths: tuple[int, ...] = ()
     depths: tuple[float, float] | None = None
     part: str | None = None
     n_shot: int | None = None
     higher_is_better: bool = True
+
+    @property
+    def context_length(self) -> int | None:
+        """The one that is tested by itself."""
+        return self.context_lengths[0] if len(self.context_lengths) == 1 else None
 
     @property
     def significant(self) -> bool:
@@ -74,10 +80,10 @@ class PairTest:
 
 @dataclass(frozen=True)
 class Finding:
-    """A significant difference, in a task and at a run of neighbouring context lengths.
+    """A significant difference, in a task and at some of its context lengths.
 
-    where: "at 256K and above, depth 0 to 50 %", each length of it tested by itself; empty for a
-        benchmark.
+    where: "from 256K to 1M, depth 0 to 50 %", each length of it tested by itself and no evaluated
+        one left out in between; or "over 4K and 8K together". Empty for a benchmark.
     scores: of the better and the worse one, the means over the tests.
     p: the largest corrected p-value of the tests.
     regression: whether the worse one comes later in the order of the checkpoints.
@@ -108,17 +114,12 @@ class Caveat:
 
 
 def needle_tests(
-    checkpoints: Sequence[Checkpoint], samples: Sequence[dict[str, Sequence[NeedleSample]]]
+    checkpoints: Sequence[Checkpoint], answers: Sequence[Mapping[str, Answers]]
 ) -> tuple[list[PairTest], list[Caveat]]:
     """Tests, not yet corrected, of all pairs on all needle tasks.
 
-    samples: of each checkpoint the logged ones, by task. They stand in for answers that the cells
-        of older files do not tell one by one.
+    answers: of each checkpoint, by task.
     """
-    answers = [
-        {task: _answers(run, logged.get(task, ())) for task, run in checkpoint.needles.items()}
-        for checkpoint, logged in zip(checkpoints, samples, strict=True)
-    ]
     tests: list[PairTest] = []
     caveats: list[Caveat] = []
     for (i, first), (j, second) in combinations(enumerate(checkpoints), 2):
@@ -131,24 +132,21 @@ def needle_tests(
             if reason := _refusal(runs, common):
                 caveats.append(Caveat(task, i, j, True, reason))
                 continue
-            paired = answers[i][task], answers[j][task]
-            if reason := _obstacle(runs, paired):
-                caveats.append(Caveat(task, i, j, False, reason))
-            if cells[0].keys() != cells[1].keys():
-                reason = "compared at the context lengths and depths that both have"
-                caveats.append(Caveat(task, i, j, False, reason))
-            for region in _regions(common):
-                if _obstacle(runs, paired):
-                    method, counted = UNPAIRED, _unpaired(region.cells, cells)
-                else:
-                    method, counted = PAIRED, _paired(region.cells, paired)
-                if counted:
-                    tests.append(
+            told = answers[i][task], answers[j][task]
+            obstacles = {cell: _obstacle(runs, cell, told) for cell in common}
+            made = []
+            for region in regions(common):
+                if found := _test(region.cells, cells, told, obstacles):
+                    method, counted = found
+                    made.append(
                         PairTest(
-                            task, i, j, method, **counted, context_length=region.context_length,
+                            task, i, j, method, **counted, context_lengths=region.context_lengths,
                             depths=region.depths, part=region.part,
                         )
                     )  # fmt: skip
+            tests += made
+            reasons = _restrictions(cells, common, obstacles, made)
+            caveats += [Caveat(task, i, j, False, reason) for reason in reasons]
     return tests, caveats
 
 
@@ -196,39 +194,40 @@ def correct(tests: Sequence[PairTest]) -> list[PairTest]:
     return [replace(test, corrected=p) for test, p in zip(tests, corrected, strict=True)]
 
 
-def find(tests: Sequence[PairTest]) -> list[Finding]:
+def find(tests: Sequence[PairTest], checkpoints: Sequence[Checkpoint]) -> list[Finding]:
     """What the significant ones among corrected tests say, in their order."""
     groups: dict[tuple, list[PairTest]] = {}
     for test in tests:
         groups.setdefault((test.task, test.n_shot, test.first, test.second), []).append(test)
-    return [finding for group in groups.values() for finding in _find_in(group)]
+    findings = []
+    for (task, _, first, second), group in groups.items():
+        runs = [checkpoints[place].needles.get(task) for place in (first, second)]
+        evaluated, _ = common_grid(filter(None, runs))
+        findings += _find_in(group, evaluated)
+    return findings
 
 
-def _find_in(tests: Sequence[PairTest]) -> list[Finding]:
-    """The findings about one pair on one task."""
-    lengths = sorted({test.context_length for test in tests if test.context_length})
-    runs: dict[tuple[int, str | None], list[list[int]]] = {}  # of neighbours in `lengths`
-    telling: dict[tuple[int, str | None, int], list[PairTest]] = {}
-    for place, length in enumerate(lengths):
+def _find_in(tests: Sequence[PairTest], evaluated: Sequence[int]) -> list[Finding]:
+    """The findings about one pair on one task.
+
+    evaluated: the context lengths of either, tested or not.
+    """
+    telling: dict[tuple[int, str | None], dict[int, list[PairTest]]] = {}
+    for length in evaluated:
         here = [test for test in tests if test.context_length == length and test.significant]
         for better in sorted({test.better for test in here}):
             part, chosen = _most_specific([test for test in here if test.better == better])
-            telling[better, part, place] = chosen
-            found = runs.setdefault((better, part), [])
-            if found and found[-1][-1] == place - 1:
-                found[-1].append(place)
-            else:
-                found.append([place])
+            telling.setdefault((better, part), {})[length] = chosen
     findings = []
-    for (better, part), found in runs.items():
-        for places in found:
-            chosen = [test for place in places for test in telling[better, part, place]]
-            where = _lengths([lengths[place] for place in places], lengths)
-            findings.append(_finding(better, where + (_depths(chosen) if part else ""), chosen))
+    for (better, part), found in telling.items():
+        chosen = [test for of_length in found.values() for test in of_length]
+        where = _at(list(found), evaluated) + (_depths(chosen) if part else "")
+        findings.append(_finding(better, where, chosen))
     if not findings:
         for test in tests:
-            if test.context_length is None and test.significant:
-                where = "" if test.method == MEANS else "over all context lengths"
+            if len(test.context_lengths) != 1 and test.significant:
+                lengths = _spans(test.context_lengths, evaluated)
+                where = "" if test.method == MEANS else f"over {lengths} together"
                 findings.append(_finding(test.better, where, [test]))
     return findings
 
@@ -254,15 +253,28 @@ def _finding(better: int, where: str, tests: Sequence[PairTest]) -> Finding:
     return Finding(one.task, better, worse, where, scores, p, tuple(tests))
 
 
-def _lengths(run: Sequence[int], tested: Sequence[int]) -> str:
-    low, high = format_length(run[0]), format_length(run[-1])
-    if len(run) == 1:
-        return f"at {low}"
-    if len(run) == len(tested):
-        return "at all context lengths"
-    if run[-1] == tested[-1]:
-        return f"at {low} and above"
-    return f"up to {high}" if run[0] == tested[0] else f"from {low} to {high}"
+def _at(lengths: Sequence[int], evaluated: Sequence[int]) -> str:
+    """Where that is: "at 4K and 16K", "from 4K to 16K"."""
+    spans = _spans(lengths, evaluated)
+    return f"at {spans}" if " to " not in spans or " and " in spans else f"from {spans}"
+
+
+def _spans(lengths: Sequence[int], evaluated: Sequence[int]) -> str:
+    """The context lengths, no others: "4K", "4K and 16K", "1K, 4K to 32K and 128K".
+
+    A span has no evaluated length in it but those.
+    """
+    spans: list[list[int]] = []
+    for length in lengths:
+        if spans and evaluated.index(length) == evaluated.index(spans[-1][-1]) + 1:
+            spans[-1].append(length)
+        else:
+            spans.append([length])
+    told = []
+    for span in spans:
+        names = [format_length(length) for length in span]
+        told += names if len(names) < 3 else [f"{names[0]} to {names[-1]}"]
+    return " and ".join([", ".join(told[:-1])] * (len(told) > 1) + told[-1:])
 
 
 def _depths(tests: Sequence[PairTest]) -> str:
@@ -272,10 +284,18 @@ def _depths(tests: Sequence[PairTest]) -> str:
 
 
 @dataclass(frozen=True)
-class _Region:
-    context_length: int | None
+class Region:
+    """Cells that are tested together.
+
+    part: which half of the depths: "shallow" or "deep"; None for all of them.
+    """
+
     part: str | None
     cells: tuple[Cell, ...]
+
+    @property
+    def context_lengths(self) -> tuple[int, ...]:
+        return tuple(sorted({length for length, _ in self.cells}))
 
     @property
     def depths(self) -> tuple[float, float]:
@@ -283,48 +303,86 @@ class _Region:
         return min(depths), max(depths)
 
 
-def _regions(cells: Sequence[Cell]) -> list[_Region]:
+def regions(cells: Sequence[Cell]) -> list[Region]:
     """The parts of a grid that are tested; they depend on the grid alone, not on the answers."""
-    regions = []
+    found = []
     lengths = sorted({length for length, _ in cells})
     for length in lengths:
         here = tuple(cell for cell in cells if cell[0] == length)
         shallow = tuple(cell for cell in here if cell[1] <= 0.5)
         deep = tuple(cell for cell in here if cell[1] > 0.5)
-        regions.append(_Region(length, None, here))
+        found.append(Region(None, here))
         if shallow and deep:
-            regions += [_Region(length, "shallow", shallow), _Region(length, "deep", deep)]
+            found += [Region("shallow", shallow), Region("deep", deep)]
     if len(lengths) > 1:
-        regions.append(_Region(None, None, tuple(cells)))
-    return regions
+        found.append(Region(None, tuple(cells)))
+    return found
 
 
-def _paired(cells: Iterable[Cell], answers: tuple[Answers, Answers]) -> dict | None:
-    """Scores, p-value and prompts; None if so few that no answers could be significant."""
-    first, second = answers
-    pairs = [
-        (first[cell][sample], second[cell][sample])
-        for cell in cells
-        for sample in first[cell].keys() & second[cell].keys()
-    ]
-    if mcnemar(len(pairs), 0) >= LEVEL:
-        return None
-    scores = tuple(sum(right) / len(pairs) for right in zip(*pairs, strict=True))
-    p = mcnemar(pairs.count((True, False)), pairs.count((False, True)))
-    return {"scores": scores, "p": p, "prompts": (len(pairs), len(pairs))}
+Grids = tuple[dict[Cell, NeedleCell], dict[Cell, NeedleCell]]
 
 
-def _unpaired(
-    cells: Sequence[Cell], grids: tuple[dict[Cell, NeedleCell], dict[Cell, NeedleCell]]
-) -> dict | None:
-    """As `_paired`, by the cells' counts."""
+def _test(
+    cells: Sequence[Cell],
+    grids: Grids,
+    answers: tuple[Answers, Answers],
+    obstacles: Mapping[Cell, str | None],
+) -> tuple[str, dict] | None:
+    """The method, and scores, p-value and prompts, of these cells together.
+
+    None if the prompts are so few that no answers to them could be significant.
+    """
+    if not any(obstacles[cell] for cell in cells):
+        counted = _paired(cells, answers)
+        return (PAIRED, counted) if counted else None
     right = [sum(grid[cell].correct for cell in cells) for grid in grids]
     total = [sum(grid[cell].samples for cell in cells) for grid in grids]
     if fisher((total[0], total[0]), (0, total[1])) >= LEVEL:
         return None
-    p = fisher((right[0], total[0]), (right[1], total[1]))
+    by_sample = [clusters(told[cell] for cell in cells) for told in answers]
+    if None in by_sample:
+        method, p = INDEPENDENT, fisher((right[0], total[0]), (right[1], total[1]))
+    else:
+        method, p = UNPAIRED, unpaired_test(*by_sample)
     scores = right[0] / total[0], right[1] / total[1]
-    return {"scores": scores, "p": p, "prompts": tuple(total)}
+    return method, {"scores": scores, "p": p, "prompts": tuple(total)}
+
+
+def _paired(cells: Iterable[Cell], answers: tuple[Answers, Answers]) -> dict | None:
+    first, second = answers
+    pairs: dict[int, list[tuple[bool, bool]]] = {}  # by sample
+    for cell in cells:
+        for sample in first[cell].keys() & second[cell].keys():
+            pair = first[cell][sample].right, second[cell][sample].right
+            pairs.setdefault(sample, []).append(pair)
+    every = [pair for of_sample in pairs.values() for pair in of_sample]
+    if mcnemar(len(every), 0) >= LEVEL:
+        return None
+    p = paired_test(
+        [of_sample.count((True, False)) for of_sample in pairs.values()],
+        [of_sample.count((False, True)) for of_sample in pairs.values()],
+    )
+    scores = tuple(sum(right) / len(every) for right in zip(*every, strict=True))
+    return {"scores": scores, "p": p, "prompts": (len(every), len(every))}
+
+
+def _restrictions(
+    grids: Grids,
+    common: Sequence[Cell],
+    obstacles: Mapping[Cell, str | None],
+    tests: Sequence[PairTest],
+) -> Iterable[str]:
+    """What the tests of a pair on a task leave out, or cannot take into account."""
+    evaluated = sorted({length for grid in grids for length, _ in grid})
+    lengths = sorted({length for length, _ in common})
+    for reason in dict.fromkeys(filter(None, obstacles.values())):
+        where = sorted({length for length, depth in common if obstacles[length, depth] == reason})
+        yield f"not paired{'' if where == lengths else f' {_at(where, evaluated)}'}: {reason}"
+    if grids[0].keys() != grids[1].keys():
+        yield "compared at the context lengths and depths that both have"
+    tested = {test.context_length for test in tests}
+    if few := [length for length in lengths if length not in tested]:
+        yield f"not tested {_at(few, evaluated)}: too few prompts"
 
 
 def _refusal(runs: tuple[TaskRun, TaskRun], common: Sequence[Cell]) -> str | None:
@@ -334,36 +392,25 @@ def _refusal(runs: tuple[TaskRun, TaskRun], common: Sequence[Cell]) -> str | Non
 
 
 def _obstacle(
-    runs: tuple[TaskRun, TaskRun], answers: tuple[Answers | None, Answers | None]
+    runs: tuple[TaskRun, TaskRun], cell: Cell, answers: tuple[Answers, Answers]
 ) -> str | None:
-    """Why the answers cannot be compared prompt by prompt; None if they can."""
-    if "seed" in differing(*runs, MARKED):
-        return "not paired: other prompts (another seed)"
-    if None in answers:
-        return "not paired: an older results file does not tell which prompts were right"
-    return None
+    """Why the answers in a cell cannot be compared prompt by prompt; None if they can."""
+    first, second = (told[cell] for told in answers)
+    if first is None or second is None:
+        return "an older results file does not tell which prompts were right"
+    pairs = [(first[sample].prompt, second[sample].prompt) for sample in first if sample in second]
+    if any(a != b for a, b in pairs if a and b):
+        changed = [*differing(*runs, MARKED), *differing(*runs, STATED)]
+        causes = dict.fromkeys(PROMPTS[name] for name in changed if name in PROMPTS)
+        why = _listed([f"another {cause}" for cause in causes])
+        return f"other prompts ({why})" if why else "other prompts"
+    if not all(a and b for a, b in pairs):
+        return "an older results file does not tell its prompts"
+    return None if pairs else "no prompts in common"
 
 
 def _cells(run: NeedleRun) -> dict[Cell, NeedleCell]:
     return {(cell.context_length, cell.depth): cell for cell in run.cells}
-
-
-def _answers(run: NeedleRun, logged: Sequence[NeedleSample]) -> Answers | None:
-    """From the cells, else from logged samples; None if neither has them all."""
-    if all(cell.right is not None for cell in run.cells):
-        return {
-            key: dict.fromkeys(cell.right, True) | dict.fromkeys(cell.wrong, False)
-            for key, cell in _cells(run).items()
-        }
-    answers: Answers = {}
-    for sample in logged:
-        cell = answers.setdefault((sample.context_length, sample.depth), {})
-        cell[sample.sample] = sample.right
-    whole = all(
-        len(answers.get(key, ())) == cell.samples and sum(answers[key].values()) == cell.correct
-        for key, cell in _cells(run).items()
-    )
-    return answers if whole else None
 
 
 def _documents(run: TaskRun) -> int:

@@ -1,4 +1,4 @@
-"""Reads what `lm_eval --log_samples` wrote of needle tasks: questions and answers, not the prompts.
+"""Needle tasks prompt by prompt: what cells and the files of `lm_eval --log_samples` tell of each.
 
 A line of such a file holds a whole prompt, megabytes of it. Lines are read one after the other, and
 of each only what a report shows is kept.
@@ -7,11 +7,16 @@ of each only what a report shows is kept.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .results import ResultsError
+from yoco_eval.tasks.by_length import digest
+
+from .results import NeedleCell, NeedleRun, ResultsError
+
+Cell = tuple[int, float]  # context length, depth
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class NeedleSample:
     depth: share of the haystack before the needle, 0 to 1.
     sample: its number among those of the same context length and depth.
     excerpt: the needle with its surroundings.
+    prompt: its digest, as cells have it; None if the file does not hold it.
     """
 
     context_length: int
@@ -34,6 +40,64 @@ class NeedleSample:
     excerpt: str
     tokens: int
     right: bool
+    prompt: str | None = None
+
+
+class Answer(NamedTuple):
+    """Whether a prompt was answered right, and the prompt's digest, None where nothing tells."""
+
+    right: bool
+    prompt: str | None
+
+
+Answers = Mapping[Cell, Mapping[int, Answer] | None]
+
+
+def answers(run: NeedleRun, logged: Sequence[NeedleSample]) -> Answers:
+    """The answers in each cell by sample; None for cells of which nothing tells them one by one.
+
+    logged: samples, which stand in for what the cells of older files do not tell.
+    """
+    samples: dict[Cell, dict[int, Answer]] = {}
+    for one in logged:
+        cell = samples.setdefault((one.context_length, one.depth), {})
+        cell[one.sample] = Answer(one.right, one.prompt)
+    keys = [(cell.context_length, cell.depth) for cell in run.cells]
+    return {
+        key: _answers(cell, samples.get(key, {})) for key, cell in zip(keys, run.cells, strict=True)
+    }
+
+
+def _answers(cell: NeedleCell, logged: dict[int, Answer]) -> dict[int, Answer] | None:
+    if cell.right is None:
+        right = sum(answer.right for answer in logged.values())
+        return logged if (right, len(logged)) == (cell.correct, cell.samples) else None
+    told = dict.fromkeys(cell.right, True) | dict.fromkeys(cell.wrong, False)
+    if cell.prompts is not None:
+        prompts = dict(zip(sorted(told), cell.prompts, strict=True))
+    elif {sample: answer.right for sample, answer in logged.items()} == told:
+        prompts = {sample: answer.prompt for sample, answer in logged.items()}
+    else:
+        prompts = {}
+    return {sample: Answer(right, prompts.get(sample)) for sample, right in told.items()}
+
+
+def clusters(
+    cells: Iterable[Mapping[int, Answer] | None],
+) -> tuple[list[int], list[int]] | None:
+    """How many answers of each sample are right, of how many; None where a cell does not tell.
+
+    All prompts of a sample, whatever their context length and depth, have one haystack in common.
+    """
+    right: dict[int, int] = {}
+    total: dict[int, int] = {}
+    for cell in cells:
+        if cell is None:
+            return None
+        for sample, answer in cell.items():
+            right[sample] = right.get(sample, 0) + answer.right
+            total[sample] = total.get(sample, 0) + 1
+    return list(right.values()), list(total.values())
 
 
 def find_samples(results: Path, task: str) -> Path | None:
@@ -75,4 +139,12 @@ def _sample(line: dict[str, Any]) -> NeedleSample:
         excerpt=str(doc["excerpt"]),
         tokens=int(doc["prompt_tokens"]),
         right=float(line["acc"]) == 1,
+        prompt=_prompt(line),
     )
+
+
+def _prompt(line: dict[str, Any]) -> str | None:
+    try:
+        return digest(line["arguments"]["gen_args_0"]["arg_0"])
+    except (AttributeError, LookupError, TypeError):  # a file may hold anything
+        return None

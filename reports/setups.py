@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from yoco_eval.lengths import format_length
 
 from .heatmap import format_depths
+from .models import model_args
 from .results import ResultsFile, mapping
 from .task_runs import TaskRun
 
@@ -21,8 +22,17 @@ STATED, MARKED, REFUSED = "stated", "marked", "refused"
 _REFUSED = frozenset({"task version", "haystack", "needles", "protocol", "data"})
 # Across these it holds, but for fewer prompts, or for others of the same kind.
 _MARKED = frozenset({"seed", "samples", "depths", "context lengths", "limit", "documents"})
+# Where one of these differs, so may prompts, because of what it tells of.
+PROMPTS = {
+    "seed": "seed", "tokenizer": "tokenizer", "special tokens": "tokenizer",
+    "chat template": "chat template", "system instruction": "system instruction",
+}  # fmt: skip
 # Where a file lacks one of these, it is not known; where it lacks another, it was not set.
-_ALWAYS = frozenset({"task version", "documents", "backend", "dtype", "lm-eval"})
+_ALWAYS = frozenset(
+    {"task version", "documents", "backend", "dtype", "lm-eval", "max_length", "special tokens"}
+)
+_NOT_SET = {"tokenizer": "the model's", "chat template": "none", "system instruction": "none"}
+_DIGITS = 12  # of a fingerprint
 _OF_THE_TASK = (
     "seed", "haystack", "needles", "protocol", "data", "samples", "depths", "context_lengths",
 )  # fmt: skip
@@ -58,7 +68,7 @@ def find_differences(
         settings = [run and setup(run) for run in runs]
         names = dict.fromkeys(name for one in settings if one for name in one)
         for name in names:
-            missing = "not told" if name in _ALWAYS else "default"
+            missing = "not told" if name in _ALWAYS else _NOT_SET.get(name, "default")
             values = tuple(one and one.get(name, missing) for one in settings)
             if len({value for value in values if value is not None}) > 1:
                 found.setdefault((name, values), []).append(key[0])
@@ -90,6 +100,9 @@ def setup(run: TaskRun) -> dict[str, str]:
         settings |= {"context lengths": run.context_lengths, "documents": None}
     if run.cells:
         settings["depths"] = sorted({cell.depth for cell in run.cells})
+    # Tasks have many settings of generation, of which mostly one differs.
+    if isinstance(generation := settings["generation"], dict):
+        settings |= {"generation": None, **{f"generation {k}": v for k, v in generation.items()}}
     return {name: _text(name, value) for name, value in settings.items() if value is not None}
 
 
@@ -107,13 +120,25 @@ def _of_file(run: TaskRun, file: ResultsFile) -> dict[str, Any]:
            for name in _OF_THE_TASK},
         "documents": common(documents),
         **{name.replace("_", " "): config.get(name) for name in _OF_THE_RUN},
-        "generation": config.get("gen_kwargs") or None,
+        "generation": common([mapping(data["configs"].get(task)).get("generation_kwargs")
+                              for task in leaves]) or config.get("gen_kwargs") or None,
+        "max_length": config.get("max_length") or data.get("max_length"),
+        "tokenizer": model_args(data).get("tokenizer"),
+        "special tokens": _special_tokens(data),
         "chat template": data.get("chat_template_sha"),
-        "system instruction": data.get("system_instruction_sha"),
+        "system instruction": data.get("system_instruction"),
         "backend": config.get("model"),
         "dtype": config.get("model_dtype"),
         "lm-eval": data.get("lm_eval_version"),
     }  # fmt: skip
+
+
+def _special_tokens(data: dict[str, Any]) -> str | None:
+    """Those that lm-eval tells of the tokenizer, with their ids."""
+    found = {name: data.get(f"tokenizer_{name}_token") for name in ("bos", "eos", "pad")}
+    told = [f"{name} {' '.join(map(str, token))}" for name, token in found.items()
+            if isinstance(token, list)]  # fmt: skip
+    return ", ".join(told) or None
 
 
 def common(values: Sequence[Any]) -> Any:
@@ -130,6 +155,10 @@ def _text(name: str, value: object) -> str:
             return ", ".join(format_length(length) for length in value)
         if name == "depths":
             return ", ".join(format_depths(value)) + " %"
+        if name == "max_length":
+            return format_length(value)
     except (TypeError, ValueError):  # a file may hold anything
         pass
+    if name == "chat template":
+        return str(value)[:_DIGITS]
     return str(value).removeprefix("torch.")

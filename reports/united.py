@@ -18,9 +18,10 @@ from .setups import common, setup
 from .task_runs import BUCKETS, Score, TaskRun
 
 # What runs that are one may differ in. The lengths at which they were evaluated have prompts of
-# their own; and a run's longest input says nothing of shorter prompts.
+# their own; a run's longest input says nothing of shorter prompts; and the special tokens, which
+# some files do not tell, are those of the model or of the tokenizer in its arguments.
 _MAY_DIFFER = frozenset(
-    {"context lengths", "depths", "documents", "limit", "max_length", "lm-eval"}
+    {"context lengths", "depths", "documents", "limit", "max_length", "lm-eval", "special tokens"}
 )
 _OF_THE_LENGTHS = frozenset(
     "version config_source cells prompts by_length context_lengths max_seq_lengths depths".split()
@@ -143,9 +144,6 @@ def _settings(run: TaskRun) -> dict[str, Any]:
         if name not in _OF_THE_LENGTHS and name not in args:
             value = common([one.get(name) for one in metadata])
             settings.setdefault(name.replace("_", " "), _text(value))
-    configs = [mapping(data["configs"].get(leaf)) for leaf in leaves]
-    generation = common([config.get("generation_kwargs") for config in configs])
-    settings["generation"] = _text(generation or settings.get("generation"))
     if run.n_shot and data.get("chat_template_sha"):
         settings["few-shot turns"] = data.get("fewshot_as_multiturn")
     return settings

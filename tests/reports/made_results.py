@@ -99,7 +99,8 @@ def log_samples(results_file, **texts):
     for task, config in data["configs"].items():
         lines = []
         for cell in config.get("metadata", {}).get("cells", []):
-            for sample in (*cell["right"], *cell["wrong"]):
+            answered_right = cell.get("right", range(cell["correct"]))
+            for sample in range(cell["samples"]):
                 number = str(10_000 + cell["context_length"] % 9973 + sample)
                 needle = f"The special number of Oslo is {number}."
                 doc = {
@@ -108,12 +109,13 @@ def log_samples(results_file, **texts):
                     "needle": needle, "excerpt": f"{'Hay. ' * 40}{needle}{' Straw.' * 30}",
                     "prompt_tokens": cell["context_length"] - 16,
                 }  # fmt: skip
-                right = sample in cell["right"]
+                right = sample in answered_right
+                hay = f"{cell['context_length']}/{cell['depth']}/{sample}: {'Hay. ' * 1000}"
                 answer = texts.get("generated", f" {number}." if right else " 7, I guess.")
                 lines.append(
                     {
                         "doc": doc | {k: v for k, v in texts.items() if k in doc},
-                        "arguments": {"gen_args_0": {"arg_0": "Hay. " * 1000}},
+                        "arguments": {"gen_args_0": {"arg_0": hay}},
                         "filtered_resps": [answer], "acc": float(right),
                     }
                 )  # fmt: skip

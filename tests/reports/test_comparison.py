@@ -41,6 +41,23 @@ def test_needles_by_length(family):
     assert compare_folders(*family, threshold=0.95).needles[0].results[3].effective_length is None
 
 
+def test_intervals_widen_where_haystacks_differ(tmp_path):
+    """Two haystacks of five are lost at 8K; at 4K as many prompts, of all haystacks alike."""
+    data = needle_results(lambda *_: 1.0, lengths=[4096, 8192], depths=[0.0, 0.25, 0.5, 0.75, 1.0])
+    for place, cell in enumerate(data["configs"]["yoco_needle"]["metadata"]["cells"]):
+        wrong = {place % 5, (place + 1) % 5} if cell["context_length"] == 4096 else {1, 3}
+        cell |= {"right": sorted(set(range(5)) - wrong), "wrong": sorted(wrong), "correct": 3}
+    write(tmp_path / "a", data)
+    for cell in data["configs"]["yoco_needle"]["metadata"]["cells"]:
+        del cell["right"], cell["wrong"], cell["prompts"]
+    write(tmp_path / "b", data)
+    (needles,) = compare_folders(tmp_path / "a", tmp_path / "b").needles
+    (alike, apart), unknown = (result.by_length for result in needles.results)
+    assert alike.interval == wilson(15, 25) and (alike.haystacks, apart.haystacks) == (5, 5)
+    assert apart.interval == pytest.approx(wilson(3, 5))  # 25 prompts are worth 5
+    assert [(one.interval, one.haystacks) for one in unknown] == [(wilson(15, 25), None)] * 2
+
+
 def test_too_few_prompts_are_told(tmp_path):
     write(tmp_path / "a", needle_results(trained_to(2**13), samples=2))
     write(tmp_path / "b", needle_results(lambda *_: 0.5, samples=2))
@@ -76,11 +93,15 @@ def test_logged_samples_stand_with_their_cells(tmp_path):
     assert samples[4096, 1.0][4] == NeedleSample(
         4096, 1.0, 4, "?", "1", " 1", "n", "e", 4000, True
     )
-    # They tell which prompts were right, which this file's cells do not.
-    assert not any("not paired" in caveat.reason for caveat in comparison.caveats)
+    # They tell which prompts were right, which this file's cells do not, but not the prompts.
+    told = "not paired: an older results file does not tell its prompts"
+    assert told in [caveat.reason for caveat in comparison.caveats]
+    assert comparison.needles[0].results[0].by_length[0].haystacks == 5
     (first / log.name).write_text("\n".join(lines[1:]) + "\n{")
     comparison = compare_folders(first, other)
-    assert any("not paired: an older" in caveat.reason for caveat in comparison.caveats)
+    told = "an older results file does not tell which prompts were right"
+    assert any(told in caveat.reason for caveat in comparison.caveats)
+    assert comparison.needles[0].results[0].by_length[0].haystacks is None
     (skip,) = comparison.checkpoints[0].skipped
     assert (skip.path.name, skip.reason) == (
         log.name, "lines that are no samples of yoco_needle: 1",
@@ -165,8 +186,32 @@ def test_setup_differences_of_tasks_stand_together(tmp_path):
     write(tmp_path / "b", zero_shot(0.5, lm_eval_version="0.4.12", chat_template_sha="abc"))
     found = compare_folders(tmp_path / "a", tmp_path / "b").setup_differences
     assert {(d.setting, len(d.tasks), d.values) for d in found} == {
-        ("lm-eval", 9, ("0.4.13", "0.4.12")), ("chat template", 9, ("default", "abc")),
+        ("lm-eval", 9, ("0.4.13", "0.4.12")), ("chat template", 9, ("none", "abc")),
     }  # fmt: skip
+
+
+def test_what_models_and_prompts_are_made_with_is_told(tmp_path):
+    generation = {"until": ["\n"], "do_sample": False}
+    for name, length, until in (("a", 2048, ["\n"]), ("b", 2**16, [])):
+        data = results({"gsm8k": {"acc,none": 0.5}}, max_length=length,
+                       tokenizer_eos_token=["</s>", "2"])  # fmt: skip
+        data["configs"]["gsm8k"]["generation_kwargs"] = generation | {"until": until}
+        if name == "b":
+            data["config"]["model_args"] = "pretrained=m,tokenizer=gpt2"
+            data |= {"tokenizer_eos_token": ["<|endoftext|>", "50256"],
+                     "tokenizer_pad_token": ["<pad>", "1"],
+                     "chat_template_sha": "0123456789abcdef", "system_instruction": "Be brief."}
+        write(tmp_path / name, data)
+    found = compare_folders(tmp_path / "a", tmp_path / "b").setup_differences
+    assert {d.setting: d.values for d in found} == {
+        "max_length": ("2K", "64K"),
+        "tokenizer": ("the model's", "gpt2"),
+        "special tokens": ("eos </s> 2", "eos <|endoftext|> 50256, pad <pad> 1"),
+        "chat template": ("none", "0123456789ab"),
+        "system instruction": ("none", "Be brief."),
+        "generation until": ("['\\n']", "[]"),
+    }
+    assert {d.effect for d in found} == {"stated"}
 
 
 ANYTHING = (None, 0, -1, 1.5, float("nan"), 1e999, "", "x,y", "a@1,none", [], [[]], {}, {"": {}},

@@ -149,7 +149,7 @@ def test_json(full, tmp_path):
     (needles,) = data["needles"]
     assert needles["results"][3]["effective_length"] == 2**20
     assert set(needles["results"][3]["by_length"][0]) == {
-        "context_length", "correct", "samples", "accuracy", "low", "high",
+        "context_length", "correct", "samples", "haystacks", "accuracy", "low", "high",
     }  # fmt: skip
     assert data["findings"][0]["sentence"] == full.sentence(full.findings[0])
     assert len(data["tests"]) == len(full.tests)
@@ -169,6 +169,17 @@ def test_hostile_names(hostile, tmp_path):
     rows = list(csv.DictReader(io.StringIO(saved(hostile, tmp_path, "csv"))))
     assert {row["checkpoint"] for row in rows} == {one_line(f"{name}{HOSTILE}") for name in "xy"}
     assert json.loads(saved(hostile, tmp_path, "json"))["checkpoints"][0]["name"] == f"x{HOSTILE}"
+
+
+def test_intervals_are_explained(tmp_path):
+    write(tmp_path / "a", needle_results(lambda *_: 0.5, lengths=[4096]))
+    write(tmp_path / "b", needle_results(lambda *_: 0.5, lengths=[4096], answers=False))
+    write(tmp_path / "c", needle_results(lambda *_: 0.5, lengths=[4096], samples=1))
+    comparison = compare(load_checkpoints([tmp_path / name for name in "abc"]))
+    text = " ".join(terminal(comparison).split())
+    assert "widened where samples, each of which has a haystack of its own, differ" in text
+    assert "Not told which prompts were right, taken for independent: b." in text
+    assert "Of one sample, which tells nothing of other haystacks: c." in text
 
 
 def test_restrictions_are_told(tmp_path):

@@ -3,10 +3,10 @@
 from itertools import count
 
 import pytest
-from made_results import LENGTHS, needle_results, results, trained_to, write
+from made_results import LENGTHS, log_samples, needle_results, results, trained_to, write
 
 from yoco_eval.reports.comparison import compare
-from yoco_eval.reports.differences import PAIRED, UNPAIRED
+from yoco_eval.reports.differences import INDEPENDENT, PAIRED, UNPAIRED
 from yoco_eval.reports.runs import load_checkpoints
 
 SHORT = LENGTHS[:4]
@@ -40,9 +40,9 @@ def test_family(family):
         2**12, 2**16, 2**18, 2**20,
     ]  # fmt: skip
     told = sentences(comparison)
-    assert "yoco_needle: demo-1m is better than demo-4k at 32K and above" in told
+    assert "yoco_needle: demo-1m is better than demo-4k from 32K to 1M" in told
     assert (
-        "yoco_needle: demo-1m is better than demo-256k at 512K and above, depth 0 to 50 %" in told
+        "yoco_needle: demo-1m is better than demo-256k at 512K and 1M, depth 0 to 50 %" in told
     )
     assert not comparison.regressions
     # Nothing is told of lengths at which both are right.
@@ -78,7 +78,7 @@ def test_runs_of_equal_accuracy_on_the_same_prompts_are_not_told_apart(compared)
 
 def test_true_differences_are_found_with_another_seed_too(compared):
     runs = [needle_results(trained_to(2**14), seed=0), needle_results(trained_to(2**20), seed=1)]
-    assert sentences(compared(*runs))[-1] == "yoco_needle: 1 is better than 0 at 64K and above"
+    assert sentences(compared(*runs))[-1] == "yoco_needle: 1 is better than 0 from 64K to 1M"
 
 
 def test_pairs_tell_more_than_counts(compared):
@@ -90,21 +90,22 @@ def test_pairs_tell_more_than_counts(compared):
 
     # The same draws: whatever the worse one gets right, the better one does, too.
     (paired,) = compared(run(0.7), run(0.78)).tests
-    (unpaired,) = compared(run(0.7, answers=False), run(0.78)).tests
-    assert paired.scores == unpaired.scores
-    assert paired.significant and not unpaired.significant
-    assert (paired.method, unpaired.method) == (PAIRED, UNPAIRED)
+    (unpaired,) = compared(run(0.7, prompts="others"), run(0.78)).tests
+    (unknown,) = compared(run(0.7, answers=False), run(0.78)).tests
+    assert paired.scores == unpaired.scores == unknown.scores
+    assert paired.significant and not unpaired.significant and not unknown.significant
+    methods = (paired.method, unpaired.method, unknown.method)
+    assert methods == (PAIRED, UNPAIRED, INDEPENDENT)
 
 
 @pytest.mark.parametrize(
     ("worse_at", "where"),
     [
         (SHORT[:1], "at 4K"),
-        (SHORT[:2], "up to 8K"),
-        (SHORT[1:3], "from 8K to 16K"),
-        (SHORT[2:], "at 16K and above"),
-        (SHORT, "at all context lengths"),
-        (SHORT[3:], "at 32K"),
+        (SHORT[:2], "at 4K and 8K"),
+        (SHORT[1:], "from 8K to 32K"),
+        (SHORT, "from 4K to 32K"),
+        (SHORT[::2], "at 4K and 16K"),
     ],
 )
 @pytest.mark.parametrize(
@@ -132,7 +133,106 @@ def test_a_difference_over_all_lengths(compared):
     runs = [needle_results(lambda length, depth, x=x: x, **grid) for x in (0.0, 1.0)]
     comparison = compared(*runs)
     assert len(comparison.tests) == 1  # 4 prompts of a length can never be significant
-    assert sentences(comparison) == ["yoco_needle: 1 is better than 0 over all context lengths"]
+    assert sentences(comparison) == ["yoco_needle: 1 is better than 0 over 4K to 1M together"]
+
+
+@pytest.mark.parametrize("left_out", ["too few prompts", "a gap"])
+def test_a_finding_names_no_length_that_was_not_tested(compared, left_out):
+    """At 8K all answers are equal, too few to be tested; or only one was evaluated there."""
+    def run(right):
+        data = needle_results(lambda *_: right, lengths=[4096, 8192, 16384, 65536], depths=[0.5],
+                              samples=30)  # fmt: skip
+        cells = data["configs"]["yoco_needle"]["metadata"]["cells"]
+        if left_out == "too few prompts":
+            cells[1] |= {"samples": 2, "correct": 2, "right": [0, 1], "wrong": []}
+            cells[1]["prompts"] = cells[1]["prompts"][:2]
+        elif right:
+            del cells[1]
+        return data
+
+    comparison = compared(run(0.0), run(1.0))
+    assert sentences(comparison) == ["yoco_needle: 1 is better than 0 at 4K, 16K and 64K"]
+    told = {
+        "too few prompts": "not tested at 8K: too few prompts",
+        "a gap": "compared at the context lengths and depths that both have",
+    }
+    assert [caveat.reason for caveat in comparison.caveats] == [told[left_out]]
+
+
+def test_prompts_of_lengths_taken_together_are_named(compared):
+    runs = [needle_results(lambda *_, x=x: x, lengths=SHORT[::2], depths=[0.5], samples=4)
+            for x in (0.0, 1.0)]  # fmt: skip
+    between = needle_results(lambda *_: 0.0, lengths=SHORT[:3], depths=[0.5], samples=4)
+    for first in (runs[0], between):
+        told = sentences(compared(first, runs[1]))
+        assert told == ["yoco_needle: 1 is better than 0 over 4K and 16K together"]
+
+
+def run_of(*lengths, **options):
+    options = {"depths": [0.0, 1.0], "samples": 8} | options
+    return needle_results(lambda *_: 0.5, lengths=lengths, **options)
+
+
+def reasons(comparison):
+    return [caveat.reason for caveat in comparison.caveats]
+
+
+def test_what_was_not_asked_alike_is_not_paired(compared):
+    """Settings may be equal, and prompts are not: other tokenizers cut other texts."""
+    one = run_of(4096, 8192)
+    other = run_of(4096, 8192, prompts="another tokenizer's")
+    comparison = compared(one, other)
+    assert {test.method for test in comparison.tests} == {UNPAIRED}
+    assert reasons(comparison) == ["not paired: other prompts"]
+    other["tokenizer_eos_token"] = ["</s>", "2"]
+    one["tokenizer_eos_token"] = ["<|endoftext|>", "50256"]
+    assert reasons(compared(one, other)) == ["not paired: other prompts (another tokenizer)"]
+    # At one length alone.
+    mixed = run_of(4096, 8192)
+    cells = mixed["configs"]["yoco_needle"]["metadata"]["cells"]
+    cells[2:] = other["configs"]["yoco_needle"]["metadata"]["cells"][2:]
+    comparison = compared(run_of(4096, 8192), mixed)
+    assert reasons(comparison) == ["not paired at 8K: other prompts"]
+    methods = {test.context_length: test.method for test in comparison.tests}
+    assert methods == {4096: PAIRED, 8192: UNPAIRED, None: UNPAIRED}
+
+
+def test_what_is_not_known_to_be_asked_alike_is_not_paired(compared):
+    comparison = compared(run_of(4096), run_of(4096, prompts=None))
+    assert {test.method for test in comparison.tests} == {UNPAIRED}
+    assert reasons(comparison) == ["not paired: an older results file does not tell its prompts"]
+
+
+def test_logged_samples_tell_prompts_that_cells_do_not(tmp_path):
+    folders = []
+    for name, options in {"a": {"prompts": None}, "b": {"answers": False}}.items():
+        path = write(tmp_path / name, run_of(4096, **options))
+        log_samples(path)
+        folders.append(path.parent)
+    comparison = compare(load_checkpoints(folders))
+    assert {test.method for test in comparison.tests} == {PAIRED} and not comparison.caveats
+
+
+def test_more_samples_of_one_are_paired_as_far_as_both_go(compared):
+    comparison = compared(run_of(4096), run_of(4096, samples=12))
+    assert {(test.method, test.prompts) for test in comparison.tests} == {
+        (PAIRED, (16, 16)), (PAIRED, (8, 8)),
+    }  # fmt: skip
+
+
+def test_differences_of_few_haystacks_are_not_claimed(compared):
+    """One is at a loss with two haystacks of five, the other with two others: 22 against 11."""
+    def run(lost):
+        data = run_of(4096, depths=[i / 10 for i in range(11)], samples=5)
+        for cell in data["configs"]["yoco_needle"]["metadata"]["cells"]:
+            cell["right"] = [sample for sample in range(5) if sample not in lost]
+            cell |= {"wrong": list(lost), "correct": 5 - len(lost)}
+        return data
+
+    comparison = compared(run([0, 1, 2]), run([3]))
+    assert all(test.method == PAIRED for test in comparison.tests) and not comparison.findings
+    comparison = compared(run([0, 1, 2, 3, 4]), run([]))
+    assert sentences(comparison) == ["yoco_needle: 1 is better than 0 at 4K"]
 
 
 def test_corrected_for_all_tests(compared):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from haystacks import coverage, false_alarms
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -12,8 +13,11 @@ from yoco_eval.reports.statistics import (
     effective_length,
     fisher,
     holm,
+    interval,
     mcnemar,
+    paired_test,
     prompts_needed,
+    unpaired_test,
     wilson,
     z_test,
 )
@@ -32,6 +36,71 @@ def test_wilson(total):
 def test_no_share(correct, total):
     with pytest.raises(ValueError, match="no share"):
         wilson(correct, total)
+
+
+@pytest.mark.parametrize(
+    "right", [[11, 11, 11], [0, 0], [7], [10, 9, 10, 9], [11, 11, 10, 11], [10, 11, 10, 11]]
+)
+def test_intervals_of_answers_that_show_no_clusters_are_wilsons(right):
+    total = [11] * len(right)
+    assert interval(right, total) == wilson(sum(right), sum(total))
+
+
+@pytest.mark.parametrize("right", [[11, 4, 9, 6, 11], [11, 9, 11, 11, 11, 11], [2, 0, 7, 4] * 5])
+def test_intervals_of_clusters(right):
+    """Wilson's for as many prompts as the design effect leaves, with Student's t."""
+    clusters, prompts = len(right), 11 * len(right)
+    share = sum(right) / prompts
+    independent = share * (1 - share) / (prompts - 1)
+    effect = np.var(np.divide(right, 11), ddof=1) / clusters / independent
+    t, z = stats.t.ppf(0.975, clusters - 1), stats.norm.ppf(0.975)
+    left = prompts / effect * z**2 / t**2
+    expected = proportion_confint(share * left, left, 0.05, method="wilson")
+    assert interval(right, [11] * clusters) == pytest.approx(expected, abs=1e-12)
+    assert expected[0] < wilson(sum(right), prompts).low
+
+
+def test_no_interval_is_wider_than_that_of_one_prompt_a_cluster():
+    assert interval([11, 0], [11, 11]) == pytest.approx(wilson(1, 2))
+    few = interval([11, 11, 0], [11, 11, 2])
+    assert wilson(2, 3).low < few.low and few.high < 1
+
+
+def test_intervals_hold_where_haystacks_differ():
+    """The script's own figures are of more draws."""
+    rng = np.random.default_rng(0)
+    for base, deviation in ((0.5, 0.0), (0.5, 1.0), (0.85, 1.0), (0.95, 0.5), (0.98, 1.0)):
+        ours, plain = coverage(rng, base, deviation, 10, 500)
+        assert ours >= 0.93
+        assert (plain < 0.85) == (base < 0.9 and deviation == 1)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_models_are_not_told_apart_by_their_haystacks(paired):
+    rng = np.random.default_rng(0)
+    for samples in (5, 10):
+        assert false_alarms(rng, 0.5, 1.0, samples, 100, paired) <= 0.05
+
+
+def test_tests_of_clusters():
+    total = [11] * 8
+    for _ in range(20):
+        a, b = RNG.integers(0, 12, (2, 8)).tolist()
+        only = np.maximum(np.subtract(a, b), 0), np.maximum(np.subtract(b, a), 0)
+        expected = max(mcnemar(*map(sum, only)), stats.ttest_rel(a, b).pvalue)
+        assert paired_test(*only) == pytest.approx(expected)
+        c = RNG.integers(0, 12, 5).tolist()
+        apart = stats.ttest_ind(np.divide(a, 11), np.divide(c, 11), equal_var=False).pvalue
+        expected = max(fisher((sum(a), 88), (sum(c), 55)), apart)
+        assert unpaired_test((a, total), (c, total[:5])) == pytest.approx(expected)
+
+
+def test_clusters_that_all_agree_are_as_good_as_independent_prompts():
+    assert paired_test([9] * 5, [0] * 5) == mcnemar(45, 0)
+    assert paired_test([9], [0]) == mcnemar(9, 0)
+    all_right, none = ([11] * 4, [11] * 4), ([0] * 4, [11] * 4)
+    assert unpaired_test(all_right, none) == fisher((44, 44), (0, 44))
+    assert unpaired_test(([11], [11]), none) == fisher((11, 11), (0, 44))
 
 
 @pytest.mark.parametrize("largest", [3, 30, 2000])
