@@ -58,8 +58,13 @@ def chat(answerer):
                 for request, way in zip(requests, self.answers * len(requests), strict=False)
             ]
 
-        apply_chat_template = YocoLM.apply_chat_template
-        _name = "chat"
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            return self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
 
     return Chat
 
