@@ -397,7 +397,7 @@ def _caveats(comparison: Comparison) -> Iterable[str]:
             if result and result.cut:
                 lengths = listed(list(map(format_length, sorted(result.cut))))
                 left = _span(result.cut.values())
-                yield f"{name} ({task.task}): at {lengths} by prompts cut to {left} tokens"
+                yield f"{name} ({task.task}): its prompts of {lengths} were cut to {left} tokens"
     tasks: dict[tuple[str, int, int], list[str]] = {}
     for caveat in comparison.caveats:
         key = caveat.reason, caveat.first, caveat.second

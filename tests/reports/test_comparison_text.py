@@ -279,7 +279,7 @@ def test_lengths_of_cut_prompts_are_marked(tmp_path):
     assert ["8K", "0.900‡", "0.900"] in lines and ["effective", "4K‡", "16K"] in lines
     told = "‡: prompts cut to the backend's max_length (a 8192 tokens)"
     assert told in " ".join(text.split())
-    assert "- a (yoco_needle): at 16K by prompts cut to 8192 tokens" in text
+    assert "- a (yoco_needle): its prompts of 16K were cut to 8192 tokens" in text
     assert r"1.00\textdaggerdbl{}" in saved(comparison, tmp_path, "tex")
     rows = list(csv.DictReader(io.StringIO(saved(comparison, tmp_path, "csv"))))
     notes = {(row["checkpoint"], row["task"], row["context_length"])
