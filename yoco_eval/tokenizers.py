@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +80,7 @@ _PUBLISHED_TOKENS = {
     "eos_token": "</s>",
     "unk_token": "<unk>",
 }
+_IDS = 1 << 24  # beyond the token ids of any model
 _NEVER = -1e6  # score of a unigram piece that no text may choose; piece scores are logarithms
 
 
@@ -191,9 +193,15 @@ def save_tokenizer(
 
     Args:
         max_length: the model's context length in tokens, where it is known.
+
+    Raises:
+        TokenizerError: it holds what no file can.
     """
     folder = Path(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except UnicodeError as error:  # half a character, say in a template
+        raise _damaged(tokenizer.name_or_path, error) from error
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     # The class whose name both transformers 4 and 5 know; tokenizer.json says all that it needs.
@@ -262,19 +270,18 @@ def from_tekken(path: str | Path) -> PreTrainedTokenizerBase:
         TokenizerError: no such file, or damaged, or this transformers cannot read it.
     """
     path = Path(path)
-    try:
-        from transformers.integrations.mistral import convert_tekken_tokenizer
+    with _damage_told(path):
+        try:
+            from transformers.integrations.mistral import convert_tekken_tokenizer
 
-        tokenizer = convert_tekken_tokenizer(str(path))
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except ImportError as error:
-        raise TokenizerError(
-            f"{path}: to read it, pip install --upgrade transformers, or mistral-common where it "
-            "is of the old kind without special_tokens"
-        ) from error
-    except Exception as error:  # the library raises whatever its readers do
-        raise _damaged(path, error) from error
+            tokenizer = convert_tekken_tokenizer(str(path))
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except ImportError as error:
+            raise TokenizerError(
+                f"{path}: to read it, pip install --upgrade transformers, or mistral-common where "
+                "it is of the old kind without special_tokens"
+            ) from error
     _check_tokens(tokenizer, path)
     _put_bos(tokenizer.backend_tokenizer, tokenizer.bos_token)
     tokenizer.name_or_path = str(path)
@@ -447,7 +454,7 @@ def _unreadable(path: Path, error: OSError) -> TokenizerError:
     return TokenizerError(f"{path}: cannot be read ({error.strerror}); check the path")
 
 
-def _damaged(path: str | Path, error: Exception) -> TokenizerError:
+def _damaged(path: str | Path, error: BaseException) -> TokenizerError:
     return TokenizerError(f"{path}: damaged ({_first_line(error)}); copy it again")
 
 
@@ -463,7 +470,7 @@ def _tokenizer_file(folder: Path) -> Path | None:
 
 
 def _from_tokenizer_json(file: Path) -> PreTrainedTokenizerBase:
-    try:
+    with _damage_told(file):
         if file.name == "tokenizer.json" and (file.parent / "tokenizer_config.json").is_file():
             # Not AutoTokenizer: it would look for model classes, and warn that it knows no YOCO.
             loaded = PreTrainedTokenizerFast.from_pretrained(
@@ -472,10 +479,9 @@ def _from_tokenizer_json(file: Path) -> PreTrainedTokenizerBase:
         else:
             tokenizer = Tokenizer.from_file(str(file))
             known = tokenizer.get_vocab()
+            _check_ids(known, file)
             roles = {role: token for role, token in _PUBLISHED_TOKENS.items() if token in known}
             loaded = _wrap(tokenizer, roles, str(file))
-    except Exception as error:  # the libraries raise whatever their readers do
-        raise _damaged(file, error) from error
     _check_tokens(loaded, file)
     return loaded
 
@@ -495,11 +501,11 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
-    """Checks that the tokenizer makes something of a text."""
-    try:
+    """Checks that the tokenizer makes something of a text, with special tokens and without."""
+    _check_ids(tokenizer.get_vocab(), name)
+    with _damage_told(name):
         found = tokenizer("No. 1", add_special_tokens=False).input_ids
-    except Exception as error:  # the library raises whatever its models do
-        raise _damaged(name, error) from error
+        tokenizer("No. 1")
     if not found:
         raise TokenizerError(
             f"{name}: finds no token in a plain text: its vocabulary is empty, or has neither "
@@ -507,5 +513,25 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def _check_ids(vocab: dict[str, int], name: str | Path) -> None:
+    largest = max(vocab.values(), default=0)
+    if largest >= _IDS:  # the library would count up to it whenever it writes the vocabulary
+        raise TokenizerError(f"{name}: {largest} is no id of a token; copy the file again")
+
+
+@contextmanager
+def _damage_told(name: str | Path) -> Iterator[None]:
+    """Turns whatever the libraries raise of a file into an error of one line."""
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        # A panic of the library tokenizers, which is no Exception, is as good as one.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise _damaged(name, error) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

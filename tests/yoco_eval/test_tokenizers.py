@@ -341,6 +341,28 @@ def test_a_vocabulary_that_has_nothing_for_a_text(model, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_files_that_the_libraries_would_panic_of_or_count_forever_in(rank_file, tmp_path):
+    save_tokenizer(from_tiktoken(rank_file), tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = file.read_text()
+    unknown = whole.replace('"id": "<s>"', '"id": "<x>"', 1)
+    beyond = json.loads(whole)
+    beyond["model"]["vocab"]["far"] = 2**31
+    (tmp_path / "tokenizer_config.json").unlink()
+    for content, message in [(unknown, "damaged"), (json.dumps(beyond), "2147483648 is no id")]:
+        assert content != whole
+        file.write_text(content)
+        with pytest.raises(TokenizerError, match=f"^{file}: {message}"):
+            load_tokenizer(tmp_path)
+
+
+def test_a_template_that_no_file_can_hold(rank_file, tmp_path):
+    tokenizer = from_tiktoken(rank_file)
+    tokenizer.chat_template = "\ud800"
+    with pytest.raises(TokenizerError, match=f"^{rank_file}: damaged .*surrogates"):
+        save_tokenizer(tokenizer, tmp_path)
+
+
 def test_a_tokenizer_without_an_end_token_counts(tmp_path):
     Tokenizer(models.BPE({"N": 0, "o": 1}, [])).save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
