@@ -94,7 +94,7 @@ def compare_benchmarks(checkpoints: Sequence[Checkpoint]) -> list[Benchmark]:
             common = (m for m in there[0].scores if all(m in run.scores for run in there))
             metric = next(common, next(iter(there[0].scores)))
         scores = tuple(run and run.scores.get(metric) for run in runs)
-        higher = _higher_is_better(there[0], metric)
+        higher = higher_is_better(there[0], metric)
         comparable = not any(differing(there[0], run, REFUSED) for run in there[1:])
         benchmarks.append(
             Benchmark(
@@ -152,7 +152,8 @@ def _place(key: tuple[str, int | None]) -> tuple[int, int]:
     return len(GROUPS), 0
 
 
-def _higher_is_better(run: TaskRun, metric: str) -> bool:
+def higher_is_better(run: TaskRun, metric: str) -> bool:
+    """Whether more of a metric, with or without a filter behind it, is better."""
     told = mapping(mapping(run.file.data.get("higher_is_better")).get(run.task))
     return told.get(metric.partition(",")[0]) is not False
 

@@ -27,6 +27,7 @@ from .differences import (
     PairTest,
     benchmark_tests,
     correct,
+    curve_tests,
     find,
     needle_tests,
 )
@@ -233,7 +234,11 @@ def compare(
     ]
     of_needles, caveats = needle_tests(checkpoints, told)
     of_benchmarks, more = benchmark_tests(checkpoints, benchmarks)
-    tests = correct([*of_needles, *of_benchmarks])
+    curves = _curves(checkpoints)
+    of_curves, at_lengths = curve_tests(
+        checkpoints, [(c.task, c.n_shot, c.metric) for c in curves if not c.member]
+    )
+    tests = correct([*of_needles, *of_benchmarks, *of_curves])
     keys = dict.fromkeys(key for checkpoint in checkpoints for key in checkpoint.tasks)
     return Comparison(
         tuple(_source(c, found) for c, found in zip(checkpoints, skipped, strict=True)),
@@ -241,11 +246,11 @@ def compare(
         tuple(benchmarks),
         tuple(published_models(benchmarks)) if published else (),
         tuple(_needle_tasks(checkpoints, samples, told, threshold, published)),
-        tuple(_curves(checkpoints)),
+        tuple(curves),
         tuple(checkpoint.profile for checkpoint in checkpoints),
         tuple(tests),
         tuple(find(tests, checkpoints)),
-        (*caveats, *more),
+        (*caveats, *more, *at_lengths),
         tuple(find_differences(checkpoints, list(keys))),
     )
 

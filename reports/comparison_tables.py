@@ -316,6 +316,9 @@ def _figure(value: float, mark: str = "") -> Cell:
 def _by_length(comparison: Comparison) -> Section:
     tables = tuple(_curves(comparison, c) for c in comparison.curves if not c.member)
     text = "Means alone; whether they differ significantly is not tested." if tables else ""
+    shown = {curves.task for curves in comparison.curves}
+    if any(test.task in shown for test in comparison.tests):
+        text = "Means; whether they differ is tested where lm-eval tells standard errors."
     return Section(CURVES, text, tables=tables)
 
 

@@ -2,7 +2,8 @@
 
 Every pair of checkpoints is tested on every task that both were evaluated on. Needle tasks are
 tested at each context length, over all depths and over the shallower and the deeper half, and over
-all lengths together; benchmarks by their means. Prompts of needle tasks are paired where both
+all lengths together; benchmarks by their means, and other tasks by context length by their means at
+each, where lm-eval tells standard errors. Prompts of needle tasks are paired where both
 results files tell that they were the same, and those of one sample, which have a haystack in
 common, count as a cluster. The p-values of a whole report are corrected together, so that all that
 it states holds at once at the level of 5 %.
@@ -16,14 +17,14 @@ from itertools import combinations
 
 from yoco_eval.lengths import format_length
 
-from .benchmarks import Benchmark
+from .benchmarks import Benchmark, higher_is_better
 from .heatmap import format_depths
-from .results import NeedleCell, NeedleRun, common_grid, mapping
+from .results import NeedleCell, NeedleRun, mapping
 from .runs import Checkpoint
 from .samples import Answers, Cell, clusters
 from .setups import MARKED, PROMPTS, REFUSED, STATED, differing
 from .statistics import LEVEL, fisher, holm, mcnemar, paired_test, unpaired_test, z_test
-from .task_runs import TaskRun
+from .task_runs import Score, TaskRun
 
 # Each takes answers of one sample for a cluster, but for the last two.
 PAIRED, UNPAIRED = "McNemar's exact and t test", "Fisher's exact and Welch's test"
@@ -188,6 +189,53 @@ def benchmark_tests(
     return tests, caveats
 
 
+def curve_tests(
+    checkpoints: Sequence[Checkpoint], curves: Iterable[tuple[str, int | None, str]]
+) -> tuple[list[PairTest], list[Caveat]]:
+    """Tests, not yet corrected, of all pairs at each context length at which both have errors.
+
+    curves: task, number of examples and metric; see `task_runs.TaskRun.by_length`.
+    As of benchmarks, they are not paired.
+    """
+    tests, caveats = [], []
+    for task, n_shot, metric in curves:
+        there = [i for i, one in enumerate(checkpoints) if (task, n_shot) in one.tasks]
+        for i, j in combinations(there, 2):
+            runs = tuple(checkpoints[k].tasks[task, n_shot] for k in (i, j))
+            scores = tuple(run.by_length.get(metric, {}) for run in runs)
+            lengths = [
+                n for n in sorted(scores[0].keys() & scores[1].keys())
+                if scores[0][n].error and scores[1][n].error
+            ]  # fmt: skip
+            if not lengths:
+                continue
+            if refused := differing(*runs, REFUSED):
+                reason = f"not compared: another {_listed(refused)}"
+                caveats.append(Caveat(task, i, j, True, reason))
+                continue
+            reasons = []
+            for length in lengths:
+                pair = scores[0][length], scores[1][length]
+                documents = [_documents_of(*one) for one in zip(runs, pair, strict=True)]
+                if any(score.cut_to is not None for score in pair):
+                    reasons.append(f"not tested at {format_length(length)}: prompts were cut")
+                elif min(documents) < _FEWEST_DOCUMENTS:
+                    reasons.append(f"not tested: fewer than {_FEWEST_DOCUMENTS} documents")
+                else:
+                    if documents[0] != documents[1]:
+                        reasons.append("not of the same documents")
+                    p = z_test(*((score.value, score.error) for score in pair))
+                    tests.append(
+                        PairTest(
+                            task, i, j, MEANS, (pair[0].value, pair[1].value), p, n_shot=n_shot,
+                            context_lengths=(length,),
+                            higher_is_better=higher_is_better(runs[0], metric),
+                        )
+                    )  # fmt: skip
+            caveats += [Caveat(task, i, j, False, reason) for reason in dict.fromkeys(reasons)]
+    return tests, caveats
+
+
 def correct(tests: Sequence[PairTest]) -> list[PairTest]:
     """The tests with their p-values corrected for the number of all of them."""
     corrected = holm([test.p for test in tests])
@@ -201,9 +249,9 @@ def find(tests: Sequence[PairTest], checkpoints: Sequence[Checkpoint]) -> list[F
         groups.setdefault((test.task, test.n_shot, test.first, test.second), []).append(test)
     findings = []
     for (task, _, first, second), group in groups.items():
-        runs = [checkpoints[place].needles.get(task) for place in (first, second)]
-        evaluated, _ = common_grid(filter(None, runs))
-        findings += _find_in(group, evaluated)
+        runs = [*checkpoints[first].tasks.values(), *checkpoints[second].tasks.values()]
+        evaluated = {n for run in runs if run.task == task for n in run.context_lengths}
+        findings += _find_in(group, sorted(evaluated))
     return findings
 
 
@@ -411,6 +459,12 @@ def _obstacle(
 
 def _cells(run: NeedleRun) -> dict[Cell, NeedleCell]:
     return {(cell.context_length, cell.depth): cell for cell in run.cells}
+
+
+def _documents_of(run: TaskRun, score: Score) -> int:
+    """How many documents a value at a context length is of, in the file that it is from."""
+    files = tuple(file for file in run.files if file.path == score.source)
+    return _documents(replace(run, files=files))
 
 
 def _documents(run: TaskRun) -> int:

@@ -207,6 +207,11 @@ def test_one_length_runs_are_compared_like_with_like(tmp_path):
         {0: 0.95, 16384: 0.40}, {0: 0.93, 16384: 0.60},
     )  # fmt: skip
     assert not comparison.setup_differences and not comparison.caveats
+    (finding,) = comparison.findings
+    assert comparison.sentence(finding).startswith(
+        "babilong_qa1: b is better than a at 16K (0.6 against 0.4, p < 0.001"
+    )
+    assert [test.context_lengths for test in comparison.tests] == [(0,), (16384,)]
 
 
 def test_what_is_of_0k_alone_is_a_table_without_a_figure(tmp_path):
