@@ -303,6 +303,11 @@ def from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
     """
     path = Path(path)
     proto = _read_sentencepiece(path)
+    with _damage_told(path):
+        return _convert_sentencepiece(proto, path)
+
+
+def _convert_sentencepiece(proto, path: Path) -> PreTrainedTokenizerFast:
     spec, rules = proto.trainer_spec, proto.normalizer_spec
     if spec.treat_whitespace_as_suffix or any(
         piece.type in (piece.USER_DEFINED, piece.UNUSED) for piece in proto.pieces

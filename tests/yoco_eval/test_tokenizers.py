@@ -434,6 +434,12 @@ def test_sentencepiece_that_cannot_be_converted(llama_like, tmp_path, monkeypatc
         path.write_bytes(content)
         with pytest.raises(TokenizerError, match="not a SentencePiece model, or damaged"):
             from_sentencepiece(path)
+    train_sentencepiece(path, model_type="bpe", vocab_size=200)
+    proto = module.import_protobuf().ModelProto.FromString(path.read_bytes())
+    proto.normalizer_spec.precompiled_charsmap = b"cut"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(TokenizerError, match=f"^{path}: damaged"):
+        from_sentencepiece(path)
     train_sentencepiece(path, model_type="bpe", vocab_size=200, user_defined_symbols=["<call>"])
     with pytest.raises(TokenizerError, match="user-defined"):
         from_sentencepiece(path)
