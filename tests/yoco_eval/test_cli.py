@@ -50,8 +50,8 @@ def convert(monkeypatch):
             raise errors[src]
 
     errors = {
-        "bad": CheckpointError("bad: tensors missing:\na\nb"),
-        "words": TokenizerError("words: too many"),
+        "bad": CheckpointError("bad: tensors missing: a, b"),
+        "words": TokenizerError("words:\ntoo\nmany"),
         "full": OSError(28, "No space left on device", "out/config.json"),
         "stop": KeyboardInterrupt(),
     }
@@ -251,8 +251,8 @@ def test_convert(convert, capsys):
 
 
 def test_convert_refusals(convert, capsys):
-    assert refused(capsys, "convert", "bad", "b") == "bad: tensors missing:; a; b"
-    assert refused(capsys, "convert", "words", "b") == "words: too many"
+    assert refused(capsys, "convert", "bad", "b") == "bad: tensors missing: a, b"
+    assert refused(capsys, "convert", "words", "b") == "words:; too; many"
     assert "No space left on device: 'out/config.json'" in refused(capsys, "convert", "full", "b")
 
 
