@@ -52,7 +52,10 @@ class Checkpoint:
 
     def needle_task(self, task: str) -> TaskRun:
         """The task's entry in `tasks`, which has its cells."""
-        return next(run for run in self.tasks.values() if run.task == task and run.cells)
+        path = self.needles[task].path
+        return next(
+            run for run in self.tasks.values() if run.task == task and run.file.path == path
+        )
 
 
 def load_checkpoints(
@@ -145,7 +148,8 @@ def _load(path: Path, name: str) -> Checkpoint:
         raise ResultsError(
             f"{path}: no results in it{first}; make some with lm_eval ... --output_path {path}"
         )
-    needles = {run.task: _needle_run(run, name) for run in tasks.values() if run.cells}
+    by_date = sorted(tasks.values(), key=lambda run: run.file.date)
+    needles = {run.task: _needle_run(run, name) for run in by_date if run.cells}
     return Checkpoint(
         name,
         path,
@@ -194,7 +198,7 @@ def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
     found, left_out = _collect(files, task)
     for skip in (*skipped, *left_out):
         logger.warning("skipped %s: %s", skip.path, skip.reason)
-    run = _needle_run(next(iter(found.values())), files[-1].model)
+    run = _needle_run(max(found.values(), key=lambda run: run.file.date), files[-1].model)
     if len(run.sources) > 1:
         logger.warning(
             "%s: one grid of %d runs: %s",
