@@ -167,8 +167,11 @@ def load_profile(path: str | Path) -> Profile:
 
     Raises ResultsError if it cannot be read or is damaged, NotAProfile if it is something else.
     """
+    path = Path(path)
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would wait, a device never end
+            raise OSError("not an ordinary file")
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError):

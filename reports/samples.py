@@ -104,7 +104,8 @@ def find_samples(results: Path, task: str) -> Path | None:
     """The samples of a task beside the results file of the same run, if they were logged."""
     name = f"samples_{task}_{results.stem.rpartition('_')[2]}.jsonl"
     # Looked up, not joined: a task's name in a foreign file may be a path to somewhere else.
-    found = (path for path in results.parent.glob("samples_*.jsonl") if path.name == name)
+    logs = results.parent.glob("samples_*.jsonl")
+    found = (path for path in logs if path.name == name and path.is_file())
     return next(found, None)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -274,6 +275,10 @@ def test_refusals(tmp_path):
     path = tmp_path / "profile.json"
     with pytest.raises(ResultsError, match="cannot be read"):
         load_profile(path)
+    os.mkfifo(tmp_path / "pipe.json")
+    for other in ("pipe.json", "/dev/zero", "."):
+        with pytest.raises(ResultsError, match=r"cannot be read \(not an ordinary file\)"):
+            load_profile(tmp_path / other)
     for text in ("{", "[]", "{}", '{"kind": "x"}', "[" * 5000):
         path.write_text(text)
         with pytest.raises(NotAProfile, match="not a profile; yoco-eval profile -o FILE.json"):

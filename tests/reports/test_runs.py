@@ -1,6 +1,7 @@
 """Collecting results: what counts for a checkpoint, what it is called, what is passed over."""
 
 import json
+import os
 
 import pytest
 from made_results import needle_results, results, write
@@ -177,3 +178,6 @@ def test_logged_samples(tmp_path):
     assert read_samples(path) == ([sample], 5)
     with pytest.raises(ResultsError, match="gone: cannot be read"):
         read_samples(tmp_path / "gone")
+    path.unlink()
+    os.mkfifo(path)
+    assert not load(tmp_path).samples["yoco_needle"]
