@@ -37,6 +37,7 @@ BASES = (0.5, 0.7, 0.85, 0.9, 0.95, 0.98, 0.99)
 DEVIATIONS = (0.0, 0.5, 1.0, 2.0)  # between haystacks, of log-odds
 ALARM_BASES, ALARM_LENGTHS = (0.5, 0.85, 0.95), 3
 BETTER, WORSE, POWER_LENGTHS, POWER_SAMPLES = 0.95, 0.85, 9, (5, 10, 20, 50)
+POWER_DEVIATIONS = DEVIATIONS[:3]
 SEED = 0
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     _print(console, "coverage of the intervals, by base accuracy", header, of_interval)
     _print(console, "for comparison: of Wilson's alone", header, of_wilson)
     header = ["samples", "deviation"]
-    header += [f"{kind}, {base:g}" for kind in ("paired", "unpaired") for base in ALARM_BASES]
+    header += [f"{kind}\n{base:g}" for kind in ("paired", "unpaired") for base in ALARM_BASES]
     rows = [
         [
             str(samples), f"{deviation:g}",
@@ -76,9 +77,9 @@ def main() -> None:
         for deviation in DEVIATIONS
     ]  # fmt: skip
     _print(console, "false alarms, by base accuracy", header, rows)
-    header = ["samples", *(f"deviation {deviation:g}" for deviation in DEVIATIONS[:3])]
+    header = ["samples", *(f"deviation {deviation:g}" for deviation in POWER_DEVIATIONS)]
     rows = [
-        [str(samples), *(_percent(power(rng, d, samples, grids)) for d in DEVIATIONS[:3])]
+        [str(samples), *(_percent(power(rng, d, samples, grids)) for d in POWER_DEVIATIONS)]
         for samples in POWER_SAMPLES
     ]
     _print(console, f"{BETTER} against {WORSE} found", header, rows)

@@ -260,16 +260,17 @@ def _find_in(tests: Sequence[PairTest], evaluated: Sequence[int]) -> list[Findin
 
     evaluated: the context lengths of either, tested or not.
     """
-    telling: dict[tuple[int, str | None], dict[int, list[PairTest]]] = {}
+    telling: dict[tuple[int, tuple[float, float] | None], dict[int, list[PairTest]]] = {}
     for length in evaluated:
         here = [test for test in tests if test.context_length == length and test.significant]
         for better in sorted({test.better for test in here}):
             part, chosen = _most_specific([test for test in here if test.better == better])
-            telling.setdefault((better, part), {})[length] = chosen
+            depths = chosen[0].depths if part else None
+            telling.setdefault((better, depths), {})[length] = chosen
     findings = []
-    for (better, part), found in telling.items():
+    for (better, depths), found in telling.items():
         chosen = [test for of_length in found.values() for test in of_length]
-        where = _at(list(found), evaluated) + (_depths(chosen) if part else "")
+        where = _at(list(found), evaluated) + (_depth(depths) if depths else "")
         findings.append(_finding(better, where, chosen))
     if not findings:
         for test in tests:
@@ -322,13 +323,11 @@ def _spans(lengths: Sequence[int], evaluated: Sequence[int]) -> str:
     for span in spans:
         names = [format_length(length) for length in span]
         told += names if len(names) < 3 else [f"{names[0]} to {names[-1]}"]
-    return " and ".join([", ".join(told[:-1])] * (len(told) > 1) + told[-1:])
+    return _listed(told)
 
 
-def _depths(tests: Sequence[PairTest]) -> str:
-    shallowest = min(test.depths[0] for test in tests)
-    deepest = max(test.depths[1] for test in tests)
-    return f", depth {' to '.join(dict.fromkeys(format_depths([shallowest, deepest])))} %"
+def _depth(depths: tuple[float, float]) -> str:
+    return f", depth {' to '.join(dict.fromkeys(format_depths(list(depths))))} %"
 
 
 @dataclass(frozen=True)
@@ -450,8 +449,7 @@ def _obstacle(
     if any(a != b for a, b in pairs if a and b):
         changed = [*differing(*runs, MARKED), *differing(*runs, STATED)]
         causes = dict.fromkeys(PROMPTS[name] for name in changed if name in PROMPTS)
-        why = _listed([f"another {cause}" for cause in causes])
-        return f"other prompts ({why})" if why else "other prompts"
+        return f"other prompts (another {_listed([*causes])})" if causes else "other prompts"
     if not all(a and b for a, b in pairs):
         return "an older results file does not tell its prompts"
     return None if pairs else "no prompts in common"
@@ -474,5 +472,5 @@ def _documents(run: TaskRun) -> int:
     return sum(count for count in told if isinstance(count, int))
 
 
-def _listed(settings: Sequence[str]) -> str:
-    return " and ".join(settings)
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [*names[-1:]])
