@@ -127,8 +127,9 @@ def _all_of(actions: Iterable[Callable[[], object]]) -> None:
             action()
         except (OSError, ValueError) as error:
             errors.append(error)
-    if told := [str(error) for error in errors if not isinstance(error, BrokenPipeError)]:
-        raise UserError("; ".join(told))
+    told = [str(error) for error in errors if not isinstance(error, BrokenPipeError)]
+    if told:
+        raise UserError("; ".join(dict.fromkeys(told)))
     if errors:
         raise errors[0]
 
