@@ -20,8 +20,8 @@ from .sequences import Sequences, Span, Spans
 
 Angles = tuple[Tensor, Tensor]
 
-SCORES = 1 << 25  # queries are taken in blocks so that no more scores exist at a time
-_KEYS = 1 << 14  # widened at a time
+SCORES = 1 << 22  # queries are taken in blocks so that no more scores exist at a time
+KEYS = 1 << 12  # of a cache, widened and multiplied at a time
 
 
 def cache_attention(
@@ -54,12 +54,16 @@ def cache_attention_reference(
         q = rotate(q, angles)
     outputs = []
     for first, end, run in query_runs(spans):
-        total = sum(span.end_key - span.first_key for span in run)
-        block = max(1, SCORES // (total * q.shape[1]))
+        run = sorted(run, key=lambda span: span.first_key)
+        if q.device.type == "cpu" and _is_one_text(run):
+            outputs.append(_attend_text(q[first:end], keys, values, run, spans))
+            continue
+        longest = min(KEYS, max(span.end_key - span.first_key for span in run))
+        block = max(1, SCORES // (longest * q.shape[1]))
         for start in range(first, end, block):
             stop = min(start + block, end)
             cut = [cut_span(span, start, stop) for span in run]
-            outputs.append(_attend(q[start:stop], keys, values, cut))
+            outputs.append(_attend_apart(q[start:stop], keys, values, cut))
     return torch.cat(outputs)
 
 
@@ -91,55 +95,83 @@ def cut_span(span: Span, first_query: int, end_query: int) -> Span:
     return Span(first_query, end_query, span.first_key, span.end_key - unread, span.causal)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, spans: list[Span]) -> Tensor:
-    """q [T, Hq, D], rotated, over spans that all have these T queries: [T, Hq, D]."""
-    length, heads = q.shape[0], keys.shape[0]
-    spans = sorted(spans, key=lambda span: span.first_key)
-    # A group's query heads read the same keys, so they are queries of one head.
-    grouped = q.transpose(0, 1).unflatten(0, (heads, -1))
-    group = grouped.shape[1]
-    grouped = grouped.flatten(1, 2)
-    visible = None
-    if length > 1 and any(span.causal for span in spans):
-        visible = torch.cat([_visible(span, q.device) for span in spans], 1).repeat(group, 1)
-    if all(a.end_key == b.first_key for a, b in pairwise(spans)):
-        every = slice(spans[0].first_key, spans[-1].end_key)
-        operands = (x[None] for x in (grouped, keys[:, every], values[:, every]))
-        out = F.scaled_dot_product_attention(*operands, attn_mask=visible)[0]
-    else:
-        out = _attend_apart(grouped, keys, values, spans, visible)
-    return out.unflatten(1, (group, length)).flatten(0, 1).transpose(0, 1)
+def _is_one_text(run: list[Span]) -> bool:
+    """Whether spans lie one behind the other, and the queries at the end of the last one if any."""
+    causal = any(span.causal for span in run[:-1])
+    return not causal and all(a.end_key == b.first_key for a, b in pairwise(run))
 
 
-def _attend_apart(
-    q: Tensor, keys: Tensor, values: Tensor, spans: list[Span], visible: Tensor | None
+def _attend_text(
+    q: Tensor, keys: Tensor, values: Tensor, run: list[Span], spans: Spans
 ) -> Tensor:
-    """q [Hkv, n, D] over spans with gaps between them: [Hkv, n, D].
+    """q [T, Hq, D], rotated, over a run that `_is_one_text`: [T, Hq, D].
 
-    The gaps may be NaN, which no mask would hide, and a long cache is not copied to leave them out.
+    Left to PyTorch, which on a CPU goes through keys and queries in blocks of its own. All chunks
+    of a text are calls of one shape but for the number of keys, and nothing that is allocated grows
+    with queries times keys: buffers of ever new sizes would leave gaps in the heap, and products of
+    ever new shapes kernels in the library's cache.
+    """
+    length, heads = q.shape[0], keys.shape[0]
+    every = slice(run[0].first_key, run[-1].end_key)
+    keys, values = keys[:, None, every], values[:, None, every]
+    if length == 1 or not run[-1].causal:
+        # A group's query heads read the same keys, so they are queries of one head.
+        q = q.transpose(0, 1).unflatten(0, (heads, 1, -1)).flatten(2, 3)
+        out = F.scaled_dot_product_attention(q, keys, values)
+        return out.unflatten(2, (-1, length)).flatten(0, 2).transpose(0, 1)
+    count = keys.shape[2]
+    mask = spans.table(
+        ("text_mask", length, count, q.dtype), lambda: _text_mask(length, count, q.dtype)
+    )
+    q = q.flip(0).transpose(0, 1).unflatten(0, (heads, -1))
+    shape = (-1, q.shape[1], -1, -1)
+    out = F.scaled_dot_product_attention(
+        q, keys.expand(shape), values.expand(shape), attn_mask=mask
+    )
+    return out.flatten(0, 1).transpose(0, 1).flip(0)
+
+
+def _text_mask(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """[queries, keys] to add to the scores of a text's last tokens, the LAST QUERY FIRST.
+
+    In that order each query reads one key less than the one before it, so that all rows are views
+    of one vector.
+    """
+    row = torch.zeros(keys + queries - 1, dtype=dtype)
+    row[keys:] = float("-inf")
+    return row.as_strided((queries, keys), (1, 1))
+
+
+def _attend_apart(q: Tensor, keys: Tensor, values: Tensor, spans: list[Span]) -> Tensor:
+    """q [T, Hq, D], rotated, over spans that all have these T queries: [T, Hq, D].
+
+    There may be gaps between them, which may be NaN, which no mask would hide, and a long cache is
+    not copied to leave them out: block by block, sums are scaled as larger scores turn up.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    blocks = [
-        slice(first, min(first + _KEYS, span.end_key))
-        for span in spans
-        for first in range(span.first_key, span.end_key, _KEYS)
-    ]
-    q = q.to(wide) * q.shape[2] ** -0.5
-    scores = torch.cat([q @ keys[:, block].to(wide).mT for block in blocks], 2)
-    if visible is not None:
-        scores.masked_fill_(~visible, float("-inf"))
-    parts = scores.softmax(2).split([block.stop - block.start for block in blocks], 2)
-    out = torch.zeros_like(q)
-    for part, block in zip(parts, blocks, strict=True):
-        out += part @ values[:, block].to(wide)
+    length, heads = q.shape[0], keys.shape[0]
+    # A group's query heads read the same keys, so they are queries of one head.
+    rows = (q.to(wide) * q.shape[2] ** -0.5).transpose(0, 1).unflatten(0, (heads, -1))
+    group = rows.shape[1]
+    rows = rows.flatten(1, 2)
+    largest = rows.new_full((*rows.shape[:2], 1), float("-inf"))
+    total, out = torch.zeros_like(largest), torch.zeros_like(rows)
+    for span in spans:
+        seen = span.end_key - length + 1 if span.causal else span.end_key  # by all queries
+        for first in range(span.first_key, span.end_key, KEYS):
+            block = slice(first, min(first + KEYS, span.end_key))
+            scores = rows @ keys[:, block].to(wide).mT
+            if block.stop > seen:
+                later = torch.ones(length, block.stop - first, dtype=torch.bool, device=q.device)
+                scores.masked_fill_(later.triu(seen - first).repeat(group, 1), float("-inf"))
+            known, largest = largest, largest.maximum(scores.amax(2, keepdim=True))
+            weights = scores.sub_(largest).exp_()
+            scale = (known - largest).exp_()
+            total = total * scale + weights.sum(2, keepdim=True)
+            out = out * scale + weights @ values[:, block].to(wide)
+            del scores, weights  # not two blocks' at a time
+    out = (out / total).unflatten(1, (group, length)).flatten(0, 1).transpose(0, 1)
     return out.to(values.dtype)
-
-
-def _visible(span: Span, device: torch.device) -> Tensor:
-    """bool [queries, keys] of a span."""
-    queries, keys = span.end_query - span.first_query, span.end_key - span.first_key
-    every = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    return every.tril(keys - queries) if span.causal else every
 
 
 def decode_attention(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from yoco_eval.kernels.attention import SCORES
+from yoco_eval.kernels.attention import KEYS, SCORES
 from yoco_eval.kernels.dispatch import triton_takes
 from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
 
@@ -147,9 +147,14 @@ def _activation_bytes(
 
     # A text's last tokens may be too few to be fused.
     layers = max(layer(chunk), layer(min(chunk, MIN_TOKENS - 1)))
-    # Without kernels for it, attention over the cache has scores, and the weights made of them.
-    scores = 0 if fast else min(SCORES, config.n_attn_heads * length * chunk) * 2 * wide
-    attention = chunk * (dim + cross) * dtype.itemsize + scores
+    attention = chunk * (dim + cross) * dtype.itemsize
+    if not fast:
+        # Copies of the queries and outputs, in other orders and widened; a mask as long as the
+        # text; a block's keys or values, widened, its scores, and which of them are hidden.
+        keys = min(KEYS, length)
+        attention += chunk * (4 * dim * dtype.itemsize + 3 * dim * wide) + length * dtype.itemsize
+        attention += config.n_attn_kv_heads * config.attn_head_dim * keys * wide
+        attention += min(SCORES, config.n_attn_heads * keys * chunk) * 2 * wide
     scoring = logits * (dtype.itemsize + 3 * wide)
     return max(layers, attention, scoring) + OVERHEAD
 

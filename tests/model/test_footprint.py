@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from yoco_eval.kernels.sequences import Span, Spans
 from yoco_eval.model import Yoco
 from yoco_eval.model import footprint as module
 from yoco_eval.model.footprint import (
@@ -89,6 +90,31 @@ def test_activations_on_a_cpu(window, dtype, live_bytes):
             model.prefill(ids[1:], cache)
     memory = footprint(config, dtype, len(ids), len(ids), device=torch.device("cpu"))
     assert live.peak < memory.activations + memory.states - OVERHEAD
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gap", [0, 1])
+def test_attention_on_a_cpu(gap, dtype, live_bytes):
+    """Of a text's last tokens; of tokens whose text lies in two places of the cache."""
+    config = replace(
+        SHAPES["3b"], dim=256, n_layers=2, hidden_dim=64, n_self_heads=2, n_attn_heads=4,
+        n_attn_kv_heads=2, vocab_size=100,
+    )
+    model = Yoco(config).to(dtype).requires_grad_(False)
+    length, chunk = 9000, 500
+    cache = model.new_cache(length)
+    x = torch.randn(chunk, config.dim).to(dtype)
+    for part in (cache.keys, cache.values):
+        part.normal_()
+    first = length - chunk - gap
+    spans = Spans((Span(0, chunk, 0, first, False), Span(0, chunk, first + gap, length, True)))
+    positions = torch.arange(length - chunk, length)
+    with torch.inference_mode():
+        model.predict(x[:1], positions[:1], cache, Spans((Span(0, 1, 0, 1, True),)))
+        with live_bytes(besides=[*model.parameters(), cache.keys, cache.values]) as live:
+            model.predict(x, positions, cache, spans)
+    memory = footprint(config, dtype, length, chunk, device=torch.device("cpu"))
+    assert live.peak < memory.activations - OVERHEAD
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
