@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -158,7 +160,63 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available
+    return host_free_bytes()
+
+
+def host_free_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process can still allocate on the CPU: the least that anybody leaves it.
+
+    That is the machine, each control group that the process is in, and its own limit on addresses
+    (`ulimit -v`).
+
+    Args:
+        root: where /proc and /sys are; control groups are a matter of Linux.
+    """
+    left = [psutil.virtual_memory().available, *_left_by_groups(root)]
+    if hasattr(psutil, "RLIMIT_AS"):  # not every system has it
+        process = psutil.Process()
+        limit, _ = process.rlimit(psutil.RLIMIT_AS)
+        if limit != psutil.RLIM_INFINITY:
+            left.append(limit - process.memory_info().vms)
+    return max(0, min(left))
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """Of every control group with a limit, from this process's own up, what is left of that."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            mount, files, cached = "", ("memory.max", "memory.current"), "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount = "memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            cached = "total_inactive_file"
+        else:
+            continue
+        top = root / "sys/fs/cgroup" / mount
+        # In a container, the group is mounted as the top, and the rest of its path is not there.
+        names = [name for name in path.split("/") if name not in ("", "..")]
+        for depth in range(len(names), -1, -1):
+            group = top.joinpath(*names[:depth])
+            limit, used = (_number(next(_lines(group / name), "")) for name in files)
+            if limit is not None and used is not None:
+                # Pages of files count as used, though the kernel drops them where memory is short.
+                stat = dict(line.partition(" ")[::2] for line in _lines(group / "memory.stat"))
+                yield limit - used + (_number(stat.get(cached, "")) or 0)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Of a file, none if it cannot be read."""
+    try:
+        yield from path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return
+
+
+def _number(text: str) -> int | None:
+    """None where it says "max" or nothing."""
+    return int(text) if text.strip().isdecimal() else None
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -2,13 +2,14 @@
 
 import re
 
+import psutil
 import pytest
 import torch
 
 from yoco_eval import memory
 from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest
 from yoco_eval.lm import YocoLM
-from yoco_eval.memory import CHUNKS, check_weights, fit
+from yoco_eval.memory import CHUNKS, check_weights, fit, host_free_bytes
 from yoco_eval.model import Yoco, YocoConfig
 from yoco_eval.model.footprint import cache_bytes, state_bytes
 from yoco_eval.model.shapes import SHAPES
@@ -21,6 +22,87 @@ GIB = 2**30
 def free(monkeypatch):
     """Sets the free memory, in bytes."""
     return lambda size: monkeypatch.setattr(memory, "free_bytes", lambda device: size)
+
+
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
+MIB = 2**20
+
+
+@pytest.fixture
+def host(tmp_path):
+    """Writes what Linux says of control groups: its root, of /proc/self/cgroup and groups.
+
+    A group: [its folder below /sys/fs/cgroup, names of its files, limit, used, pages of files].
+    """
+
+    def write(own, *groups):
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(own)
+        for folder, names, limit, *amounts in groups:
+            group = tmp_path / "sys/fs/cgroup" / folder
+            group.mkdir(parents=True, exist_ok=True)
+            limit_name, used_name, cached_name = names
+            used, cached = amounts or (0, 0)
+            (group / limit_name).write_text(f"{limit}\n")
+            (group / used_name).write_text(f"{used}\n")
+            (group / "memory.stat").write_text(f"anon 5\n{cached_name} {cached}\nslab 7\n")
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "expected"),
+    [
+        # What the process's own group leaves, its pages of files included.
+        ("0::/job/run\n", [("job/run", V2, 90 * MIB, 50 * MIB, 9 * MIB)], 49 * MIB),
+        # A group above it leaves less.
+        (
+            "0::/job/run\n",
+            [("job/run", V2, "max"), ("job", V2, 80 * MIB, 60 * MIB, 0), ("", V2, "max")],
+            20 * MIB,
+        ),
+        # More is used than the limit.
+        ("0::/\n", [("", V2, 10 * MIB, 11 * MIB, 0)], 0),
+        # The first version, whose controllers stand apart.
+        (
+            "9:name=systemd:/\n8:cpu,memory:/job/a:b\n0::/\n",
+            [
+                ("memory/job/a:b", V1, 2**63 - 4096, 70 * MIB, 0),
+                ("memory/job", V1, 90 * MIB, 70 * MIB, 30 * MIB),
+            ],
+            50 * MIB,
+        ),
+        # In a container, the group is the top; or it lies beside the one that can be seen.
+        ("4:memory:/docker/12ab\n", [("memory", V1, 90 * MIB, 70 * MIB, 0)], 20 * MIB),
+        ("0::/../job\n", [("", V2, 90 * MIB, 70 * MIB, 0)], 20 * MIB),
+    ],
+)
+def test_a_control_group_leaves_less_than_the_machine(own, groups, expected, host):
+    assert host_free_bytes(host(own, *groups)) == expected
+
+
+@pytest.mark.parametrize("own", ["0::/job\n", "", "nothing\n:\n"])
+def test_without_a_limit_the_machine_counts(own, host):
+    everything = psutil.virtual_memory().available
+    found = host_free_bytes(host(own, ("job", V2, "max"), ("", V2, "")))
+    assert found == pytest.approx(everything, rel=0.1, abs=GIB)
+
+
+def test_what_a_limit_on_addresses_leaves_is_what_can_be_allocated():
+    process = psutil.Process()
+    before = process.rlimit(psutil.RLIMIT_AS)
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 300 * MIB, before[1]))
+    try:
+        free = host_free_bytes()
+        torch.empty(free - 50 * MIB, dtype=torch.uint8)
+        with pytest.raises(RuntimeError) as refused:
+            torch.empty(free + 50 * MIB, dtype=torch.uint8)
+    finally:
+        process.rlimit(psutil.RLIMIT_AS, before)
+    assert 200 * MIB < free <= 300 * MIB
+    assert memory.out_of_memory(refused.value)
 
 
 def test_the_largest_chunk_that_fits(free):
