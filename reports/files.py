@@ -36,7 +36,9 @@ def check_path(path: Path, suffixes: tuple[str, ...]) -> None:
     if not path.parent.is_dir():
         raise ResultsError(f"{path}: no such folder {path.parent}; create it first")
     try:
-        _target(path)
+        temporary, file = _open_temporary(_target(path).parent)
+        file.close()
+        temporary.unlink()
     except OSError as error:
         raise _unwritable(path, error) from error
 

@@ -217,21 +217,24 @@ def _convert(args: argparse.Namespace) -> None:
     _print(f"wrote {args.destination}")
 
 
-def _profile(args: argparse.Namespace) -> None:
+def _profile(args: argparse.Namespace) -> int:
     from yoco_eval.reports.profile import check_output, load_profile, print_profile, save_profile
     from yoco_eval.reports.results import ResultsError
 
     try:
         for path in args.output:
             check_output(path)
-        profile = load_profile(args.read) if args.read else _measure_profile(args)
-        for path in args.output:
-            save_profile(profile, path)
+        profile, code = (load_profile(args.read), 0) if args.read else _measure_profile(args)
     except ResultsError as error:
         raise UserError(error) from error
-    print_profile(profile, _console())
-    for path in args.output:
+
+    def save(path: Path) -> None:
+        save_profile(profile, path)
         _print(f"wrote {path}")
+
+    saves = [partial(save, path) for path in args.output]
+    _all_of([lambda: print_profile(profile, _console()), *saves])
+    return code
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -251,13 +254,27 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if result.fit.fits else 1
 
 
-def _measure_profile(args: argparse.Namespace) -> Profile:
+def _measure_profile(args: argparse.Namespace) -> tuple[Profile, int]:
+    """What was measured, which is saved row by row; and the exit code, 130 if that is not all."""
     from yoco_eval.model.checkpoint import CheckpointError
     from yoco_eval.profile import ProfileError, run_profile
-    from yoco_eval.reports.profile import describe_row
+    from yoco_eval.reports.profile import describe_row, save_profile
+    from yoco_eval.reports.results import ResultsError
+
+    measured: Profile | None = None
+
+    def keep(profile: Profile) -> None:
+        nonlocal measured
+        measured = profile
+        _note(describe_row(profile.rows[-1]))
+        for path in args.output:
+            try:
+                save_profile(profile, path)
+            except ResultsError as error:  # no reason to lose the rows that follow
+                _note(str(error))
 
     try:
-        return run_profile(
+        profile = run_profile(
             args.lengths,
             shape=args.shape,
             pretrained=args.pretrained,
@@ -265,10 +282,15 @@ def _measure_profile(args: argparse.Namespace) -> Profile:
             patience=args.patience,
             dtype=args.dtype,
             device=args.device,
-            report=lambda row: _note(describe_row(row)),
+            report=keep,
         )
+        return profile, 0
     except (ProfileError, CheckpointError) as error:
         raise UserError(error) from error
+    except KeyboardInterrupt:
+        if measured is None:
+            raise
+        return measured, 130
 
 
 def _parser() -> _Parser:

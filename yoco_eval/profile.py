@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
@@ -73,7 +74,7 @@ def run_profile(
     patience: float = 120.0,
     dtype: str = "auto",
     device: str = "auto",
-    report: Callable[[ProfileRow], object] = lambda row: None,
+    report: Callable[[Profile], object] = lambda profile: None,
 ) -> Profile:
     """Profiles a YOCO model and, if asked for, a Transformer of the same size after it.
 
@@ -85,7 +86,7 @@ def run_profile(
         patience: the seconds that the prefill of one length may take.
         dtype: a name that `find_dtype` knows.
         device: a name that `find_device` knows.
-        report: told each row as soon as it is known.
+        report: told what is known after each row.
 
     Raises:
         ProfileError: there is no such shape, checkpoint, dtype or device.
@@ -114,11 +115,9 @@ def run_profile(
 
     if on_gpu:
         torch.cuda.set_device(where)  # where kernels are launched and events recorded
-    chunk, rows = chunk_sizes(where)[0], []
-    for row in profile(builders, lengths, where, patience, chunk):
-        rows.append(row)
-        report(row)
-    return Profile(
+    chunk = chunk_sizes(where)[0]
+    known = partial(
+        Profile,
         name=str(pretrained) if shape is None else f"YOCO-{shape.upper()}, random weights",
         shapes=shapes,
         dtype=str(kind).removeprefix("torch."),
@@ -129,8 +128,12 @@ def run_profile(
         decode_steps=DECODE_STEPS,
         patience=patience,
         seed=SEED,
-        rows=tuple(rows),
     )
+    rows: list[ProfileRow] = []
+    for row in profile(builders, lengths, where, patience, chunk):
+        rows.append(row)
+        report(known(rows=tuple(rows)))
+    return known(rows=tuple(rows))
 
 
 @torch.inference_mode()

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from yoco_eval import __version__
 from yoco_eval.cli import main
 from yoco_eval.model.checkpoint import CheckpointError
-from yoco_eval.reports.profile import Profile, ProfileRow
+from yoco_eval.reports.profile import Profile, ProfileRow, load_profile
 from yoco_eval.tokenizers import TokenizerError
 
 
@@ -73,10 +74,19 @@ def measured(monkeypatch):
         if settings["pretrained"] == "bad":
             raise CheckpointError("bad: damaged")
         row = ProfileRow("YOCO", lengths[0], "measured", 2**30, 2**20, 2**31, 1.5, 20.0)
-        report(row)
-        return Profile(
+        profile = Profile(
             "tiny", {"YOCO": {}}, "float32", "CPU", None, {"torch": "2"}, 64, 16, 120.0, 0, (row,)
         )
+        if str(settings["pretrained"]).endswith("removed meanwhile"):
+            Path(settings["pretrained"]).rmdir()
+        if settings["shape"] == "stop at once":
+            raise KeyboardInterrupt
+        report(profile)
+        if settings["shape"] == "stop":
+            raise KeyboardInterrupt
+        if settings["shape"] == "break":
+            raise RuntimeError
+        return profile
 
     module = types.ModuleType("yoco_eval.profile")
     module.run_profile, module.ProfileError = record, type("ProfileError", (ValueError,), {})
@@ -302,6 +312,35 @@ def test_profile_refusals(measured, tmp_path, capsys):
     del measured[:]
     message = refused(capsys, "profile", "--shape", "3b", "-o", "a.json", "-o", "a.gif")
     assert "unknown suffix '.gif'" in message and not measured
+    message = refused(capsys, "profile", "--shape", "3b", "-o", "/proc/a.json")  # nor can root
+    assert message.startswith("/proc/a.json: cannot be written (") and not measured
+
+
+def test_an_interrupted_profile_keeps_what_was_measured(measured, tmp_path, capsys):
+    files = [tmp_path / "a.json", tmp_path / "a.svg"]
+    argv = ["profile", "--lengths", "1k,2k", *(f"-o{file}" for file in files)]
+    assert main([*argv, "--shape", "stop at once"]) == 130
+    assert not any(tmp_path.iterdir()) and not capsys.readouterr().out
+    assert main([*argv, "--shape", "stop"]) == 130
+    out = capsys.readouterr().out
+    assert out.startswith("tiny\n") and out.endswith(f"wrote {files[0]}\nwrote {files[1]}\n")
+    assert [row.length for row in load_profile(files[0]).rows] == [1024]
+
+
+def test_a_profile_is_saved_row_by_row(measured, tmp_path):
+    with pytest.raises(RuntimeError):
+        main(["profile", "--shape", "break", "-o", str(tmp_path / "a.json")])
+    assert load_profile(tmp_path / "a.json").rows
+
+
+def test_a_profile_is_shown_though_it_cannot_be_written(measured, tmp_path, capsys):
+    folder = tmp_path / "removed meanwhile"
+    folder.mkdir()
+    argv = ["profile", "--pretrained", str(folder), "-o", str(folder / "a.json")]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("tiny\n") and "wrote" not in out
+    assert err.count("no such folder") == 2  # once when there was a row, once at the end
 
 
 def test_interrupted(convert):
