@@ -105,7 +105,7 @@ class Engine:
 
     Raises:
         ValueError: a number is below 1. Its methods raise it, before anything is computed, where
-            the memory does not suffice.
+            the memory does not suffice, and `memory.OutOfMemory` where it turns out not to.
     """
 
     def __init__(
@@ -137,6 +137,42 @@ class Engine:
         limits = fitted.limits(self.batch_size, self.model.config, self.model.dtype)
         steps = self._plan(items, limits, fitted)
         begin(sum(step.tokens for step in steps))
+        with fitted.watch():
+            yield from self._scores(steps, asked, fitted, limits, progress)
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[GenerateRequest], begin: Progress, progress: Progress
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yields (index of the request, new token ids), each as soon as it is complete.
+
+        `begin` and `progress` as in `score`; they count prompt tokens.
+        """
+        contexts = [request.context for request in requests]
+        items = merge(contexts, [len(context) - 1 for context in contexts])
+        room = max((request.max_tokens for request in requests), default=0)
+        fitted = self._fit(max(map(len, contexts), default=0) + room)
+        steps = self._plan(items, Limits(), fitted)
+        begin(sum(step.tokens for step in steps))
+        decoder = None
+        with fitted.watch():
+            for step, walk in self._walk(steps, fitted.chunk, progress, room):
+                (leaf,) = step.nodes
+                walk.feed(leaf.item, len(leaf.item.tokens) - 1)
+                decoder = decoder or self.model.decoder(walk.cache)
+                for index in leaf.item.requests:
+                    yield index, _decode(requests[index], decoder)
+                progress(1)
+
+    def _scores(
+        self,
+        steps: Sequence[Step],
+        asked: Sequence[tuple[int, ScoreRequest]],
+        fitted: Fit,
+        limits: Limits,
+        progress: Progress,
+    ) -> Iterator[tuple[int, Score]]:
+        """`score`, of the steps that were planned for the (index, request)s of `asked`."""
         launched: _Scores | None = None
         try:
             for step, walk in self._walk(steps, fitted.chunk, progress):
@@ -162,29 +198,6 @@ class Engine:
             raise
         if launched is not None:
             yield from launched.read()
-
-    @torch.inference_mode()
-    def generate(
-        self, requests: Sequence[GenerateRequest], begin: Progress, progress: Progress
-    ) -> Iterator[tuple[int, list[int]]]:
-        """Yields (index of the request, new token ids), each as soon as it is complete.
-
-        `begin` and `progress` as in `score`; they count prompt tokens.
-        """
-        contexts = [request.context for request in requests]
-        items = merge(contexts, [len(context) - 1 for context in contexts])
-        room = max((request.max_tokens for request in requests), default=0)
-        fitted = self._fit(max(map(len, contexts), default=0) + room)
-        steps = self._plan(items, Limits(), fitted)
-        begin(sum(step.tokens for step in steps))
-        decoder = None
-        for step, walk in self._walk(steps, fitted.chunk, progress, room):
-            (leaf,) = step.nodes
-            walk.feed(leaf.item, len(leaf.item.tokens) - 1)
-            decoder = decoder or self.model.decoder(walk.cache)
-            for index in leaf.item.requests:
-                yield index, _decode(requests[index], decoder)
-            progress(1)
 
     def _fit(self, length: int, tokens: int | None = None) -> Fit:
         """Refuses contexts of up to `length` tokens, of `tokens` in all, that do not fit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,10 @@ from .prefixes import Limits
 CHUNKS = {"cuda": (12672, 8448, 4224, 2112, 1056, 528, 264), "cpu": (1024, 512, 256)}
 _LOGITS = 4096  # for each token of a chunk, so many logits may exist at a time
 _MARGIN = 0.95  # of the free memory; allocators lose some between blocks
+
+
+class OutOfMemory(ValueError):
+    """An allocation failed that was planned to fit; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,14 @@ class Fit:
                 f"are free for them on {self.device}; {self._mends()}"
             )
 
+    def watch(self) -> AbstractContextManager[None]:
+        """Turns an allocation that fails meanwhile into OutOfMemory."""
+        return allocating(
+            self.device,
+            f"{gib(self.need)} were planned beside the weights, of {gib(self.free)} that were free",
+            self._mends("shorten contexts", "end what else takes memory"),
+        )
+
     def _mends(self, *mends: str) -> str:
         if self.prefill_chunk and self.prefill_chunk > min(chunk_sizes(self.device)):
             mends += (f"lower prefill_chunk={self.prefill_chunk}",)
@@ -153,6 +166,26 @@ def check_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) 
             f"the weights take {gib(need)} in {str(dtype).removeprefix('torch.')}, and "
             f"{gib(free)} are free on {device}; take a smaller dtype, or a device with more memory"
         )
+
+
+@contextmanager
+def allocating(device: torch.device, planned: str, mends: str) -> Iterator[None]:
+    """Turns an allocation that fails within, though it should not, into OutOfMemory.
+
+    Args:
+        device: of which memory.
+        planned: what was to be taken, and what was there.
+        mends: what to do.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"memory ran out on {device}: {planned}, and {gib(free_bytes(device))} are free now; "
+            f"{mends}"
+        ) from None
 
 
 def free_bytes(device: torch.device) -> int:
