@@ -31,7 +31,7 @@ from .devices import find_device, find_dtype
 from .encoding import Encoder
 from .engine import Engine, GenerateRequest, Sampling, ScoreRequest, TokenIds
 from .lengths import parse_length
-from .memory import check_weights
+from .memory import OutOfMemory, loading_weights
 from .tokenizers import check_ends, check_vocabulary, checkpoint_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,8 @@ class YocoLM(TemplateLM):
 
         self._name = DEFAULT_CHECKPOINT if pretrained is None else str(pretrained)
         path = resolve_checkpoint(self._name)
-        check_weights(load_config(path), kind, where)
-        model = Yoco.from_pretrained(path, where, kind)
+        with loading_weights(load_config(path), kind, where):
+            model = Yoco.from_pretrained(path, where, kind)
         if tokenizer is None:
             self.tokenizer = checkpoint_tokenizer(path, model.config.vocab_size)
         else:
@@ -466,7 +466,13 @@ class YocoLM(TemplateLM):
     ) -> Iterator:
         """Runs an engine method under a progress bar that counts tokens."""
         with tqdm(desc=f"yoco {name}", unit="tok", unit_scale=True, disable=silent) as bar:
-            yield from method(requests, begin=bar.reset, progress=bar.update)
+            try:
+                yield from method(requests, begin=bar.reset, progress=bar.update)
+            except OutOfMemory as error:
+                resumed = "with --use_cache FILE, what is computed would be kept"
+                if self.cache_hook.dbdict is not None:
+                    resumed = "the --use_cache file has the responses so far, for the next try"
+                raise OutOfMemory(f"{error}; {resumed}") from None
 
 
 def _blanks_moved(context: str, continuation: str) -> tuple[str, str]:

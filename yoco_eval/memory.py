@@ -169,6 +169,17 @@ def check_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) 
 
 
 @contextmanager
+def loading_weights(
+    config: YocoConfig, dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
+    """`check_weights`; and what is then allocated for them may raise OutOfMemory."""
+    check_weights(config, dtype, device)
+    planned = f"the weights take {gib(weight_bytes(config, dtype))}"
+    with allocating(device, planned, "take a smaller dtype, or a device with more memory"):
+        yield
+
+
+@contextmanager
 def allocating(device: torch.device, planned: str, mends: str) -> Iterator[None]:
     """Turns an allocation that fails within, though it should not, into OutOfMemory.
 

@@ -5,11 +5,13 @@ import re
 import psutil
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 
 from yoco_eval import memory
 from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest
 from yoco_eval.lm import YocoLM
-from yoco_eval.memory import CHUNKS, check_weights, fit, host_free_bytes
+from yoco_eval.memory import CHUNKS, OutOfMemory, check_weights, fit, host_free_bytes
 from yoco_eval.model import Yoco, YocoConfig
 from yoco_eval.model.footprint import cache_bytes, state_bytes
 from yoco_eval.model.shapes import SHAPES
@@ -237,4 +239,46 @@ def test_weights_are_refused_before_they_are_loaded(free):
         check_weights(CONFIG, torch.float32, GPU)
     free(1000)
     with pytest.raises(ValueError, match="the weights take"):
+        YocoLM(device="cpu")
+
+
+def test_an_allocation_that_fails_is_told_in_one_line(exact, free):
+    """The cache is asked for, and PyTorch does not get it."""
+    free(2**62)
+    request = GenerateRequest([1, 2, 3], 2**50)
+    with pytest.raises(OutOfMemory) as error:
+        list(Engine(exact).generate([request], lambda n: None, lambda n: None))
+    assert re.fullmatch(
+        r"memory ran out on cpu: \d+\.\d\d GiB were planned beside the weights, of \d+\.\d\d GiB "
+        r"that were free, and \d+\.\d\d GiB are free now; shorten contexts, or .*",
+        str(error.value),
+    )
+
+
+def test_responses_before_a_failed_allocation_are_kept(tmp_path):
+    lm = YocoLM(device="cpu")
+    texts = [("One city.", " Two"), ("Another city.", " Three")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)]
+    feed, fed = lm.model.feed, []
+
+    def failing(*args, **kwargs):
+        fed.append(args)
+        if len(fed) == 2:
+            torch.empty(2**60)
+        return feed(*args, **kwargs)
+
+    lm.model.feed = failing
+    with pytest.raises(OutOfMemory, match=r"^memory ran out on cpu: .*; with --use_cache FILE, "):
+        lm.loglikelihood(requests, disable_tqdm=True)
+    fed.clear()
+    cached = CachingLM(lm, str(tmp_path / "responses.db"))
+    with pytest.raises(OutOfMemory, match=r"; the --use_cache file has the responses so far, .*$"):
+        cached.loglikelihood(requests)
+    assert len(cached.dbdict) == 2  # one response, and whose it is
+    assert len(cached.loglikelihood(requests)) == 2 and len(fed) == 3
+
+
+def test_weights_that_cannot_be_allocated_are_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(Yoco, "from_pretrained", lambda *args: torch.empty(2**60))
+    with pytest.raises(OutOfMemory, match=r"^memory ran out on cpu: the weights take 0\.01 GiB, "):
         YocoLM(device="cpu")
