@@ -25,8 +25,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
+from yoco_eval.printable import VALUE, listed, message, shortened, shown
+
 from .config import YocoConfig
-from .wording import listed, one_line, shown
 from .yoco import Yoco
 
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -50,8 +51,8 @@ _HARMLESS = re.compile(
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names it and the mend, in one line."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+    def __init__(self, text: str) -> None:
+        super().__init__(message(text))
 
 
 class _Shell:
@@ -89,8 +90,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
     if str(name) in bundled:
         return BUNDLED / str(name)
     raise CheckpointError(
-        f"{listed([str(name)])}: no such checkpoint; give a folder or file, or a bundled one: "
-        f"{', '.join(bundled)}"
+        f"{shortened(str(name), VALUE)}: no such checkpoint; give a folder or file, or a bundled "
+        f"one: {', '.join(bundled)}"
     )
 
 
@@ -253,8 +254,8 @@ def _load_torch(file: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, not a state dict")
     weights = content["model"] if isinstance(content.get("model"), Mapping) else content
     for name, weight in weights.items():
-        if not isinstance(name, str) or not _is_plain(weight):
-            raise CheckpointError(f"{file}: not a state dict; {shown(name)} names no plain tensor")
+        if not isinstance(name, str) or not _is_dense(weight):
+            raise CheckpointError(f"{file}: not a state dict; {shown(name)} names no dense tensor")
     marks = ("embed_tokens.weight", "output_projection.weight", "cross_decoder.k_proj.weight")
     found = [(name, mark) for mark in marks for name in weights if name.endswith(mark)]
     if not found:
@@ -276,13 +277,19 @@ def _training_settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
     cfg = _as_dict(content.get("cfg"))
     model = _as_dict(cfg.get("model")) or _as_dict(content.get("args"))
     task = _as_dict(cfg.get("task"))
-    settings = {f.name: model[f.name] for f in fields(YocoConfig) if f.name in model}
+    settings = {f.name: _plain(model[f.name]) for f in fields(YocoConfig) if f.name in model}
     lengths = (group.get("tokens_per_sample") for group in (model, task))
     length = next((length for length in lengths if isinstance(length, int)), None)
     return {**settings, "max_seq_len": length} if settings and length is not None else settings
 
 
-def _is_plain(value: Any) -> bool:
+def _plain(setting: Any) -> Any:
+    """The setting, or its kind in place of what is none: a pickle holds tensors, too, or mazes."""
+    plain = isinstance(setting, bool | int | float | str | None)
+    return setting if plain else type(setting).__name__
+
+
+def _is_dense(value: Any) -> bool:
     """Whether it is a tensor whose numbers lie in memory, no more of them than memory has."""
     if not torch.is_tensor(value) or value.is_nested or value.is_quantized:
         return False
@@ -427,4 +434,4 @@ def _check_regular(file: Path) -> None:
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return CheckpointError(f"{file}: damaged or truncated ({listed(lines[:1])}); copy it again")
+    return CheckpointError(f"{file}: damaged or truncated ({lines[0]}); copy it again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .wording import listed, shown
+from yoco_eval.printable import listed, shown
 
 # Settings of the published code's runs, which say nothing about the model.
 _RUN_SETTINGS = {"max_batch_size", "model_parallel_size", "load_checkpoint"}

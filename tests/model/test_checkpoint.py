@@ -268,7 +268,7 @@ def test_weights_that_are_no_floating_point_numbers(published, weights, tmp_path
 def test_tensors_that_claim_more_numbers_than_there_are(published, weights, tmp_path, odd):
     folder = copy(published, tmp_path)
     torch.save({**weights, "embed_tokens.weight": odd}, folder / "checkpoint.pth")
-    assert "'embed_tokens.weight' names no plain tensor" in fault(folder)
+    assert "'embed_tokens.weight' names no dense tensor" in fault(folder)
 
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/dev/zero", "..", "", 3, "a\0b"])
@@ -278,7 +278,7 @@ def test_an_index_names_files_beside_it(published, tmp_path, file):
     index.write_text(json.dumps({"weight_map": {"layer_norm.weight": file}}))
     shutil.copy(tmp_path / "a" / "model.safetensors", tmp_path)
     message = fault(tmp_path / "a")
-    assert str(index) in message or "a\\x00b is missing" in message
+    assert str(index) in message or "a\N{REPLACEMENT CHARACTER}b is missing" in message
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": [1]}', '{"weight_map": {}}'])
@@ -399,7 +399,10 @@ def test_settings_of_the_published_code(params):
 
 
 def test_settings_of_a_training_checkpoint_may_be_anything(params, weights, tmp_path):
-    for odd in ({"rope_theta": torch.ones(3)}, {"dim": [[1] * 999] * 999}):
+    maze = []
+    for _ in range(60):
+        maze = [maze, maze]
+    for odd in ({"rope_theta": torch.ones(3)}, {"dim": maze}):
         torch.save({"model": weights, "args": {**params, **odd}}, tmp_path / "a.pt")
         assert f"{next(iter(odd))} must be a positive" in fault(tmp_path)
     weights["embed_tokens.weight"] = torch.tensor(1.0)
