@@ -105,7 +105,8 @@ class Engine:
 
     Raises:
         ValueError: a number is below 1. Its methods raise it, before anything is computed, where
-            the memory does not suffice, and `memory.OutOfMemory` where it turns out not to.
+            the memory does not suffice, and `memory.OutOfMemory` where it turns out not to; and
+            where what the model computes overflows.
     """
 
     def __init__(
@@ -352,7 +353,7 @@ class _Scores:
         outputs: Iterator[Tensor],
         most: int,
     ) -> None:
-        self._indices = [index for index, _, _ in answers]
+        self._indices, self._dtype = [index for index, _, _ in answers], model.dtype
         lengths = [len(tokens) for _, _, tokens in answers]
         positions = np.concatenate([start + np.arange(len(tokens)) for _, start, tokens in answers])
         tokens = np.concatenate([np.asarray(tokens, dtype=np.int64) for _, _, tokens in answers])
@@ -375,6 +376,7 @@ class _Scores:
         if self._ready is not None:
             self._ready.synchronize()
         for index, (logprob, missed) in zip(self._indices, self._sums.tolist(), strict=True):
+            _check_number(logprob, self._dtype)
             yield index, Score(logprob, missed == 0)
 
 
@@ -417,6 +419,7 @@ def _decode(request: GenerateRequest, decoder: Decoder) -> list[int]:
     while len(new) < request.max_tokens:
         decoder.step()
         if request.sampling.temperature:
+            _check_number(float(decoder.logits.max()), decoder.logits.dtype)
             decoder.token.fill_(_draw(decoder.logits, request.sampling))
         token = int(decoder.token)
         if token in request.end_tokens:
@@ -424,7 +427,21 @@ def _decode(request: GenerateRequest, decoder: Decoder) -> list[int]:
         new.append(token)
         if request.finished(new):
             break
+    if request.max_tokens:  # what is no number once is none in all that follows
+        _check_number(float(decoder.logits.max()), decoder.logits.dtype)
     return new
+
+
+def _check_number(number: float, dtype: torch.dtype) -> None:
+    """Refuses a prediction that is NaN or infinite, which would count as a wrong answer.
+
+    The logarithm of a probability may be minus infinity.
+    """
+    if not number < math.inf:
+        raise ValueError(
+            f"the model's predictions are {number}: its numbers overflow in "
+            f"{str(dtype).removeprefix('torch.')}; choose a wider dtype, or another checkpoint"
+        )
 
 
 class _Walk:

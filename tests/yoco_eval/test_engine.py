@@ -252,3 +252,19 @@ def test_sampling_repeats_with_the_seed(exact):
 def test_refused_arguments(make, said, exact):
     with pytest.raises(ValueError, match=said):
         make(exact)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["embed_tokens", "output_projection"])
+def test_predictions_that_are_no_numbers_are_refused(published, name, temperature):
+    """Each weight is finite; what is computed with it is not."""
+    model = Yoco.from_pretrained(published, device="cpu", dtype=torch.float32)
+    getattr(model, name).weight[7:] = 3e38
+    engine = Engine(model)
+    with pytest.raises(ValueError, match="predictions are nan: .* overflow in float32"):
+        collect(engine.score, [ScoreRequest([3, 9], [5])])
+    request = GenerateRequest(
+        [3, 9], 2, frozenset(), lambda tokens: False, Sampling(temperature=temperature)
+    )
+    with pytest.raises(ValueError, match="overflow in float32"):
+        collect(engine.generate, [request])
