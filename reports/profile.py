@@ -4,7 +4,6 @@ A profile is of one model, or of one and another that it is compared with. What 
 measured, for want of memory or patience, is said where its figure would stand.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from yoco_eval.lengths import format_length
 from yoco_eval.printable import VALUE, one_line, shown
 
 from .files import FIGURES, check_path, to_json, write_figure, write_text
-from .results import ResultsError
+from .results import ResultsError, read_json
 from .style import (
     FONT,
     GRID,
@@ -167,11 +166,8 @@ def load_profile(path: str | Path) -> Profile:
 
     Raises ResultsError if it cannot be read or is damaged, NotAProfile if it is something else.
     """
-    path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait, a device never end
-            raise OSError("not an ordinary file")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(Path(path))
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError):

@@ -5,6 +5,7 @@ grid there, as `cells` in its config's metadata: one entry per context length an
 task and whatever backend left such cells, they are read alike.
 """
 
+import errno
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from yoco_eval.printable import shown
 
 from .models import Model, identify, name_models
 
+_LARGEST = 1 << 28  # bytes of a JSON file
 _MOST_SAMPLES = 10**6  # of a cell; no test is exact and quick beyond
 _CELL_NUMBERS = ("context_length", "depth", "samples", "correct")  # that every cell has
 
@@ -175,10 +177,27 @@ def common_grid(runs: Iterable[NeedleRun]) -> tuple[list[int], list[float]]:
     return lengths, sorted({cell.depth for cell in cells})
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Pipes and devices, which may never end, are not read.
+
+    Raises OSError, ValueError, RecursionError.
+    """
+    check_regular(path)
+    if path.stat().st_size > _LARGEST:
+        raise OSError(errno.EFBIG, "far larger than any such file")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError if there is something that is no file with an end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not an ordinary file")
+
+
 def read_results(path: Path) -> ResultsFile:
     """Reads one results file; ResultsError if it is not a whole results file of lm-eval."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ResultsError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, dict) or not all(

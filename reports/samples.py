@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 from yoco_eval.tasks.by_length import digest
 
-from .results import NeedleCell, NeedleRun, ResultsError
+from .results import NeedleCell, NeedleRun, ResultsError, check_regular
 
 Cell = tuple[int, float]  # context length, depth
+
+_LONGEST = 1 << 30  # bytes of a line, far more than any prompt's; what is longer is no sample
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,9 @@ def read_samples(path: Path) -> tuple[list[NeedleSample], int]:
     """
     samples, unread = [], 0
     try:
+        check_regular(path)
         with path.open("rb") as file:
-            for line in file:
+            for line in iter(lambda: file.readline(_LONGEST), b""):
                 try:
                     samples.append(_sample(json.loads(line)))
                 except (ArithmeticError, ValueError, TypeError, LookupError, RecursionError):

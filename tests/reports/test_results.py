@@ -3,13 +3,16 @@
 import json
 import logging
 import math
+import os
 from datetime import datetime
 
 import pytest
 from lm_eval.loggers import EvaluationTracker
 
+from yoco_eval.reports.profile import load_profile
 from yoco_eval.reports.results import NeedleCell, ResultsError, read_results
 from yoco_eval.reports.runs import load_needle_run
+from yoco_eval.reports.samples import read_samples
 
 CELLS = [
     {"context_length": 8192, "depth": 0.0, "samples": 5, "correct": 2},
@@ -165,6 +168,23 @@ def test_foreign_files_are_skipped(tmp_path, caplog, text):
     assert load_needle_run(tmp_path).prompts == 20
     assert f"skipped {tmp_path / 'results_0.json'}: {'not ' if text else 'empty'}" in caplog.text
     assert f"{tmp_path / 'results_0.json'}: not " in error(tmp_path / "results_0.json")
+
+
+@pytest.mark.parametrize("read", [read_results, load_profile, read_samples])
+def test_pipes_and_devices_are_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(ResultsError, match=f"{tmp_path / name}: .*not an ordinary file"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [read_results, load_profile])
+def test_files_without_end_are_not_read(tmp_path, read):
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ResultsError, match=f"{tmp_path / 'large'}: .*far larger"):
+        read(tmp_path / "large")
 
 
 def test_nothing_to_read(tmp_path):
