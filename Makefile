@@ -1,13 +1,16 @@
 # make demo: evaluate two bundled checkpoints on yoco_needle and compare them on an HTML page.
 # make test: lint and run the tests.
-# Both create .venv with $(PYTHON), 3.10 or later, and install into it what is missing.
+# make fuzz CASES=5000 SEED=1: so many damaged files, of which the tests try 600 of seed 0.
+# All create .venv with $(PYTHON), 3.10 or later, and install into it what is missing.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
 DEMO := results/demo
+CASES ?= 600
+SEED ?= 0
 
-.PHONY: demo test
+.PHONY: demo test fuzz
 
 demo: .venv/installed
 	rm -rf $(DEMO)
@@ -22,6 +25,9 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+fuzz: .venv/installed-test
+	$(BIN)/python tests/faults/fuzz.py --cases $(CASES) --seed $(SEED)
 
 # torch comes first and alone, so that its pin decides which build is taken.
 .venv/installed: setup.cfg setup.py pyproject.toml constraints.txt
