@@ -126,7 +126,8 @@ class Notes:
     ) -> Prompt:
         """A prompt that ends in the first question, and stays within `size` with any of them.
 
-        With the question of the most tokens it has `size` tokens, or up to `SLACK` fewer.
+        With any it has `size` tokens, or up to `SLACK` fewer, unless the tokens of the questions
+        differ by more: then it has as many as there is room for with the longest.
 
         Args:
             size: tokens, special ones included; introduction, needles and question must fit.
@@ -137,13 +138,18 @@ class Notes:
                 end their notes at the same place, unless they would be too long or short by this.
         """
         wanted = size - self._counter.special - reserve
-        cut, edits, tokens = self._plan(wanted, needles, questions)
-        if not size - SLACK <= max(tokens) <= size:
+        plan = self._plan(wanted, needles, questions)
+        # Where notes that end with a word leave too much room, they end wherever a token does.
+        for whole_words in (True, False):
+            cut, _, tokens = plan
+            if size - SLACK <= min(tokens) and max(tokens) <= size:
+                break
             wanted = int(self._kept(cut)) + size - max(tokens)
-            cut, edits, tokens = self._plan(wanted, needles, questions)
-            while max(tokens) > size:
+            plan = self._plan(wanted, needles, questions, whole_words)
+            while max(plan[2]) > size:
                 wanted -= 1
-                cut, edits, tokens = self._plan(wanted, needles, questions)
+                plan = self._plan(wanted, needles, questions, whole_words)
+        cut, edits, tokens = plan
         first, ordered = edits[0], sorted(edits)
         position = self._counter.front + int(self._kept(first.begin))
         if earlier := ordered[: ordered.index(first)]:
@@ -152,10 +158,14 @@ class Notes:
         return Prompt(self._edited(0, ordered, cut) + questions[0], tokens[0], position)
 
     def _plan(
-        self, wanted: int, needles: Sequence[tuple[float, str]], questions: Sequence[str]
+        self,
+        wanted: int,
+        needles: Sequence[tuple[float, str]],
+        questions: Sequence[str],
+        whole_words: bool = True,
     ) -> tuple[int, list[_Edit], list[int]]:
         """Where notes of about so many tokens end, the needles, each question's prompt's tokens."""
-        cut = self._cut(wanted)
+        cut = self._cut(wanted, whole_words)
         edits = [self._edit(cut, depth, sentence) for depth, sentence in needles]
         return cut, edits, self._count(cut, sorted(edits), questions)
 
@@ -180,9 +190,11 @@ class Notes:
         """The number of tokens that end at or before the position(s)."""
         return np.searchsorted(self._ends, position, side="right")
 
-    def _cut(self, tokens: int) -> int:
+    def _cut(self, tokens: int, whole_words: bool) -> int:
         """Where to end the notes after about so many tokens of introduction and haystack."""
-        return max(self._begin, self._word_end(min(tokens, len(self._ends))))
+        tokens = min(tokens, len(self._ends))
+        end = self._word_end(tokens) if whole_words else int(self._ends[tokens - 1])
+        return max(self._begin, end)
 
     def _word_end(self, tokens: int) -> int:
         """Where about so many tokens end: after a word, if the last few of them hold one's end."""

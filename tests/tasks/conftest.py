@@ -51,6 +51,23 @@ def unigram(corpus):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
+def wordpiece(corpus):
+    """As BERT's, of so few pieces that the names of cities come apart into letters."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=150, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    roles = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+
 def sentencepiece(corpus):
     """As Llama's: the whole text is one word to it, behind a blank of its own."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -94,9 +111,10 @@ def tokenizers(tmp_path_factory):
     corpus = [text[i : i + 1000] for i in range(0, len(text), 1000)]
     corpus += [f"Number {number}.{QUESTION}\n\n" for number in numbers] + CITIES
     return {
-        "demo": load_tokenizer({}),
+        "demo": load_tokenizer({"pretrained": "demo-1m"}),
         "byte-level": byte_level(corpus),
         "unigram": unigram(corpus),
+        "wordpiece": wordpiece(corpus),
         "sentencepiece": sentencepiece(corpus),
         "tiktoken": tiktoken(corpus, tmp_path_factory.mktemp("ranks") / "small.tiktoken"),
     }

@@ -88,6 +88,25 @@ def test_several_needles_and_questions(tokenizers, kind, source, own_lines):
         assert abs(tokens(tokenizer, before) - prompt.needle_position) <= 2
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "unigram", "wordpiece"])
+def test_prompts_are_full_whichever_of_many_needles_is_asked_for(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    counter = TokenCounter(tokenizer)
+    notes = Notes(counter, INTRODUCTION, partial(HAYSTACKS["synthetic"].text, 2), 5000)
+    by_length = sorted(CITIES, key=len)
+    draw = random.Random(kind)
+    for cities in ([*by_length[:3], *by_length[-9:]], [*by_length[-3:], *by_length[:9]]):
+        pairs = [needle_and_question(city, draw.randrange(10000, 99999)) for city in cities]
+        sentences, questions = zip(*pairs, strict=True)
+        needles = [(draw.random(), sentence) for sentence in sentences]
+        size = draw.randrange(4000, 5000)
+        reserve = sum(map(counter.count, sentences)) + counter.count(questions[0])
+        prompt = notes.prompt(size, needles, questions, reserve)
+        body = prompt.text.removesuffix(questions[0])
+        counts = [tokens(tokenizer, body + question) for question in questions]
+        assert size - SLACK <= min(counts) and max(counts) <= size
+
+
 @pytest.mark.parametrize("kind", ["demo", "byte-level", "tiktoken"])
 def test_text_comes_back_from_its_tokens(tokenizers, kind):
     tokenizer, text = tokenizers[kind], partial(HAYSTACKS["rough"].text, 1)
@@ -178,7 +197,7 @@ def test_prompts_are_mostly_encoded_when_their_notes_are(tokenizers, monkeypatch
     for depth in (0.2, 0.8):
         prompt = notes.prompt(1 << 16, [(depth, needle)], [question], 34)
         encoded.clear()
-        backend = Encoder(load_tokenizer({}))
+        backend = Encoder(load_tokenizer({"pretrained": "demo-1m"}))
         assert len(backend.encode(prompt.text)) + counter.special == prompt.tokens
         assert sum(encoded) < len(prompt.text) // 2  # about the needle, and at the end
 
