@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
 from functools import cache
+from reprlib import repr as short_repr
 from typing import Any, TypeVar
 
 from yoco_eval import registration
@@ -24,8 +25,12 @@ NAMES = frozenset(
 )
 # Which model is evaluated and how its tokens are counted: read by `evaluated_model` and lm-eval.
 _OF_THE_MODEL = frozenset(
-    "model pretrained tokenizer revision add_bos_token max_length max_model_len".split()
+    "model pretrained tokenizer revision subfolder trust_remote_code add_bos_token max_length "
+    "max_model_len".split()
 )
+
+
+_MOST = 100_000  # of whatever is counted: more would not be evaluated in a lifetime
 
 
 def setting(read: Callable[[str, Any], Any], default: Any) -> Any:
@@ -97,9 +102,7 @@ def depths(name: str, value: Any) -> list[float]:
     elif not isinstance(value, list | tuple):
         given = number(name, value)
         if isinstance(given, int):
-            if given < 1:
-                raise ValueError(f"{name}: a count of {given} is below 1; give 1 or more")
-            return evenly_spaced(given)
+            return evenly_spaced(_within(f"{name}: a count of", given))
         value = [given]
     shares = sorted({float(number(name, share)) for share in listed(name, value)})
     for share in shares:
@@ -114,22 +117,30 @@ def depths(name: str, value: Any) -> list[float]:
 def whole(name: str, value: Any) -> int:
     given = number(name, value)
     if not isinstance(given, int):
-        raise ValueError(f"{name}: {value!r} is not a whole number; give one, such as 3")
+        raise ValueError(
+            f"{name}: {short_repr(value)} is not a whole number; give one, such as 3"
+        )
     return given
 
 
 def count(name: str, value: Any) -> int:
     """A whole number, 1 or more."""
-    given = whole(name, value)
+    return _within(f"{name}:", whole(name, value))
+
+
+def _within(what: str, given: int) -> int:
+    """The count, which is one that can be worked on."""
     if given < 1:
-        raise ValueError(f"{name}: {given} is below 1; give 1 or more")
+        raise ValueError(f"{what} {short_repr(given)} is below 1; give 1 or more")
+    if given > _MOST:
+        raise ValueError(f"{what} {short_repr(given)} is above {_MOST}; give fewer")
     return given
 
 
 def flag(name: str, value: Any) -> bool:
     truths = {"true": True, "1": True, "false": False, "0": False}
     if str(value).lower() not in truths:
-        raise ValueError(f"{name}: {value!r} is neither true nor false")
+        raise ValueError(f"{name}: {short_repr(value)} is neither true nor false")
     return truths[str(value).lower()]
 
 
@@ -145,7 +156,7 @@ def number(name: str, value: Any) -> int | float:
             except ValueError:
                 continue
             return given
-    raise ValueError(f"{name}: {value!r} is not a number; give one, such as 1")
+    raise ValueError(f"{name}: {short_repr(value)} is not a number; give one, such as 1")
 
 
 def listed(name: str, value: Any) -> Sequence[Any]:

@@ -7,9 +7,12 @@ import argparse
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from reprlib import repr as short_repr
 from typing import TypeVar
 
 T = TypeVar("T")
+
+LONGEST = 2**30  # tokens; no text is that long, and a slip would ask for more memory than there is
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
@@ -18,12 +21,14 @@ def parse_length(value: int | str) -> int:
     """The number of tokens that 65536, "65536", "64k" (65536) or "1.5m" (1572864) stands for.
 
     Raises:
-        ValueError: it is none of these, or not a positive whole number.
+        ValueError: it is none of these, not a positive whole number, or more than `LONGEST`.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", str(value).strip().lower())
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)([km]?)", str(value).strip().lower())
     tokens = Fraction(match[1]) * _UNITS[match[2]] if match else Fraction(0)
     if tokens < 1 or tokens.denominator > 1:
-        raise ValueError(f"{value!r} is not a length; write 65536, 64k or 1m")
+        raise ValueError(f"{short_repr(value)} is not a length; write 65536, 64k or 1m")
+    if tokens > LONGEST:
+        raise ValueError(f"{short_repr(value)} is too long; 1024m, 2^30 tokens, is the longest")
     return int(tokens)
 
 
@@ -64,12 +69,16 @@ def parse_lengths(text: str) -> list[int]:
     for i, part in enumerate(parts):
         if part == "...":
             if not 0 < i < len(parts) - 1 or parts[i + 1] == "...":
-                raise ValueError(f"{text!r}: '...' stands between two lengths, as in 32k,...,1m")
+                raise ValueError(
+                    f"{short_repr(text)}: '...' stands between two lengths, as in 32k,...,1m"
+                )
             end = parse_length(parts[i + 1])
             while 2 * lengths[-1] < end:
                 lengths.append(2 * lengths[-1])
         else:
             lengths.append(parse_length(part))
     if any(a >= b for a, b in zip(lengths, lengths[1:], strict=False)):
-        raise ValueError(f"{text!r}: write the lengths in ascending order, each of them once")
+        raise ValueError(
+            f"{short_repr(text)}: write the lengths in ascending order, each of them once"
+        )
     return lengths

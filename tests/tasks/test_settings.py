@@ -95,6 +95,15 @@ def test_flags(value, flag):
         ({"samples": 2.5}, "samples: 2.5 is not a whole number"),
         ({"samples": True}, "samples: True is not a number"),
         ({"seed": "x"}, "seed: 'x' is not a number"),
+        ({"seed": "9" * 5000}, "is not a whole number"),
+        ({"depths": 10**9}, "depths: a count of 1000000000 is above 100000; give fewer"),
+        ({"depths": "1" * 400}, "is above 100000; give fewer"),
+        ({"depths": "9" * 5000}, "depths: inf is not within 0 and 1"),
+        ({"samples": 10**12}, "samples: 1000000000000 is above 100000; give fewer"),
+        ({"context_lengths": "2048m"}, "'2048m' is too long; 1024m, 2^30 tokens, is the longest"),
+        ({"context_lengths": 10**400}, "is not a length"),
+        ({"context_lengths": "4" * 5000}, "is not a length"),
+        ({"ask_all": "y" * 5000}, "is neither true nor false"),
         ({"ask_all": "maybe"}, "ask_all: 'maybe' is neither true nor false"),
         ({"sample": 3}, "'sample' is unknown; did you mean 'samples'"),
         ({"context_length": 3}, "'context_length' is unknown; did you mean 'context_lengths'"),
@@ -106,7 +115,7 @@ def test_bad_settings_are_told_in_one_line(metadata, message):
     with pytest.raises(ValueError) as caught:
         read(**metadata)
     assert message in str(caught.value) and str(caught.value).count("context_lengths: ") < 2
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_settings_of_other_tasks_and_arguments_of_any_backend_are_left_alone():

@@ -351,6 +351,7 @@ def test_interrupted(convert):
     ("argv", "said"),
     [
         (["convert", "a", "b", "--max-length", "many"], "'many' is not a length"),
+        (["plan", "--shape", "3b", "--length", "9" * 400], "is not a length"),
         (["convert", "a", "b", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["convert", "a"], "DST"),
         (["profile"], "one of the arguments --shape --pretrained --read is required"),

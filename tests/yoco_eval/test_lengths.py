@@ -13,9 +13,19 @@ def test_parse_length(text, tokens):
     assert parse_length(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "0.3k", "1g", "many", "k"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "1.5", "0.3k", "1g", "many", "k", "9" * 400, "0." + "9" * 5000, 10**400]
+)
 def test_refused_lengths(text):
-    with pytest.raises(ValueError, match="write 65536, 64k or 1m"):
+    with pytest.raises(ValueError, match="write 65536, 64k or 1m") as caught:
+        parse_length(text)
+    assert len(str(caught.value)) < 100
+
+
+@pytest.mark.parametrize("text", [2**30 + 1, "1025m", "9" * 20])
+def test_lengths_that_no_memory_holds(text):
+    assert parse_length("1024m") == 2**30
+    with pytest.raises(ValueError, match="too long; 1024m, 2.30 tokens, is the longest"):
         parse_length(text)
 
 
