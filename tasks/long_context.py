@@ -24,7 +24,7 @@ from .by_length import (
     metric_list,
     values_at,
 )
-from .evaluated_model import check_positions, max_positions
+from .evaluated_model import check_positions
 from .members import load_members
 from .settings import read_settings
 
@@ -67,7 +67,7 @@ class LongContextTask(ConfigurableTask):
         Raises:
             ValueError: a context length exceeds the model's positions, or there are no documents.
         """
-        check_positions(self.settings.context_lengths, max_positions(self.config.metadata))
+        check_positions(self.settings.context_lengths, self.config.metadata)
         self.dataset = {self.config.test_split: datasets.Dataset.from_list(self.documents())}
 
     def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: Any = None) -> str:
@@ -80,6 +80,7 @@ class LongContextTask(ConfigurableTask):
 
         The results file gets digests of the prompts, before any chat template.
         """
+        check_positions(self.settings.context_lengths, self.config.metadata)
         super().build_all_requests(**{**options, "cache_requests": False})
         # Of the whole run, of which this process may have a share only.
         asked = self.doc_iterator(limit=options.get("limit"), samples=options.get("samples"))

@@ -68,7 +68,8 @@ class LongLoss(ConfigurableTask):
     def __init__(self, config: Mapping[str, Any]) -> None:
         metadata = dict(config.get("metadata") or {})
         self.settings = read_settings(Settings, metadata)
-        ends = bucket_ends(self.settings.context_lengths, max_positions(metadata))
+        ends = bucket_ends(self.settings.context_lengths, max_positions(metadata, scored=True))
+        check_positions(ends, metadata, scored=True)
         self.settings = replace(self.settings, context_lengths=ends)
         losses = ["loss", *(metric_at(name, end) for name in ("loss", "loss_to") for end in ends)]
         aggregations = {**dict.fromkeys(losses, nats_per_token), "bits_per_byte": "bits_per_byte"}
@@ -133,6 +134,7 @@ class LongLoss(ConfigurableTask):
 
         The results file gets digests of the requests of each context length.
         """
+        check_positions(self.settings.context_lengths, self.config.metadata, scored=True)
         super().build_all_requests(**{**options, "cache_requests": False})
         # Of the whole run, of which this process may have a share only.
         asked = self.doc_iterator(limit=options.get("limit"), samples=options.get("samples"))
@@ -232,12 +234,11 @@ def bucket_ends(given: list[int] | None, positions: int | None) -> list[int]:
     """The lengths that were given, or those that suit a model of so many positions.
 
     Raises:
-        ValueError: they are too long for the model, or too close to each other.
+        ValueError: they are too close to each other.
     """
     if given is None:
         longest = min(positions or _UNKNOWN, _LONGEST)
         return [1024 << i for i in range(longest.bit_length()) if 1024 << i <= longest] or [longest]
-    check_positions(given, positions)
     for begin, end in pairwise([0, *given]):
         if end - begin < _SHORTEST:
             raise ValueError(

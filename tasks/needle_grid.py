@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from typing import Any, Protocol
 
 import datasets
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from .answers import after_thinking, first_number
 from .by_length import BY_LENGTH, digest, metric_list, values_at
-from .evaluated_model import check_positions, max_positions, token_counter
+from .evaluated_model import check_positions, token_counter
 from .haystack import sentence_starts
 from .prompts import Notes, Prompt
 from .settings import count, depths, evenly_spaced, lengths, read_settings, setting, whole
@@ -29,6 +30,7 @@ from .wording import NUMBER_DIGITS
 
 logger = logging.getLogger(__name__)
 
+_MOST_PROMPTS = 1_000_000
 _EXCERPT = 200  # characters shown on each side of the needle
 _WORST_CELL = "acc_worst_cell"
 # Chat models write sentences, one token a letter perhaps, and lines without an answer.
@@ -143,7 +145,13 @@ class NeedleGrid(ConfigurableTask):
         """
         settings, metadata = self.settings, self.config.metadata
         longest = max(settings.context_lengths)
-        check_positions(settings.context_lengths, max_positions(metadata))
+        grid = [len(settings.context_lengths), len(settings.depths), settings.samples]
+        if (prompts := prod(grid)) > _MOST_PROMPTS:
+            raise ValueError(
+                f"samples: {' x '.join(map(str, grid))} context lengths, depths and samples are "
+                f"{prompts} prompts, more than {_MOST_PROMPTS}; give fewer"
+            )
+        check_positions(settings.context_lengths, metadata)
         self._haystack = self.haystack()
         self._counter = token_counter(metadata)
         task = self.config.task
@@ -200,6 +208,8 @@ class NeedleGrid(ConfigurableTask):
         In chats, answers have more room, and newlines do not end them, unless --gen_kwargs say so.
         Requests are never cached: lm-eval's cache does not tell one grid from another.
         """
+        # Some models come after their tasks.
+        check_positions(self.settings.context_lengths, self.config.metadata)
         self._wrapping = {
             "system_instruction": system_instruction,
             "apply_chat_template": apply_chat_template,

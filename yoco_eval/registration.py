@@ -3,7 +3,7 @@
 lm-eval 0.4.13 finds only the backends and tasks of its own source tree. So a .pth file in
 site-packages imports this package when Python starts, which calls `install()`: a finder on
 `sys.meta_path` then waits for the modules in which lm-eval lists its backends and its tasks, reads
-its command line and runs its evaluations, and adds ours after each has run.
+its command line, makes models and runs its evaluations, and adds ours after each has run.
 Later releases read the entry point `lm_eval.models`, and for them only the tasks are added.
 
 This module is imported whenever Python starts, so it imports nothing but `sys`. By
@@ -13,10 +13,14 @@ included; importing wrapt, which offers post-import hooks ready-made, costs 60 m
 
 import sys
 
-# Names of what a user of the command line gave with --metadata, and with --model_args alone.
-# lm-eval mixes both, and a task could not tell its settings, and slips in them, from arguments of a
-# backend.
+# Names of what the user gave with metadata, and with the model's arguments alone. lm-eval mixes
+# both, and a task could not tell its settings, and slips in them, from arguments of a backend.
 given_metadata = given_model_args = frozenset()
+# While `simple_evaluate` or `evaluate` runs: a list of the model that it evaluates, empty until
+# lm-eval has made it. Tasks size their prompts by it.
+evaluated = None
+
+_mixed = None  # the command line's metadata, in which lm-eval has put the model's arguments, too
 
 
 def _note_metadata(module):
@@ -27,12 +31,78 @@ def _note_metadata(module):
 
     @wraps(process)
     def process_noting(config):
-        global given_metadata, given_model_args
+        global given_metadata, given_model_args, _mixed
         given_metadata = frozenset(config.metadata or {})
         given_model_args = frozenset(config.model_args or {}) - given_metadata
-        return process(config)
+        processed = process(config)
+        _mixed = config.metadata
+        return processed
 
     module.EvaluatorConfig._process_arguments = process_noting
+
+
+def _watch_runs(evaluator):
+    _check_first(evaluator)
+    _note_run(evaluator)
+
+
+def _note_run(evaluator):
+    """Have lm-eval's Python functions leave the model behind, and the names that they are given."""
+    from functools import wraps
+    from inspect import signature
+
+    def noting(evaluate):
+        parameters = signature(evaluate)
+
+        @wraps(evaluate)
+        def evaluate_noting(*args, **options):
+            global given_metadata, given_model_args, evaluated
+            before = given_metadata, given_model_args, evaluated
+            given = parameters.bind_partial(*args, **options).arguments
+            if evaluated is None:
+                model = given.get("model", given.get("lm"))
+                evaluated = [] if isinstance(model, str) else [model]
+                if given.get("metadata") is not _mixed or _mixed is None:
+                    given_metadata, given_model_args = _names(given)
+            try:
+                return evaluate(*args, **options)
+            finally:
+                given_metadata, given_model_args, evaluated = before
+
+        return evaluate_noting
+
+    evaluator.simple_evaluate = noting(evaluator.simple_evaluate)
+    evaluator.evaluate = noting(evaluator.evaluate)
+
+
+def _names(given):
+    """What `given_metadata` and `given_model_args` are for arguments of `simple_evaluate`."""
+    from lm_eval.utils import simple_parse_args_string
+
+    # Of a manager of tasks that is the user's own, lm-eval asks for no other metadata.
+    manager = given.get("task_manager")
+    metadata = frozenset((given.get("metadata") if manager is None else manager.metadata) or {})
+    arguments = given.get("model_args") or {}
+    if isinstance(arguments, str):
+        arguments = simple_parse_args_string(arguments)
+    if manager is None:
+        return metadata, frozenset(arguments) - metadata
+    return metadata - frozenset(arguments), frozenset(arguments) - metadata
+
+
+def _note_model(module):
+    """Have the model that `simple_evaluate` makes of a name be known before it loads the tasks."""
+    from functools import wraps
+
+    make = module.LM.__init__
+
+    @wraps(make)
+    def make_noting(model, *args, **options):
+        make(model, *args, **options)
+        if evaluated == []:
+            evaluated.append(model)
+
+    module.LM.__init__ = make_noting
 
 
 def _add_backend(models):
@@ -86,7 +156,8 @@ _HOOKS = {
     "lm_eval.models": _add_backend,
     "lm_eval.tasks._index": _add_tasks,
     "lm_eval.config.evaluate_config": _note_metadata,
-    "lm_eval.evaluator": _check_first,
+    "lm_eval.evaluator": _watch_runs,
+    "lm_eval.api.model": _note_model,
 }
 
 

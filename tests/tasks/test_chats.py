@@ -14,7 +14,7 @@ from yoco_eval.lm import YocoLM
 from yoco_eval.tasks.evaluated_model import load_tokenizer
 
 TASKS = Path(yoco_eval.tasks.__file__).parent
-GRID = {"context_lengths": [512], "depths": [0, 0.5, 1], "samples": 2}
+GRID = {"pretrained": "demo-1m", "context_lengths": [512], "depths": [0, 0.5, 1], "samples": 2}
 ROOM = 128  # tokens of an answer in a chat
 TEMPLATE = (
     "{% for turn in messages %}<|{{ turn.role }}|>\n{{ turn.content }}<|end|>\n{% endfor %}"
@@ -45,7 +45,7 @@ def chat(answerer):
     class Chat(answerer):
         def __init__(self, *answers, template=TEMPLATE):
             super().__init__(None)
-            self.tokenizer = load_tokenizer({})
+            self.tokenizer = load_tokenizer({"pretrained": "demo-1m"})
             self.tokenizer.chat_template = template
             self.answers = answers
             self.settings = None

@@ -26,7 +26,8 @@ ANSWER, ANSWER_IN_CHAT = 16, 128  # tokens of one
 
 
 def task_manager(**metadata):
-    return TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata)
+    named = {"pretrained": "demo-1m", **metadata}  # unless a test names another
+    return TaskManager(include_path=TASKS, include_defaults=False, metadata=named)
 
 
 def load(name="yoco_multi_needle_4", **metadata):

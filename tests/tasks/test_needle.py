@@ -29,7 +29,8 @@ SMALL = {"context_lengths": [256, 512], "depths": [0, 0.5, 1], "samples": 2}
 
 
 def task_manager(**metadata):
-    return TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata)
+    named = {"pretrained": "demo-1m", **metadata}  # unless a test names another
+    return TaskManager(include_path=TASKS, include_defaults=False, metadata=named)
 
 
 def load(**metadata):
@@ -113,6 +114,7 @@ def test_defaults():
     [
         ({"depths": [0.5, 1.5]}, "depths: 1.5 is not within 0 and 1"),
         ({"context_lengths": 50}, "context_lengths: 50 is too short"),
+        ({"depths": 99999, "samples": 99999}, "5 x 99999 x 99999 context lengths, depths and"),
         ({"context_lengths": ["1m", "2m"]}, "2097152 exceeds the model's 1048576 positions"),
         ({"context_lengths": 2048, "max_length": 1024}, "exceeds the model's 1024 positions"),
         ({"haystack": "nowhere"}, "haystack 'nowhere' is neither 'synthetic'"),
@@ -178,7 +180,7 @@ def test_the_budget_of_gen_kwargs_is_kept(name):
     settings = {"until": ["\n"], "do_sample": False, name: 100}
     task.set_config(key="generation_kwargs", value=settings)
     task.build_all_requests()
-    tokenizer = evaluated_model.load_tokenizer({})
+    tokenizer = evaluated_model.load_tokenizer({"pretrained": "demo-1m"})
     for instance in task.instances:
         assert 512 - 16 <= len(tokenizer(instance.args[0]).input_ids) + 100 <= 512
 

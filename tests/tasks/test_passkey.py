@@ -19,7 +19,8 @@ SMALL = {"context_lengths": [256, 512], "depths": [0, 0.5, 1], "samples": 2}
 
 
 def task_manager(**metadata):
-    return TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata)
+    named = {"pretrained": "demo-1m", **metadata}  # unless a test names another
+    return TaskManager(include_path=TASKS, include_defaults=False, metadata=named)
 
 
 def load(**metadata):

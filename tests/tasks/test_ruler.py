@@ -78,6 +78,7 @@ def sentences(data, monkeypatch):
 
 def group(*members, **metadata):
     """The group with some of its members."""
+    metadata = {"pretrained": "demo-1m", **metadata}
     config = {"task": "yoco_ruler", "folder": "ruler", "members": members, "metadata": metadata}
     return RulerGroup(config)
 
@@ -306,6 +307,7 @@ def test_whole_group(data, reader, caplog):
     model = reader(longest=4096)
     paths = [TASKS, Path(lm_eval.tasks.__file__).parent / "ruler"]
     settings = {"context_lengths": ["4k", 6000], "samples": 2, "data": data}
+    settings["pretrained"] = "demo-1m"
     manager = TaskManager(include_path=paths, include_defaults=False, metadata=settings)
     with caplog.at_level(logging.WARNING, logger="lm_eval"):
         results = simple_evaluate(model, tasks=["yoco_ruler"], task_manager=manager)
