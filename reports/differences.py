@@ -21,7 +21,7 @@ from .benchmarks import Benchmark, higher_is_better
 from .heatmap import format_depths
 from .results import NeedleCell, NeedleRun, mapping
 from .runs import Checkpoint
-from .samples import Answers, Cell, clusters
+from .samples import Answer, Answers, Cell, clusters
 from .setups import MARKED, PROMPTS, REFUSED, STATED, differing
 from .statistics import LEVEL, fisher, holm, mcnemar, paired_test, unpaired_test, z_test
 from .task_runs import Score, TaskRun
@@ -134,7 +134,8 @@ def needle_tests(
                 caveats.append(Caveat(task, i, j, True, reason))
                 continue
             told = answers[i][task], answers[j][task]
-            obstacles = {cell: _obstacle(runs, cell, told) for cell in common}
+            others = _other_prompts(runs)
+            obstacles = {cell: _obstacle(told[0][cell], told[1][cell], others) for cell in common}
             made = []
             for region in regions(common):
                 if found := _test(region.cells, cells, told, obstacles):
@@ -438,18 +439,22 @@ def _refusal(runs: tuple[TaskRun, TaskRun], common: Sequence[Cell]) -> str | Non
     return None if common else "not compared: no context length and depth in common"
 
 
+def _other_prompts(runs: tuple[TaskRun, TaskRun]) -> str:
+    """How prompts are called that are not the same: by what may have made them so."""
+    changed = [*differing(*runs, MARKED), *differing(*runs, STATED)]
+    causes = dict.fromkeys(PROMPTS[name] for name in changed if name in PROMPTS)
+    return f"other prompts (another {_listed([*causes])})" if causes else "other prompts"
+
+
 def _obstacle(
-    runs: tuple[TaskRun, TaskRun], cell: Cell, answers: tuple[Answers, Answers]
+    first: Mapping[int, Answer] | None, second: Mapping[int, Answer] | None, others: str
 ) -> str | None:
     """Why the answers in a cell cannot be compared prompt by prompt; None if they can."""
-    first, second = (told[cell] for told in answers)
     if first is None or second is None:
         return "an older results file does not tell which prompts were right"
     pairs = [(first[sample].prompt, second[sample].prompt) for sample in first if sample in second]
     if any(a != b for a, b in pairs if a and b):
-        changed = [*differing(*runs, MARKED), *differing(*runs, STATED)]
-        causes = dict.fromkeys(PROMPTS[name] for name in changed if name in PROMPTS)
-        return f"other prompts (another {_listed([*causes])})" if causes else "other prompts"
+        return others
     if not all(a and b for a, b in pairs):
         return "an older results file does not tell its prompts"
     return None if pairs else "no prompts in common"
