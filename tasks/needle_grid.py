@@ -349,8 +349,8 @@ def _text(context: Any) -> str:
     """A prompt as text, if need be with the markup that a server will put around its turns."""
     if isinstance(context, str):
         return context
-    # lm-eval hands servers a chat as JSON. Their templates take hardly more tokens than this.
-    turns = json.loads(context.prompt)
+    # lm-eval hands servers a chat as JSON, or as it is. Their templates take hardly more tokens.
+    turns = context if isinstance(context, list) else json.loads(context.prompt)
     return "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns)
 
 

@@ -36,9 +36,9 @@ _SAMPLERS = {
     "fwe_utils": ("sys_kwext", None),
     "qa_utils": ("generate_samples", 1),
 }
-# How many times the tokens of another a prompt of the same size may have. ruler_cwe's differ as
-# much, but each try has other words, so that one among some will fit.
-_SPREAD, _SPREAD_OF_WORDS = 1.25, 1.1
+# How many times the tokens of another a prompt of the same size may have. ruler_cwe's with their
+# example have more words to even that out, and each try has others.
+_SPREAD, _SPREAD_WITH_EXAMPLE = 1.25, 1.1
 
 
 class _Tokenizer:
@@ -189,9 +189,9 @@ def generate(
                 raise _TooShort(2 * len(frame) + answer - length)
         else:
             make = make_samples.__globals__["generate_input_output"]
-            spread = _SPREAD
             if module == "cwe_utils":
-                make, spread = _with_example(make, kept), _SPREAD_OF_WORDS
+                make = _with_example(make, kept)
+            spread = _SPREAD_WITH_EXAMPLE if kept and module == "cwe_utils" else _SPREAD
             search = _Search(make, place, length - answer, tokenizer, spread)
             replaced |= {"generate_input_output": search, "tqdm": search.samples}
         with patch.dict(make_samples.__globals__, replaced), _seeded(key):
