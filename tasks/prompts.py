@@ -16,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from yoco_eval.encoding import Encoder
+from yoco_eval.tokenizers import SAMPLE, check_tokens
 
 from .haystack import sentence_starts
 
@@ -35,11 +36,15 @@ class TokenCounter:
     Attributes:
         front: special tokens before a text.
         special: special tokens before and after a text.
+
+    Raises:
+        ValueError: the tokenizer makes no tokens of a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, add_bos_token: bool = False) -> None:
+        check_tokens(tokenizer, tokenizer.name_or_path or "the tokenizer")
         self._encoder = Encoder(tokenizer)
-        text, whole = self._encoder.encode("a"), tokenizer("a")["input_ids"]
+        text, whole = self._encoder.encode(SAMPLE), tokenizer(SAMPLE)["input_ids"]
         self.front = whole.index(text[0])
         self.special = len(whole) - len(text)
         if add_bos_token and whole[0] != tokenizer.bos_token_id:

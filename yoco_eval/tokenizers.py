@@ -80,6 +80,7 @@ _PUBLISHED_TOKENS = {
     "eos_token": "</s>",
     "unk_token": "<unk>",
 }
+SAMPLE = "No. 1"  # of which every tokenizer that is of any use makes tokens
 _IDS = 1 << 24  # beyond the token ids of any model
 _NEVER = -1e6  # score of a unigram piece that no text may choose; piece scores are logarithms
 
@@ -156,6 +157,23 @@ def checkpoint_tokenizer(checkpoint: str | Path, vocab_size: int) -> PreTrainedT
         tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size)
     return tokenizer
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
+    """Checks that the tokenizer makes something of `SAMPLE`, with special tokens and without.
+
+    Raises:
+        TokenizerError: it does not; the message begins with `name`.
+    """
+    _check_ids(tokenizer.get_vocab(), name)
+    with _damage_told(name):
+        found = tokenizer(SAMPLE, add_special_tokens=False).input_ids
+        tokenizer(SAMPLE)
+    if not found:
+        raise TokenizerError(
+            f"{name}: finds no token in a plain text: its vocabulary is empty, or has neither "
+            "letters nor digits; copy it again"
+        )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -282,7 +300,7 @@ def from_tekken(path: str | Path) -> PreTrainedTokenizerBase:
                 f"{path}: to read it, pip install --upgrade transformers, or mistral-common where "
                 "it is of the old kind without special_tokens"
             ) from error
-    _check_tokens(tokenizer, path)
+    check_tokens(tokenizer, path)
     _put_bos(tokenizer.backend_tokenizer, tokenizer.bos_token)
     tokenizer.name_or_path = str(path)
     return tokenizer
@@ -487,7 +505,7 @@ def _from_tokenizer_json(file: Path) -> PreTrainedTokenizerBase:
             _check_ids(known, file)
             roles = {role: token for role, token in _PUBLISHED_TOKENS.items() if token in known}
             loaded = _wrap(tokenizer, roles, str(file))
-    _check_tokens(loaded, file)
+    check_tokens(loaded, file)
     return loaded
 
 
@@ -501,21 +519,8 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         ) from error
     if not tokenizer.is_fast:
         raise TokenizerError(f"{name}: has no tokenizer.json; name a tokenizer that has one")
-    _check_tokens(tokenizer, name)
+    check_tokens(tokenizer, name)
     return tokenizer
-
-
-def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
-    """Checks that the tokenizer makes something of a text, with special tokens and without."""
-    _check_ids(tokenizer.get_vocab(), name)
-    with _damage_told(name):
-        found = tokenizer("No. 1", add_special_tokens=False).input_ids
-        tokenizer("No. 1")
-    if not found:
-        raise TokenizerError(
-            f"{name}: finds no token in a plain text: its vocabulary is empty, or has neither "
-            "letters nor digits; copy it again"
-        )
 
 
 def _check_ids(vocab: dict[str, int], name: str | Path) -> None:

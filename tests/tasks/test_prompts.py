@@ -4,6 +4,9 @@ import random
 from functools import partial
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from yoco_eval.encoding import Encoder
 from yoco_eval.tasks.evaluated_model import load_tokenizer
@@ -35,6 +38,12 @@ def needle_and_question(city, number=48213):
 
 def tokens(tokenizer, text):
     return len(tokenizer(text, verbose=False).input_ids)
+
+
+def test_a_tokenizer_with_an_empty_vocabulary_is_refused():
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({}, [])), name_or_path="dir/t")
+    with pytest.raises(ValueError, match="^dir/t: finds no token in a plain text"):
+        TokenCounter(empty)
 
 
 @pytest.mark.parametrize("kind", KINDS)
