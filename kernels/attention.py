@@ -22,6 +22,7 @@ Angles = tuple[Tensor, Tensor]
 
 SCORES = 1 << 22  # queries are taken in blocks so that no more scores exist at a time
 KEYS = 1 << 12  # of a cache, widened and multiplied at a time
+FEW = 64  # queries of a group of heads up to which reading its keys only once is worth a mask
 
 
 def cache_attention(
@@ -108,38 +109,40 @@ def _attend_text(
 
     Left to PyTorch, which on a CPU goes through keys and queries in blocks of its own. All chunks
     of a text are calls of one shape but for the number of keys, and nothing that is allocated grows
-    with queries times keys: buffers of ever new sizes would leave gaps in the heap, and products of
-    ever new shapes kernels in the library's cache.
+    with queries times keys, unless the queries are few: buffers of ever new sizes would leave gaps
+    in the heap, and products of ever new shapes kernels in the library's cache.
     """
     length, heads = q.shape[0], keys.shape[0]
     every = slice(run[0].first_key, run[-1].end_key)
     keys, values = keys[:, None, every], values[:, None, every]
-    if length == 1 or not run[-1].causal:
-        # A group's query heads read the same keys, so they are queries of one head.
-        q = q.transpose(0, 1).unflatten(0, (heads, 1, -1)).flatten(2, 3)
-        out = F.scaled_dot_product_attention(q, keys, values)
-        return out.unflatten(2, (-1, length)).flatten(0, 2).transpose(0, 1)
-    count = keys.shape[2]
-    mask = spans.table(
-        ("text_mask", length, count, q.dtype), lambda: _text_mask(length, count, q.dtype)
-    )
     q = q.flip(0).transpose(0, 1).unflatten(0, (heads, -1))
-    shape = (-1, q.shape[1], -1, -1)
-    out = F.scaled_dot_product_attention(
-        q, keys.expand(shape), values.expand(shape), attn_mask=mask
-    )
-    return out.flatten(0, 1).transpose(0, 1).flip(0)
+    group, mask = q.shape[1], None
+    if length > 1 and run[-1].causal:
+        count, copies = keys.shape[2], group if group * length <= FEW else 1
+        mask = spans.table(
+            ("text_mask", length, count, copies, q.dtype),
+            lambda: _text_mask(length, count, q.dtype, copies),
+        )
+    if mask is None or len(mask) > length:
+        # A group's query heads read the same keys: as queries of one head, only once.
+        q = q.flatten(1, 2)[:, None]
+    else:
+        shape = (-1, group, -1, -1)
+        keys, values = keys.expand(shape), values.expand(shape)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return out.flatten(1, 2).unflatten(1, (group, length)).flatten(0, 1).transpose(0, 1).flip(0)
 
 
-def _text_mask(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
-    """[queries, keys] to add to the scores of a text's last tokens, the LAST QUERY FIRST.
+def _text_mask(queries: int, keys: int, dtype: torch.dtype, copies: int) -> Tensor:
+    """[copies * queries, keys] to add to the scores of a text's last tokens, the LAST QUERY FIRST.
 
-    In that order each query reads one key less than the one before it, so that all rows are views
-    of one vector.
+    In that order each query reads one key less than the one before it, so that all rows of one copy
+    are views of one vector.
     """
     row = torch.zeros(keys + queries - 1, dtype=dtype)
     row[keys:] = float("-inf")
-    return row.as_strided((queries, keys), (1, 1))
+    mask = row.as_strided((queries, keys), (1, 1))
+    return mask.repeat(copies, 1) if copies > 1 else mask
 
 
 def _attend_apart(q: Tensor, keys: Tensor, values: Tensor, spans: list[Span]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from yoco_eval.kernels.attention import KEYS, SCORES
+from yoco_eval.kernels.attention import FEW, KEYS, SCORES
 from yoco_eval.kernels.dispatch import triton_takes
 from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
 
@@ -149,10 +149,11 @@ def _activation_bytes(
     layers = max(layer(chunk), layer(min(chunk, MIN_TOKENS - 1)))
     attention = chunk * (dim + cross) * dtype.itemsize
     if not fast:
-        # Copies of the queries and outputs, in other orders and widened; a mask as long as the
-        # text; a block's keys or values, widened, its scores, and which of them are hidden.
+        # Copies of the queries and outputs, in other orders and widened; a few queries' mask; a
+        # block's keys or values, widened, its scores, and which of them are hidden.
         keys = min(KEYS, length)
-        attention += chunk * (4 * dim * dtype.itemsize + 3 * dim * wide) + length * dtype.itemsize
+        attention += chunk * (4 * dim * dtype.itemsize + 3 * dim * wide)
+        attention += (FEW + 1) * length * dtype.itemsize
         attention += config.n_attn_kv_heads * config.attn_head_dim * keys * wide
         attention += min(SCORES, config.n_attn_heads * keys * chunk) * 2 * wide
     scoring = logits * (dtype.itemsize + 3 * wide)

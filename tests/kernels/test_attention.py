@@ -84,9 +84,11 @@ PACKED = tuple(Span(4 * i, 4 * i + 4, 6 * i + 1, 6 * i + 5, True) for i in range
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("few", [0, 64])
 @pytest.mark.parametrize("scores", [1, 300, 1 << 22])
 @pytest.mark.parametrize("spans", [SHARED_PREFIX, PACKED, (Span(0, 9, 2, 20, True),)])
-def test_cache_attention(heads, scores, spans, monkeypatch):
+def test_cache_attention(heads, scores, few, spans, monkeypatch):
+    monkeypatch.setattr(attention, "FEW", few)
     monkeypatch.setattr(attention, "SCORES", scores)
     monkeypatch.setattr(attention, "KEYS", 7)
     torch.manual_seed(1)
