@@ -6,6 +6,7 @@ of each only what a report shows is kept.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .results import NeedleCell, NeedleRun, ResultsError, check_regular
 
 Cell = tuple[int, float]  # context length, depth
 
-_LONGEST = 1 << 30  # bytes of a line, far more than any prompt's; what is longer is no sample
+_LONGEST = 1 << 30  # bytes of a line, far more than any prompt's
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ def read_samples(path: Path) -> tuple[list[NeedleSample], int]:
         check_regular(path)
         with path.open("rb") as file:
             for line in iter(lambda: file.readline(_LONGEST), b""):
+                if len(line) == _LONGEST:
+                    raise OSError(errno.EFBIG, f"a line of over {_LONGEST >> 30} GiB")
                 try:
                     samples.append(_sample(json.loads(line)))
                 except (ArithmeticError, ValueError, TypeError, LookupError, RecursionError):

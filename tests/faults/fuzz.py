@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import faulthandler
 import io
 import json
 import logging
@@ -169,6 +170,7 @@ def run_case(
         os.chdir(folder)
         what, run = _prepare(seed, case, files, folder)
         tell(Outcome(case, _STARTED, what))
+        faulthandler.dump_traceback_later(0.9 * HANG)  # tells where it hangs
         with _captured(Random(f"encoding/{seed}/{case}")) as output:
             verdict = run()
         detail = output()
@@ -178,6 +180,7 @@ def run_case(
     except BaseException:  # a panic of a library's is no Exception
         verdict, detail = "traceback", traceback.format_exc()[-3000:]
     finally:
+        faulthandler.cancel_dump_traceback_later()
         os.chdir(here)
     if Path(folder, SENTINEL).exists():
         verdict = "executed"
