@@ -32,7 +32,13 @@ from .encoding import Encoder
 from .engine import Engine, GenerateRequest, Sampling, ScoreRequest, TokenIds
 from .lengths import parse_length
 from .memory import OutOfMemory, loading_weights
-from .tokenizers import check_ends, check_vocabulary, checkpoint_tokenizer, load_tokenizer
+from .tokenizers import (
+    SAMPLE,
+    check_ends,
+    check_vocabulary,
+    checkpoint_tokenizer,
+    load_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -126,13 +132,12 @@ class YocoLM(TemplateLM):
 
         self._name = DEFAULT_CHECKPOINT if pretrained is None else str(pretrained)
         path = resolve_checkpoint(self._name)
-        with loading_weights(load_config(path), kind, where):
-            model = Yoco.from_pretrained(path, where, kind)
+        config = load_config(path)
         if tokenizer is None:
-            self.tokenizer = checkpoint_tokenizer(path, model.config.vocab_size)
+            self.tokenizer = checkpoint_tokenizer(path, config.vocab_size)
         else:
             self.tokenizer = load_tokenizer(str(tokenizer))
-            check_vocabulary(self.tokenizer, model.config.vocab_size)
+            check_vocabulary(self.tokenizer, config.vocab_size)
         # Lengths are this backend's business; transformers would warn of every long prompt.
         self.tokenizer.model_max_length = sys.maxsize
         check_ends(self.tokenizer)
@@ -141,6 +146,8 @@ class YocoLM(TemplateLM):
                 "%s: does not say which token ends a text: only stop strings and max_gen_toks end "
                 "a generation", self.tokenizer.name_or_path,
             )  # fmt: skip
+        with loading_weights(config, kind, where):
+            model = Yoco.from_pretrained(path, where, kind)
         self._device, self.model = model.device, model
         self.batch_size = batch_size
         self.max_length: int = (
@@ -149,7 +156,7 @@ class YocoLM(TemplateLM):
             else _length("max_length", max_length)
         )
         if add_bos_token is None:
-            add_bos_token = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
+            add_bos_token = self.tokenizer(SAMPLE).input_ids[0] == self.tokenizer.bos_token_id
         elif add_bos_token and self.tokenizer.bos_token_id is None:
             raise ValueError("add_bos_token=True, but the tokenizer has no BOS token")
         self.add_bos_token = bool(add_bos_token)
