@@ -159,6 +159,20 @@ def test_a_finding_names_no_length_that_was_not_tested(compared, left_out):
     assert [caveat.reason for caveat in comparison.caveats] == [told[left_out]]
 
 
+def test_halves_are_named_by_the_depths_that_were_tested(compared):
+    def run(right):
+        data = needle_results(lambda _, depth: right if depth <= 0.5 else 1.0, samples=12,
+                              lengths=[4096, 8192], depths=[0.0, 0.2, 0.5, 0.6, 1.0])  # fmt: skip
+        cells = data["configs"]["yoco_needle"]["metadata"]["cells"]
+        del cells[7]  # 8K at 50 %
+        return data
+
+    assert sentences(compared(run(0.0), run(1.0))) == [
+        "yoco_needle: 1 is better than 0 at 4K, depth 0 to 50 %",
+        "yoco_needle: 1 is better than 0 at 8K, depth 0 to 20 %",
+    ]
+
+
 def test_prompts_of_lengths_taken_together_are_named(compared):
     runs = [needle_results(lambda *_, x=x: x, lengths=SHORT[::2], depths=[0.5], samples=4)
             for x in (0.0, 1.0)]  # fmt: skip
