@@ -143,7 +143,7 @@ def check_positions(
     beyond, mend = f"the model's {positions} positions", f"max_length={longest}"
     model = _evaluated()
     if _kept_whole(model, scored) is not None:
-        beyond = f"the {positions} tokens that its backend takes, which would cut prompts"
+        beyond = f"{positions} tokens, beyond which the backend cuts prompts"
         known = inspect.signature(type(model)).parameters
         name = next((name for name in _ARGUMENTS if name in known), "max_length")
         # lm-eval's servers take one off what they are given.

@@ -204,7 +204,7 @@ def indexed_once():
             "2048 token ids exceed the model's vocabulary of 96; use the tokenizer",
         ),
         ("pretrain=demo-64k", {}, "unknown model argument pretrain; --model yoco takes"),
-        ("", {"context_lengths": ["2m"]}, "2097152 exceeds the model's 1048576 positions; give"),
+        ("", {"context_lengths": ["2m"]}, "2097152 exceeds 1048576 tokens, beyond which the"),
         ("", {"context_lengths": ["long"]}, "'long' is not a length; write 65536, 64k or 1m"),
         ("", {"depths": [0.5, 1.5]}, "depths: 1.5 is not within 0 and 1; give"),
         ("", {"haystack": "{bad}/empty.txt"}, "is empty; give a file or folder with text"),

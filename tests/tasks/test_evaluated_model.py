@@ -248,7 +248,7 @@ def test_another_model_is_not_taken_for_it(hf_model, answerer):
 
 def test_contexts_that_a_backend_would_cut_are_refused(hf, server, tokenizers):
     long = {**SHORT, "context_lengths": [512, 4096]}
-    message = "^context_lengths: 4096 exceeds the {} tokens that its backend .*--model_args {}$"
+    message = "^context_lengths: 4096 exceeds {} tokens, beyond which .*--model_args {}$"
     with pytest.raises(ValueError, match=message.format(600, "max_length=4096")):
         evaluate(hf, long)
     # Servers get one less than they are given.
@@ -261,7 +261,7 @@ def test_contexts_that_a_backend_would_cut_are_refused(hf, server, tokenizers):
     # Also where the tasks were there before the model.
     tasks = task_manager(**SHORT, tokenizer="demo-1m").load(["yoco_needle"])
     hf._max_length = 256
-    with pytest.raises(ValueError, match="512 exceeds the 256 tokens"):
+    with pytest.raises(ValueError, match="512 exceeds 256 tokens"):
         lm_eval.evaluate(hf, tasks)
 
 
