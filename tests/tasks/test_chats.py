@@ -102,17 +102,20 @@ def test_the_assistants_turn_begins_with_the_answers_beginning(chat, task, quest
     assert counts[:: len(counts) // len(docs)] == [doc["prompt_tokens"] for doc in docs]
 
 
-@pytest.mark.parametrize("case", ["template", "server", "thinking"])
+@pytest.mark.parametrize("case", ["template", "server", "turns", "thinking"])
 def test_a_turn_that_cannot_stay_open_is_left_to_the_model(chat, caplog, case):
     template = "{{ messages[0].content }}<|end|>" if case == "template" else TEMPLATE
     model = chat("{}", template=template)
     if case == "server":  # it has a template of its own
         model.apply_chat_template = lambda turns, **_: JsonChatStr(json.dumps(turns))
+    if case == "turns":  # handed over as they are
+        model.apply_chat_template = lambda turns, **_: turns
     if case == "thinking":
         model.think_end_token = "</think>"
     assert evaluate(model)[0] == 1
     for context in model.asked:
         text = context.prompt if case == "server" else context
+        text = json.dumps(context) if case == "turns" else text
         assert text.count("Answer: The special number of") == 1
         assert re.search(r"number of \w+ is(\"}]|<\|end\|>(\n<\|assistant\|>\n)?)$", text)
     told = "a model that thinks needs room for it; give --gen_kwargs max_gen_toks" in caplog.text
