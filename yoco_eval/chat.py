@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import psutil
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 # Lines of Python that a template may run, and more for each message: a usual one takes some tens a
 # message. Not a time, so that what one machine renders every machine does.
 _LINES, _LINES_A_MESSAGE = 300_000, 3_000
+_BYTES = 1 << 28  # of memory that it may take beyond what there is
 _MARKER = re.compile(r"<\|[^<>|\s]+\|>")  # what is hardly ever meant as plain text
 
 
@@ -53,7 +55,7 @@ class ChatTemplate:
                 f"{name}: this tokenizer has no chat template; leave out --apply_chat_template"
             )
         try:
-            with _bounded(_LINES + _LINES_A_MESSAGE * len(chat)):
+            with _memory_bounded(_BYTES), _lines_bounded(_LINES + _LINES_A_MESSAGE * len(chat)):
                 return self._tokenizer.apply_chat_template(
                     chat,
                     tokenize=False,
@@ -93,7 +95,7 @@ class ChatTemplate:
 
 
 @contextmanager
-def _bounded(lines: int) -> Iterator[None]:
+def _lines_bounded(lines: int) -> Iterator[None]:
     """Lets what runs inside take so many lines of Python, then fails."""
     left = lines
 
@@ -110,3 +112,21 @@ def _bounded(lines: int) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+@contextmanager
+def _memory_bounded(room: int) -> Iterator[None]:
+    """Lets what runs inside take so many bytes more, then has it fail with a MemoryError."""
+    if not hasattr(psutil, "RLIMIT_AS"):  # not every system has it
+        yield
+        return
+    process = psutil.Process()
+    soft, hard = process.rlimit(psutil.RLIMIT_AS)
+    limit = process.memory_info().vms + room
+    if soft != psutil.RLIM_INFINITY:
+        limit = min(limit, soft)
+    process.rlimit(psutil.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        process.rlimit(psutil.RLIMIT_AS, (soft, hard))

@@ -1,5 +1,6 @@
 """Templates of chats: what they write is tokens, and they come to an end."""
 
+import psutil
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -59,6 +60,18 @@ def test_a_template_that_loops_is_stopped(template):
     with pytest.raises(ValueError, match="^dir/t: its chat template fails .it is not") as error:
         chats(template).render(CHAT)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(psutil, "RLIMIT_AS"), reason="memory cannot be limited here")
+@pytest.mark.parametrize("template", [
+    "{{ 'x' * 10**10 }}",
+    "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+])
+def test_a_template_that_fills_the_memory_is_stopped(template):
+    before = psutil.Process().rlimit(psutil.RLIMIT_AS)
+    with pytest.raises(ValueError, match="^dir/t: its chat template fails .MemoryError"):
+        chats(template).render(CHAT)
+    assert psutil.Process().rlimit(psutil.RLIMIT_AS) == before
 
 
 @pytest.mark.parametrize("template", [
