@@ -109,8 +109,8 @@ def _attend_text(
 
     Left to PyTorch, which on a CPU goes through keys and queries in blocks of its own. All chunks
     of a text are calls of one shape but for the number of keys, and nothing that is allocated grows
-    with queries times keys, unless the queries are few: buffers of ever new sizes would leave gaps
-    in the heap, and products of ever new shapes kernels in the library's cache.
+    with queries times keys, unless the queries are few: masks of ever new sizes would leave gaps in
+    the heap, of several times their size.
     """
     length, heads = q.shape[0], keys.shape[0]
     every = slice(run[0].first_key, run[-1].end_key)
@@ -125,12 +125,18 @@ def _attend_text(
         )
     if mask is None or len(mask) > length:
         # A group's query heads read the same keys: as queries of one head, only once.
-        q = q.flatten(1, 2)[:, None]
+        out = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], keys, values, mask)
+        out = out.squeeze(1).unflatten(1, (group, length))
     else:
-        shape = (-1, group, -1, -1)
-        keys, values = keys.expand(shape), values.expand(shape)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-    return out.flatten(1, 2).unflatten(1, (group, length)).flatten(0, 1).transpose(0, 1).flip(0)
+        # Where the processor multiplies bfloat16, PyTorch copies the keys and values of all heads
+        # at hand in another order: one of each group at a time.
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        heads_at_hand = (part[None] for part in q.unbind(1))
+        out = [
+            F.scaled_dot_product_attention(part, keys, values, mask)[0] for part in heads_at_hand
+        ]
+        out = torch.stack(out, 1)
+    return out.flatten(0, 1).transpose(0, 1).flip(0)
 
 
 def _text_mask(queries: int, keys: int, dtype: torch.dtype, copies: int) -> Tensor:

@@ -154,6 +154,8 @@ def _activation_bytes(
         keys = min(KEYS, length)
         attention += chunk * (4 * dim * dtype.itemsize + 3 * dim * wide)
         attention += (FEW + 1) * length * dtype.itemsize
+        if dtype.itemsize < 4:  # keys and values in the order of bfloat16's products
+            attention += cache_bytes(config, dtype, length)
         attention += config.n_attn_kv_heads * config.attn_head_dim * keys * wide
         attention += min(SCORES, config.n_attn_heads * keys * chunk) * 2 * wide
     scoring = logits * (dtype.itemsize + 3 * wide)
