@@ -44,7 +44,7 @@ class TokenCounter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, add_bos_token: bool = False) -> None:
         check_tokens(tokenizer, tokenizer.name_or_path or "the tokenizer")
         self._encoder = Encoder(tokenizer)
-        text, whole = self._encoder.encode(SAMPLE), tokenizer(SAMPLE)["input_ids"]
+        text, whole = self._encoder.encode(SAMPLE), tokenizer(SAMPLE, verbose=False)["input_ids"]
         self.front = whole.index(text[0])
         self.special = len(whole) - len(text)
         if add_bos_token and whole[0] != tokenizer.bos_token_id:

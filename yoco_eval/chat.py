@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 from transformers import PreTrainedTokenizerBase
 
+from .tokenizers import first_line
+
 logger = logging.getLogger(__name__)
 
 # Lines of Python that a template may run, and more for each message: a usual one takes some tens a
@@ -63,9 +65,8 @@ class ChatTemplate:
                     continue_final_message=not add_generation_prompt,
                 )
         except Exception as error:  # a template raises whatever its author's slips lead to
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"{name}: its chat template fails ({reason}); mend it, or leave out "
+                f"{name}: its chat template fails ({first_line(error)}); mend it, or leave out "
                 "--apply_chat_template"
             ) from error
 

@@ -167,8 +167,8 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
     """
     _check_ids(tokenizer.get_vocab(), name)
     with _damage_told(name):
-        found = tokenizer(SAMPLE, add_special_tokens=False).input_ids
-        tokenizer(SAMPLE)
+        found = tokenizer(SAMPLE, add_special_tokens=False, verbose=False).input_ids
+        tokenizer(SAMPLE, verbose=False)
     if not found:
         raise TokenizerError(
             f"{name}: finds no token in a plain text: its vocabulary is empty, or has neither "
@@ -478,7 +478,7 @@ def _unreadable(path: Path, error: OSError) -> TokenizerError:
 
 
 def _damaged(path: str | Path, error: BaseException) -> TokenizerError:
-    return TokenizerError(f"{path}: damaged ({_first_line(error)}); copy it again")
+    return TokenizerError(f"{path}: damaged ({first_line(error)}); copy it again")
 
 
 def _is_tekken(file: Path) -> bool:
@@ -515,7 +515,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # the library raises whatever its readers do
         raise TokenizerError(
             f"{name}: neither a path nor a tokenizer that could be had from the Hugging Face hub "
-            f"({_first_line(error)}); give the path of a tokenizer"
+            f"({first_line(error)}); give the path of a tokenizer"
         ) from error
     if not tokenizer.is_fast:
         raise TokenizerError(f"{name}: has no tokenizer.json; name a tokenizer that has one")
@@ -543,5 +543,7 @@ def _damage_told(name: str | Path) -> Iterator[None]:
         raise
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """What an error of a library's says, in at most 200 characters of one line."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else f"{line[:200]} ..."

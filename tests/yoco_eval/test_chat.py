@@ -76,12 +76,12 @@ def test_a_template_that_fills_the_memory_is_stopped(template):
 
 @pytest.mark.parametrize("template", [
     "{% for %}", "{{ raise_exception('no system\nrole') }}", "{{ messages[7].role.name }}",
-    "{{ 1 + 'a' }}", "{{ 1 / 0 }}",
+    "{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ raise_exception('no ' * 999) }}",
 ])  # fmt: skip
 def test_a_template_that_fails(template):
     with pytest.raises(ValueError, match="^dir/t: its chat template fails .*; mend it,") as error:
         chats(template).render(CHAT)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_no_template():
