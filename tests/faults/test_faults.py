@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks Linux what they take")
 def test_damaged_files_are_read_or_refused_in_one_line():
     """In a process of its own, which forks: this one may have threads."""
     fuzz = Path(__file__).with_name("fuzz.py")

@@ -1,6 +1,7 @@
 import base64
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,15 @@ def test_config_is_json_for_the_native_layout(small, tmp_path):
     dst = convert(PUBLISHED / "sliding_window", tmp_path / "dst", tokenizer=small)
     config = json.loads((dst / "config.json").read_text())
     assert (config["model_type"], config["sliding_window"]) == ("yoco", 32)
+
+
+def test_weights_that_are_or_become_no_numbers_are_not_written(small, tmp_path):
+    source = Path(shutil.copytree(PUBLISHED / "gated_retention", tmp_path / "source"))
+    weights = torch.load(source / "checkpoint.pth", weights_only=True)
+    for value, dtype, complaint in ((float("nan"), None, "NaN"), (1e5, "float16", "too large")):
+        weights["layer_norm.weight"][0] = value
+        torch.save(weights, source / "checkpoint.pth")
+        with pytest.raises(CheckpointError, match=f"{complaint}.* in layer_norm.weight"):
+            convert(source, tmp_path / "converted", tokenizer=small, dtype=dtype)
+        assert not (tmp_path / "converted").exists()
+    convert(source, tmp_path / "converted", tokenizer=small, dtype="bfloat16")
