@@ -108,10 +108,14 @@ def _forked(seed: int, cases: range, files: Path, folder: Path) -> Iterator[Outc
         finally:
             os._exit(0)
     os.close(write)
-    case, what, rest = cases.start, "", b""
+    case, what, started, rest = cases.start, "", 0.0, b""
     try:
         while case < cases.stop:
             if not select.select([read], [], [], HANG)[0]:
+                if _is_starved(child, started):
+                    continue
+                os.kill(child, signal.SIGUSR1)  # tells on stderr where it hangs
+                time.sleep(0.5)
                 yield Outcome(case, "hang", what, seconds=HANG)
                 return
             block = os.read(read, 1 << 16)
@@ -124,7 +128,7 @@ def _forked(seed: int, cases: range, files: Path, folder: Path) -> Iterator[Outc
             for line in lines:
                 outcome = Outcome(**json.loads(line))
                 if outcome.verdict == _STARTED:
-                    what = outcome.what
+                    what, started = outcome.what, _processor_seconds(child)
                     continue
                 case, what = outcome.case + 1, ""
                 yield outcome
@@ -138,6 +142,7 @@ def _forked(seed: int, cases: range, files: Path, folder: Path) -> Iterator[Outc
 
 
 def _child(seed: int, cases: range, files: Path, folder: Path, pipe: int) -> None:
+    faulthandler.register(signal.SIGUSR1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     # A guard for the machine; what takes more than MEMORY, but less than this, is reported.
     limit = 2 * MEMORY + _address_space()
@@ -151,6 +156,17 @@ def _child(seed: int, cases: range, files: Path, folder: Path, pipe: int) -> Non
         tell(outcome)
         if outcome.is_fault:
             return
+
+
+def _is_starved(process: int, started: float) -> bool:
+    """Whether it waits for nothing but a processor, of which it has not had its seconds yet."""
+    state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return state == "R" and _processor_seconds(process) - started < HANG
+
+
+def _processor_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _address_space() -> int:
@@ -170,7 +186,6 @@ def run_case(
         os.chdir(folder)
         what, run = _prepare(seed, case, files, folder)
         tell(Outcome(case, _STARTED, what))
-        faulthandler.dump_traceback_later(0.9 * HANG)  # tells where it hangs
         with _captured(Random(f"encoding/{seed}/{case}")) as output:
             verdict = run()
         detail = output()
@@ -180,7 +195,6 @@ def run_case(
     except BaseException:  # a panic of a library's is no Exception
         verdict, detail = "traceback", traceback.format_exc()[-3000:]
     finally:
-        faulthandler.cancel_dump_traceback_later()
         os.chdir(here)
     if Path(folder, SENTINEL).exists():
         verdict = "executed"
