@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +83,7 @@ _PUBLISHED_TOKENS = {
 }
 SAMPLE = "No. 1"  # of which every tokenizer that is of any use makes tokens
 _IDS = 1 << 24  # beyond the token ids of any model
+_LARGEST = 1 << 28  # bytes of a file
 _NEVER = -1e6  # score of a unigram piece that no text may choose; piece scores are logarithms
 
 
@@ -118,6 +120,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             )
         path = found
     if path.is_file():
+        _check_files(path)
         if path.suffix == ".tiktoken":
             return from_tiktoken(path)
         if path.suffix == ".model":
@@ -479,6 +482,17 @@ def _unreadable(path: Path, error: OSError) -> TokenizerError:
 
 def _damaged(path: str | Path, error: BaseException) -> TokenizerError:
     return TokenizerError(f"{path}: damaged ({first_line(error)}); copy it again")
+
+
+def _check_files(file: Path) -> None:
+    """Refuses files whose readers would wait, or read without end: this one, and those that the
+    libraries read beside a `tokenizer.json`."""
+    beside = file.parent.glob("*.json"), file.parent.glob("*.jinja")
+    for each in [file, *sorted(chain(*beside))] if file.suffix == ".json" else [file]:
+        if not each.is_file() and each.exists() and not each.is_dir():
+            raise TokenizerError(f"{each}: not an ordinary file; put a copy of the file there")
+        if each.is_file() and each.stat().st_size > _LARGEST:
+            raise TokenizerError(f"{each}: far larger than any such file; copy it again")
 
 
 def _is_tekken(file: Path) -> bool:

@@ -1,6 +1,8 @@
 import base64
 import json
+import os
 import random
+import shutil
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from yoco_eval import tokenizers as module
+from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
 from yoco_eval.tokenizers import (
     TokenizerError,
     check_ends,
@@ -453,3 +456,19 @@ def test_sentencepiece_that_cannot_be_converted(llama_like, tmp_path, monkeypatc
     monkeypatch.setattr(module, "import_protobuf", missing)
     with pytest.raises(TokenizerError, match=r"pip install 'yoco-eval\[sentencepiece\]'"):
         from_sentencepiece(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "a.jinja"])
+def test_files_without_end_are_not_read(tmp_path, name):
+    """Neither those that the libraries read beside a tokenizer.json."""
+    for file in (BUNDLED / DEFAULT_CHECKPOINT).glob("token*.json"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(TokenizerError, match=f"{tmp_path / name}: not an ordinary file"):
+        load_tokenizer(tmp_path)
+    (tmp_path / name).unlink()
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(TokenizerError, match=f"{tmp_path / name}: far larger"):
+        load_tokenizer(tmp_path)
