@@ -317,15 +317,12 @@ def _captured(rng: Random) -> Iterator[Callable[[], str]]:
     encoding = rng.choice(("utf-8", "utf-8", "ascii"))
     out = io.TextIOWrapper(buffer, encoding, write_through=True)
     err = io.TextIOWrapper(buffer, encoding, errors="backslashreplace", write_through=True)
-    handler = logging.StreamHandler(err)
-    logger = logging.getLogger("yoco_eval")
-    logger.propagate = False
-    logger.addHandler(handler)
+    # Notes go to stderr, by the command line's handler or, else, by logging's last resort.
+    logging.getLogger("yoco_eval").propagate = False
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             yield lambda: buffer.getvalue().decode(encoding)
         finally:
-            logger.removeHandler(handler)
             for stream in (out, err):  # or the buffer would be closed with them
                 stream.detach()
 
