@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from types import FrameType
 from typing import Any
 
@@ -17,10 +18,11 @@ from .tokenizers import first_line
 
 logger = logging.getLogger(__name__)
 
-# Lines of Python that a template may run, and more for each message: a usual one takes some tens a
+# Steps that a template may take. Compiling one takes some 10 a character, running it some tens a
 # message. Not a time, so that what one machine renders every machine does.
-_LINES, _LINES_A_MESSAGE = 300_000, 3_000
+_STEPS, _STEPS_A_CHARACTER, _STEPS_A_MESSAGE = 200_000, 30, 3_000
 _BYTES = 1 << 28  # of memory that it may take beyond what there is
+_limiting = Lock()  # the limit is the process's: a thread must not take another's for its own
 _MARKER = re.compile(r"<\|[^<>|\s]+\|>")  # what is hardly ever meant as plain text
 
 
@@ -51,13 +53,14 @@ class ChatTemplate:
         return self._render(chat, add_generation_prompt)
 
     def _render(self, chat: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        name = self._tokenizer.name_or_path
-        if self._tokenizer.chat_template is None:
+        name, template = self._tokenizer.name_or_path, self._tokenizer.chat_template
+        if template is None:
             raise ValueError(
                 f"{name}: this tokenizer has no chat template; leave out --apply_chat_template"
             )
+        steps = _STEPS + _STEPS_A_CHARACTER * len(str(template)) + _STEPS_A_MESSAGE * len(chat)
         try:
-            with _memory_bounded(_BYTES), _lines_bounded(_LINES + _LINES_A_MESSAGE * len(chat)):
+            with _memory_bounded(_BYTES), _steps_bounded(steps):
                 return self._tokenizer.apply_chat_template(
                     chat,
                     tokenize=False,
@@ -96,16 +99,16 @@ class ChatTemplate:
 
 
 @contextmanager
-def _lines_bounded(lines: int) -> Iterator[None]:
-    """Lets what runs inside take so many lines of Python, then fails."""
-    left = lines
+def _steps_bounded(steps: int) -> Iterator[None]:
+    """Lets what runs inside take so many lines of a template and calls of any code, then fails."""
+    left = steps
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
-            raise RuntimeError(f"it is not done after {lines} steps, so it may never be")
-        return trace
+            raise RuntimeError(f"it is not done after {steps} steps, so it may never be")
+        return trace if frame.f_code.co_filename == "<template>" else None  # as Jinja names them
 
     before = sys.gettrace()
     sys.settrace(trace)
@@ -122,12 +125,13 @@ def _memory_bounded(room: int) -> Iterator[None]:
         yield
         return
     process = psutil.Process()
-    soft, hard = process.rlimit(psutil.RLIMIT_AS)
-    limit = process.memory_info().vms + room
-    if soft != psutil.RLIM_INFINITY:
-        limit = min(limit, soft)
-    process.rlimit(psutil.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        process.rlimit(psutil.RLIMIT_AS, (soft, hard))
+    with _limiting:
+        soft, hard = process.rlimit(psutil.RLIMIT_AS)
+        limit = process.memory_info().vms + room
+        if soft != psutil.RLIM_INFINITY:
+            limit = min(limit, soft)
+        process.rlimit(psutil.RLIMIT_AS, (limit, hard))
+        try:
+            yield
+        finally:
+            process.rlimit(psutil.RLIMIT_AS, (soft, hard))

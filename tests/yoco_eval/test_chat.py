@@ -38,6 +38,12 @@ def test_a_chat_is_rendered():
     assert rendered.render(begun, False) == text + "<|im_start|>assistant\nIt is"
 
 
+def test_a_long_template_is_no_endless_one():
+    """Some published ones have 16 thousand characters, most of them about tools."""
+    tools = "{% if tools %}{% for t in tools %}{{ t.name ~ ': ' ~ t.text }}{% endfor %}{% endif %}"
+    assert chats(tools * 100 + CHATML).render(CHAT).startswith("<|im_start|>system")
+
+
 def test_markers_that_a_converted_tokenizer_splits_are_refused(caplog):
     with pytest.raises(ValueError, match=r"^dir/t: .*<\|im_start\|>, <\|im_end\|>, which") as error:
         chats(CHATML, converted=True).render(CHAT)
