@@ -42,52 +42,53 @@ def _note_metadata(module):
 
 
 def _watch_runs(evaluator):
-    _check_first(evaluator)
-    _note_run(evaluator)
+    """Have lm-eval's Python functions leave the model behind, and the names that they are given.
 
-
-def _note_run(evaluator):
-    """Have lm-eval's Python functions leave the model behind, and the names that they are given."""
+    A backend that can tell refuses a run's tasks before the first request is computed.
+    """
     from functools import wraps
     from inspect import signature
 
-    def noting(evaluate):
+    from lm_eval.utils import simple_parse_args_string
+
+    def watched(evaluate):
         parameters = signature(evaluate)
 
         @wraps(evaluate)
-        def evaluate_noting(*args, **options):
+        def evaluate_watched(*args, **options):
             global given_metadata, given_model_args, evaluated
             before = given_metadata, given_model_args, evaluated
             given = parameters.bind_partial(*args, **options).arguments
-            if evaluated is None:
-                model = given.get("model", given.get("lm"))
-                evaluated = [] if isinstance(model, str) else [model]
-                if given.get("metadata") is not _mixed or _mixed is None:
-                    given_metadata, given_model_args = _names(given)
+            model = given.get("model", given.get("lm"))
             try:
+                if evaluated is None:
+                    evaluated = []
+                    if given.get("metadata") is not _mixed or _mixed is None:
+                        given_metadata, given_model_args = _names(given, simple_parse_args_string)
+                if not evaluated and not isinstance(model, str):
+                    evaluated.append(model)
+                refuse = getattr(given.get("lm"), "refuse_unsupported", None)
+                if refuse is not None:
+                    refuse(given.get("task_dict", {}))
                 return evaluate(*args, **options)
             finally:
                 given_metadata, given_model_args, evaluated = before
 
-        return evaluate_noting
+        return evaluate_watched
 
-    evaluator.simple_evaluate = noting(evaluator.simple_evaluate)
-    evaluator.evaluate = noting(evaluator.evaluate)
+    evaluator.simple_evaluate = watched(evaluator.simple_evaluate)
+    evaluator.evaluate = watched(evaluator.evaluate)
 
 
-def _names(given):
+def _names(given, parse):
     """What `given_metadata` and `given_model_args` are for arguments of `simple_evaluate`."""
-    from lm_eval.utils import simple_parse_args_string
-
     # Of a manager of tasks that is the user's own, lm-eval asks for no other metadata.
     manager = given.get("task_manager")
-    metadata = frozenset((given.get("metadata") if manager is None else manager.metadata) or {})
+    metadata = given.get("metadata") if manager is None else getattr(manager, "metadata", None)
+    metadata = frozenset(metadata or {})
     arguments = given.get("model_args") or {}
-    if isinstance(arguments, str):
-        arguments = simple_parse_args_string(arguments)
-    if manager is None:
-        return metadata, frozenset(arguments) - metadata
-    return metadata - frozenset(arguments), frozenset(arguments) - metadata
+    arguments = frozenset(parse(arguments) if isinstance(arguments, str) else arguments)
+    return metadata if manager is None else metadata - arguments, arguments - metadata
 
 
 def _note_model(module):
@@ -133,23 +134,6 @@ def _add_tasks(index):
         return build(paths, *args, **kwargs)
 
     index.TaskIndex.build = staticmethod(build_with_ours)
-
-
-def _check_first(module):
-    """Have a backend that can tell refuse a run's tasks before the first request is computed."""
-    from functools import wraps
-
-    evaluate = module.evaluate
-
-    @wraps(evaluate)
-    def evaluate_checked(*args, **options):
-        given = dict(zip(("lm", "task_dict"), args, strict=False), **options)
-        refuse = getattr(given.get("lm"), "refuse_unsupported", None)
-        if refuse is not None:
-            refuse(given.get("task_dict", {}))
-        return evaluate(*args, **options)
-
-    module.evaluate = evaluate_checked
 
 
 _HOOKS = {

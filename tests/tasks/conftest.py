@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from lm_eval import evaluator
 from lm_eval.api.model import LM
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel, TemplateProcessing
@@ -101,6 +102,14 @@ def tiktoken(corpus, file):
     lines = (f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens))
     file.write_text("\n".join(lines))
     return from_tiktoken(file)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_env_info():
+    """lm-eval takes seconds to describe the machine, at each evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "add_env_info", lambda results: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -203,12 +203,6 @@ def evaluate(model, metadata=SHORT, **options):
     )
 
 
-@pytest.fixture(autouse=True)
-def fast(monkeypatch):
-    """lm-eval takes seconds to describe the machine."""
-    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
-
-
 @pytest.fixture
 def hf(hf_model):
     return HFLM(pretrained=hf_model, device="cpu")
@@ -244,6 +238,23 @@ def test_another_model_is_not_taken_for_it(hf_model, answerer):
     HFLM(pretrained=hf_model, device="cpu")
     with pytest.raises(ValueError, match="--metadata tokenizer=NAME"):
         evaluate(answerer(str))
+
+
+def test_a_backend_that_does_not_say_when_it_is_made(monkeypatch, hf):
+    """As one that leaves out `LM.__init__`: it is known from `evaluate` on."""
+
+    class Own(type(hf)):
+        def __init__(self):
+            self.__dict__.update(hf.__dict__)
+
+        @classmethod
+        def create_from_arg_string(cls, *arguments):
+            return cls()
+
+    monkeypatch.setattr(lm_eval.api.registry, "get_model", lambda name: Own)
+    hf._max_length = 256
+    with pytest.raises(ValueError, match="512 exceeds 256 tokens"):
+        evaluate("own", {**SHORT, "tokenizer": "demo-1m"})
 
 
 def test_contexts_that_a_backend_would_cut_are_refused(hf, server, tokenizers):
