@@ -15,6 +15,8 @@ import pytest
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks._index import TaskIndex
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from yoco_eval.cli import main
@@ -160,6 +162,11 @@ def bad(tmp_path):
     weights = torch.load(published / "checkpoint.pth", weights_only=True)
     for name in ("bomb", "truncated", "vocabulary"):
         shutil.copytree(published, tmp_path / name)
+    # Weights are read last: before, there must be a tokenizer that fits.
+    letters = {chr(32 + i): i for i in range(94)}
+    tokenizer = Tokenizer(BPE({**letters, "<s>": 94, "</s>": 95}, []))
+    for name in ("bomb", "truncated"):
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
     torch.save({**weights, "bomb": Bomb(tmp_path / "exploded")}, tmp_path / "bomb/checkpoint.pth")
     whole = (published / "checkpoint.pth").read_bytes()
     (tmp_path / "truncated/checkpoint.pth").write_bytes(whole[:-5000])
