@@ -238,9 +238,7 @@ def test_bad_input(bad, indexed_once, monkeypatch, arguments, grid, message):
         (["heatmap", "{bad}"], "no needle results; make some with lm_eval"),
     ],
 )
-def test_bad_input_of_the_command_line(bad, arguments, message):
-    arguments = [argument.format(bad=bad) for argument in arguments]
-    script = Path(sys.executable).with_name("yoco-eval")
-    run = subprocess.run([script, *arguments], capture_output=True, text=True)
-    (line,) = run.stderr.splitlines()
-    assert run.returncode == 2 and message in line and line.startswith("yoco-eval: error: ")
+def test_bad_input_of_the_command_line(bad, capsys, arguments, message):
+    assert main([argument.format(bad=bad) for argument in arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and line.startswith("yoco-eval: error: ")

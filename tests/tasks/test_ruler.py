@@ -329,21 +329,19 @@ def test_whole_group(data, reader, caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "answer", "score"),
+    ("name", "expected"),
     [
-        ("ruler_qa_squad", "The Broncos won.", 1),
-        ("ruler_qa_hotpot", "the BRONCOS", 1),
-        ("ruler_qa_squad", "Carolina", 0),
-        ("niah_multivalue", "Broncos", 1 / 3),
-        ("ruler_qa_squad", None, 0),
-        ("niah_multivalue", None, 0),
+        ("ruler_qa_squad", {"The Broncos won.": 1, "Carolina": 0, None: 0}),
+        ("ruler_qa_hotpot", {"the BRONCOS": 1}),
+        ("niah_multivalue", {"Broncos": 1 / 3, None: 0}),
     ],
 )
-def test_a_question_needs_one_of_its_answers_and_other_tasks_all(data, name, answer, score):
+def test_a_question_needs_one_of_its_answers_and_other_tasks_all(data, name, expected):
     task = make(name, context_lengths=4096, samples=1, data=data)
     outputs = ["Denver Broncos", "The Denver Broncos", "Broncos"]
-    scores = task.process_results({**task.eval_docs[0], "outputs": outputs}, [answer])
-    assert scores == {"acc": score, "acc@0004096": score}
+    doc = {**task.eval_docs[0], "outputs": outputs}
+    for answer, score in expected.items():
+        assert task.process_results(doc, [answer]) == {"acc": score, "acc@0004096": score}
 
 
 def test_tasks_that_differ_from_lm_evals_have_versions_of_their_own(data):
