@@ -92,7 +92,7 @@ def test_defaults():
         ({"context_lengths": ["1k", "3k"]}, "BABILong has no 3k; it has 0k, 1k, 2k"),
         ({"context_lengths": "2m"}, "BABILong has no 2m; it has 0k, 1k"),
         ({"context_lengths": "long"}, "context_lengths: 'long' is not a length"),
-        ({"context_lengths": "10M"}, "10485760 exceeds the model's 1048576 positions"),
+        ({"context_lengths": "10M", "max_length": "1m"}, "10485760 exceeds the model's 1048576"),
         ({"context_lengths": "2k"}, "babilong/2k holds no data set"),
         ({"context_lengths": "1k", "data": None}, "data=FOLDER (FOLDER/babilong/1k/SPLIT.jsonl)"),
         ({"samples": 0}, "samples: 0 is below 1"),
