@@ -48,11 +48,15 @@ def unite(runs: Sequence[TaskRun]) -> tuple[TaskRun, list[LeftOut]]:
         return newest, [LeftOut(run, reason) for run in older if run.context_lengths]
     joined, left_out = [newest], []
     for run in older:
-        reason = _obstacle(newest, run)
+        reason, other = _obstacle(newest, run), newest
         if reason is None:
+            # One that is not the newest may be, too, whose prompts at a common length are others.
+            other = next((one for one in joined if _other_prompts(one, run)), None)
+            reason = "other prompts"
+        if other is None:
             joined.append(run)
         elif run.context_lengths:
-            left_out.append(LeftOut(run, f"not united with {newest.file.path.name}: {reason}"))
+            left_out.append(LeftOut(run, f"not united with {other.file.path.name}: {reason}"))
     cells = _cells(joined)
     by_length = {
         metric: _values(metric, [run.by_length.get(metric, {}) for run in joined])
@@ -100,7 +104,7 @@ def _values(metric: str, runs: Sequence[dict[int, Score]]) -> dict[int, Score]:
 
 
 def _obstacle(newest: TaskRun, run: TaskRun) -> str | None:
-    """Why the run is not one with the newest; None if it is."""
+    """Why the run's setup is not that of the newest; None if it is."""
     if bool(newest.cells) != bool(run.cells):
         return "needle cells in one of them only"
     if set(newest.members) != set(run.members):
@@ -111,9 +115,7 @@ def _obstacle(newest: TaskRun, run: TaskRun) -> str | None:
         for name in dict.fromkeys([*mine, *theirs])
         if mine.get(name) != theirs.get(name)
     ]
-    if differing:
-        return " and ".join(differing)
-    return "other prompts" if _other_prompts(newest, run) else None
+    return " and ".join(differing) or None
 
 
 def _differing(name: str, theirs: Any, mine: Any) -> str:
@@ -158,22 +160,22 @@ def _limited_nothing(run: TaskRun) -> bool:
     return all(one and one.get("effective") == one.get("original") for one in told)
 
 
-def _other_prompts(newest: TaskRun, run: TaskRun) -> bool:
+def _other_prompts(newer: TaskRun, run: TaskRun) -> bool:
     """Whether the digests of their prompts differ where both have results."""
     theirs = {(cell.context_length, cell.depth): cell for cell in run.cells}
-    for cell in newest.cells:
+    for cell in newer.cells:
         other = theirs.get((cell.context_length, cell.depth))
         if other and any(
             prompt != _prompts(other).get(sample, prompt)
             for sample, prompt in _prompts(cell).items()
         ):
             return True
-    for leaf in newest.leaves(newest.file):
+    for leaf in newer.leaves(newer.file):
         mine, theirs = (
-            mapping(one.file.metadata(leaf).get("prompts")) for one in (newest, run)
+            mapping(one.file.metadata(leaf).get("prompts")) for one in (newer, run)
         )  # fmt: skip
         for length in mine.keys() & theirs.keys():
-            if mine[length] != theirs[length] and _same_bucket(newest, run, length):
+            if mine[length] != theirs[length] and _same_bucket(newer, run, length):
                 return True
     return False
 
@@ -185,11 +187,11 @@ def _prompts(cell: NeedleCell) -> dict[int, str]:
     return dict(zip(sorted((*cell.right, *cell.wrong)), cell.prompts, strict=True))
 
 
-def _same_bucket(newest: TaskRun, run: TaskRun, length: str) -> bool:
+def _same_bucket(newer: TaskRun, run: TaskRun, length: str) -> bool:
     """Whether the prompts at a length begin at the same place in a document."""
     begins = [
         {str(n): score.after for n, score in one.by_length.get(metric, {}).items()}.get(length)
-        for one in (newest, run)
+        for one in (newer, run)
         for metric in BUCKETS
     ]
     return None in begins or len(set(begins)) == 1

@@ -197,10 +197,12 @@ def test_other_prompts_at_a_common_length_are_not_united(tmp_path):
 
 
 def test_needles_of_other_prompts_in_a_common_cell_are_not_united(tmp_path):
+    """Also where it is not the newest run that has the cell."""
     save(
         tmp_path,
         needle_results(right, lengths=SHORT, prompts="another tokenizer's"),
-        needle_results(right, lengths=[SHORT[-1], *LONG]),
+        needle_results(right, lengths=SHORT[-1:], depths=[0.5]),
+        needle_results(right, lengths=LONG),
     )
     checkpoint = load(tmp_path)
     assert checkpoint.needles["yoco_needle"].context_lengths == [SHORT[-1], *LONG]
