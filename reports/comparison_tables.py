@@ -101,7 +101,8 @@ def _differences(comparison: Comparison) -> Section:
     if len(comparison.names) < 2:
         return Section("Differences")
     if not tests:
-        why = "see below" if comparison.caveats else "there is too little in common"
+        there = comparison.caveats or comparison.curves
+        why = "see below" if there else "there is too little in common"
         return Section("Differences", f"No tests were made: {why}.")
     plural = "test" if tests == 1 else "tests"
     if not comparison.findings:
@@ -185,7 +186,8 @@ def incomparable(comparison: Comparison, task: str) -> Iterable[str]:
     """In what the checkpoints' prompts differ so much that a task's scores do not compare."""
     for difference in comparison.setup_differences:
         if difference.effect == REFUSED and task in difference.tasks:
-            yield f"{task} does not compare: {_values(comparison, difference)}."
+            values = _values(comparison, difference)
+            yield f"{task} does not compare: another {difference.setting} ({values})."
 
 
 def _needles(comparison: Comparison, task: NeedleTask) -> Table:
@@ -242,7 +244,7 @@ def _apart(value: float, threshold: float) -> str:
 
 
 def _length(tokens: int) -> Cell:
-    return Cell(format_length(tokens) if tokens else "0", value=tokens)
+    return Cell(format_length(tokens), value=tokens)
 
 
 def effective_text(result: NeedleResult) -> str:
@@ -343,7 +345,7 @@ def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
         ]
         foot = (Cell("effective"), *map(Cell, shown))
     title = f"{curves.task}: {METRICS.get(curves.metric, curves.metric)}"
-    notes = tuple(cut_note(comparison, curves.cut))
+    notes = (*incomparable(comparison, curves.task), *cut_note(comparison, curves.cut))
     return Table(title, ("context", *comparison.names), tuple(rows), foot, notes=notes)
 
 
@@ -395,12 +397,6 @@ def _values(comparison: Comparison, difference: SetupDifference) -> str:
 
 
 def _caveats(comparison: Comparison) -> Iterable[str]:
-    for task in comparison.needles if comparison.tests else ():
-        for name, result in zip(comparison.names, task.results, strict=True):
-            if result and result.cut:
-                lengths = listed(list(map(format_length, sorted(result.cut))))
-                left = _span(result.cut.values())
-                yield f"{name} ({task.task}): its prompts of {lengths} were cut to {left} tokens"
     tasks: dict[tuple[str, int, int], list[str]] = {}
     for caveat in comparison.caveats:
         key = caveat.reason, caveat.first, caveat.second

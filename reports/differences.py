@@ -30,6 +30,7 @@ from .task_runs import Score, TaskRun
 PAIRED, UNPAIRED = "McNemar's exact and t test", "Fisher's exact and Welch's test"
 INDEPENDENT, MEANS = "Fisher's exact test", "z-test"
 
+_CUT = "prompts were cut"
 _FEWEST_DOCUMENTS = 30  # with fewer, a mean is not distributed normally enough
 
 
@@ -133,11 +134,13 @@ def needle_tests(
             if reason := _refusal(runs, common):
                 caveats.append(Caveat(task, i, j, True, reason))
                 continue
+            cut = {*first.needles[task].cut, *second.needles[task].cut}
+            whole = [cell for cell in common if cell[0] not in cut]
             told = answers[i][task], answers[j][task]
             others = _other_prompts(runs)
-            obstacles = {cell: _obstacle(told[0][cell], told[1][cell], others) for cell in common}
+            obstacles = {cell: _obstacle(told[0][cell], told[1][cell], others) for cell in whole}
             made = []
-            for region in regions(common):
+            for region in regions(whole):
                 if found := _test(region.cells, cells, told, obstacles):
                     method, counted = found
                     made.append(
@@ -173,12 +176,8 @@ def benchmark_tests(
             if {"limit", "documents"} & set(differing(*runs, MARKED)):
                 caveats.append(Caveat(benchmark.task, i, j, False, "not of the same documents"))
             a, b = benchmark.scores[i], benchmark.scores[j]
-            if not (a.error and b.error):
-                reason = "not tested: without a standard error above 0"
-                caveats.append(Caveat(benchmark.task, i, j, False, reason))
-            elif min(map(_documents, runs)) < _FEWEST_DOCUMENTS:
-                reason = f"not tested: fewer than {_FEWEST_DOCUMENTS} documents"
-                caveats.append(Caveat(benchmark.task, i, j, False, reason))
+            if reason := _untestable((a, b), list(map(_documents, runs))):
+                caveats.append(Caveat(benchmark.task, i, j, False, f"not tested: {reason}"))
             else:
                 p = z_test((a.value, a.error), (b.value, b.error))
                 tests.append(
@@ -193,7 +192,7 @@ def benchmark_tests(
 def curve_tests(
     checkpoints: Sequence[Checkpoint], curves: Iterable[tuple[str, int | None, str]]
 ) -> tuple[list[PairTest], list[Caveat]]:
-    """Tests, not yet corrected, of all pairs at each context length at which both have errors.
+    """Tests, not yet corrected, of all pairs at each context length at which both tell errors.
 
     curves: task, number of examples and metric; see `task_runs.TaskRun.by_length`.
     As of benchmarks, they are not paired.
@@ -204,9 +203,10 @@ def curve_tests(
         for i, j in combinations(there, 2):
             runs = tuple(checkpoints[k].tasks[task, n_shot] for k in (i, j))
             scores = tuple(run.by_length.get(metric, {}) for run in runs)
+            evaluated = sorted({*scores[0], *scores[1]})
             lengths = [
-                n for n in sorted(scores[0].keys() & scores[1].keys())
-                if scores[0][n].error and scores[1][n].error
+                n for n in evaluated
+                if all(n in one and one[n].error is not None for one in scores)
             ]  # fmt: skip
             if not lengths:
                 continue
@@ -214,27 +214,38 @@ def curve_tests(
                 reason = f"not compared: another {_listed(refused)}"
                 caveats.append(Caveat(task, i, j, True, reason))
                 continue
-            reasons = []
+            untested: dict[str, list[int]] = {}
+            others = False
             for length in lengths:
                 pair = scores[0][length], scores[1][length]
                 documents = [_documents_of(*one) for one in zip(runs, pair, strict=True)]
-                if any(score.cut_to is not None for score in pair):
-                    reasons.append(f"not tested at {format_length(length)}: prompts were cut")
-                elif min(documents) < _FEWEST_DOCUMENTS:
-                    reasons.append(f"not tested: fewer than {_FEWEST_DOCUMENTS} documents")
-                else:
-                    if documents[0] != documents[1]:
-                        reasons.append("not of the same documents")
-                    p = z_test(*((score.value, score.error) for score in pair))
-                    tests.append(
-                        PairTest(
-                            task, i, j, MEANS, (pair[0].value, pair[1].value), p, n_shot=n_shot,
-                            context_lengths=(length,),
-                            higher_is_better=higher_is_better(runs[0], metric),
-                        )
-                    )  # fmt: skip
-            caveats += [Caveat(task, i, j, False, reason) for reason in dict.fromkeys(reasons)]
+                if reason := _untestable(pair, documents):
+                    untested.setdefault(reason, []).append(length)
+                    continue
+                others |= documents[0] != documents[1]
+                p = z_test(*((score.value, score.error) for score in pair))
+                tests.append(
+                    PairTest(
+                        task, i, j, MEANS, (pair[0].value, pair[1].value), p, n_shot=n_shot,
+                        context_lengths=(length,),
+                        higher_is_better=higher_is_better(runs[0], metric),
+                    )
+                )  # fmt: skip
+            reasons = [f"not tested {_at(n, evaluated)}: {why}" for why, n in untested.items()]
+            reasons += ["not of the same documents"] * others
+            caveats += [Caveat(task, i, j, False, reason) for reason in reasons]
     return tests, caveats
+
+
+def _untestable(scores: Sequence[Score], documents: Sequence[int]) -> str | None:
+    """Why two means cannot be tested; None if they can."""
+    if any(score.cut_to is not None for score in scores):
+        return _CUT
+    if not all(score.error for score in scores):
+        return "without a standard error above 0"
+    if min(documents) < _FEWEST_DOCUMENTS:
+        return f"fewer than {_FEWEST_DOCUMENTS} documents"
+    return None
 
 
 def correct(tests: Sequence[PairTest]) -> list[PairTest]:
@@ -420,11 +431,16 @@ def _restrictions(
     obstacles: Mapping[Cell, str | None],
     tests: Sequence[PairTest],
 ) -> Iterable[str]:
-    """What the tests of a pair on a task leave out, or cannot take into account."""
+    """What the tests of a pair on a task leave out, or cannot take into account.
+
+    obstacles: to pairing, by cell; those whose prompts were cut are not among them.
+    """
     evaluated = sorted({length for grid in grids for length, _ in grid})
-    lengths = sorted({length for length, _ in common})
+    lengths = sorted({length for length, _ in obstacles})
+    if cut := sorted({length for length, _ in common}.difference(lengths)):
+        yield f"not tested {_at(cut, evaluated)}: {_CUT}"
     for reason in dict.fromkeys(filter(None, obstacles.values())):
-        where = sorted({length for length, depth in common if obstacles[length, depth] == reason})
+        where = sorted({length for (length, _), why in obstacles.items() if why == reason})
         yield f"not paired{'' if where == lengths else f' {_at(where, evaluated)}'}: {reason}"
     if grids[0].keys() != grids[1].keys():
         yield "compared at the context lengths and depths that both have"

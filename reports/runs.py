@@ -297,7 +297,7 @@ def _one_model(files: list[ResultsFile]) -> tuple[list[ResultsFile], list[Skippe
         return [], []
     newest = files[-1]
     mine = [file for file in files if file.model_id == newest.model_id]
-    reason = f"of another model than {newest.path.name}, {{}}; give its results by themselves"
+    reason = f"of another model, {{}}, than {newest.path.name}; give its results by themselves"
     others = [
         Skipped(file.path, reason.format(file.model))
         for file in files

@@ -159,6 +159,21 @@ def test_a_finding_names_no_length_that_was_not_tested(compared, left_out):
     assert [caveat.reason for caveat in comparison.caveats] == [told[left_out]]
 
 
+def test_lengths_at_which_prompts_were_cut_are_not_tested(compared):
+    """The one that is worse there was not asked what the other was."""
+    runs = [needle_results(lambda *_, x=x: x, lengths=SHORT, depths=[0.5], samples=30)
+            for x in (0.0, 1.0)]  # fmt: skip
+    runs[0]["max_length"] = SHORT[1]
+    comparison = compared(*runs)
+    assert sentences(comparison) == ["yoco_needle: 1 is better than 0 at 4K and 8K"]
+    assert reasons(comparison) == ["not tested at 16K and 32K: prompts were cut"]
+    assert {test.context_lengths for test in comparison.tests} == {(4096,), (8192,), (4096, 8192)}
+    runs[0]["max_length"] = 2000
+    comparison = compared(*runs)
+    assert not comparison.tests
+    assert reasons(comparison) == ["not tested from 4K to 32K: prompts were cut"]
+
+
 def test_halves_are_named_by_the_depths_that_were_tested(compared):
     def run(right):
         data = needle_results(lambda _, depth: right if depth <= 0.5 else 1.0, samples=12,
@@ -327,3 +342,16 @@ def test_benchmarks_that_are_not_tested(compared):
     comparison = compared(benchmark(0.6, versions={"arc_easy": 2}), benchmark(0.9))
     assert not comparison.tests and comparison.caveats[0].refused
     assert comparison.benchmarks[0].best == ()
+
+
+def test_means_by_length_that_are_not_tested(tmp_path):
+    """lm-eval tells an error of 0 where all answers are right."""
+    for name, value in (("a", 0.5), ("b", 1.0)):
+        for length, score in (("0k", value), ("16k", 0.9), ("32k", value)):
+            error = 0.0 if score == 1 else 0.01
+            config = {"babilong_qa1": {"metadata": {"max_seq_lengths": length}}}
+            scores = {"babilong_qa1": {"acc,none": score, "acc_stderr,none": error}}
+            write(tmp_path / name, results(scores, configs=config), f"results_{length}.json")
+    comparison = compare(load_checkpoints([tmp_path / "a", tmp_path / "b"]))
+    assert [test.context_lengths for test in comparison.tests] == [(16384,)]
+    assert reasons(comparison) == ["not tested at 0 and 32K: without a standard error above 0"]

@@ -100,7 +100,7 @@ def test_what_is_passed_over_is_named(tmp_path):
     assert found.pop("half.json").startswith("not readable as JSON")
     assert found.pop("deep.json").startswith("not readable as JSON")
     assert found.pop("bytes.json").startswith("not readable as JSON")
-    assert found.pop("results_3.json").startswith("of another model than results_4.json, another")
+    assert found.pop("results_3.json").startswith("of another model, another, than results_4.json")
     assert "correct 99 is outside 0..5" in found.pop("results_4.json")
     assert found.pop("profile.json").startswith("a damaged profile (")
     assert found == {
