@@ -132,6 +132,8 @@ class LengthCurves:
     effective_lengths: of RULER, by its authors' rule, in tokens (0: none); else None.
     cut: of each checkpoint, the lengths at which the backend cut prompts, with the tokens that were
         left of them. Effective lengths are below all of them.
+    left_out: of each checkpoint, the lengths of losses whose tokens do not begin at the length
+        before, and which so do not compare.
     """
 
     task: str
@@ -141,6 +143,7 @@ class LengthCurves:
     values: tuple[dict[int, float] | None, ...]
     effective_lengths: tuple[int | None, ...] | None
     cut: tuple[dict[int, int], ...]
+    left_out: tuple[tuple[int, ...], ...]
 
     @property
     def context_lengths(self) -> list[int]:
@@ -374,6 +377,10 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
         for metric in dict.fromkeys(metric for run in runs if run for metric in run.by_length):
             values = _values_by_length(metric, runs)
             cut = tuple(_cut(metric, run) for run in runs)
+            left_out = tuple(
+                () if one is None else tuple(sorted(run.by_length[metric].keys() - one))
+                for run, one in zip(runs, values, strict=True)
+            )
             effective = tuple(
                 one and ruler_effective_length(below_cut(one, lengths))
                 for one, lengths in zip(values, cut, strict=True)
@@ -381,7 +388,7 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
             curves.append(
                 LengthCurves(
                     task, n_shot, metric, member, values,
-                    effective if task in _RULER else None, cut,
+                    effective if task in _RULER else None, cut, left_out,
                 )
             )
     order = {task: len(r.members) for c in checkpoints for (task, _), r in c.tasks.items()}

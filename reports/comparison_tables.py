@@ -345,8 +345,16 @@ def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
         ]
         foot = (Cell("effective"), *map(Cell, shown))
     title = f"{curves.task}: {METRICS.get(curves.metric, curves.metric)}"
-    notes = (*incomparable(comparison, curves.task), *cut_note(comparison, curves.cut))
-    return Table(title, ("context", *comparison.names), tuple(rows), foot, notes=notes)
+    notes = [*incomparable(comparison, curves.task), *cut_note(comparison, curves.cut)]
+    left_out = [
+        f"{name} {listed(map(format_length, lengths))}"
+        for name, lengths in zip(comparison.names, curves.left_out, strict=True)
+        if lengths
+    ]
+    if left_out:
+        told = ", ".join(left_out)
+        notes.append(f"Left out, since their tokens begin at another length: {told}.")
+    return Table(title, ("context", *comparison.names), tuple(rows), foot, notes=tuple(notes))
 
 
 def _profiles(comparison: Comparison) -> tuple[Table, ...]:

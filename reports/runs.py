@@ -52,10 +52,7 @@ class Checkpoint:
 
     def needle_task(self, task: str) -> TaskRun:
         """The task's entry in `tasks`, which has its cells."""
-        path = self.needles[task].path
-        return next(
-            run for run in self.tasks.values() if run.task == task and run.file.path == path
-        )
+        return next(run for run in self.tasks.values() if run.task == task and run.cells)
 
 
 def load_checkpoints(
@@ -148,8 +145,7 @@ def _load(path: Path, name: str) -> Checkpoint:
         raise ResultsError(
             f"{path}: no results in it{first}; make some with lm_eval ... --output_path {path}"
         )
-    by_date = sorted(tasks.values(), key=lambda run: run.file.date)
-    needles = {run.task: _needle_run(run, name) for run in by_date if run.cells}
+    needles = {run.task: _needle_run(run, name) for run in tasks.values() if run.cells}
     return Checkpoint(
         name,
         path,
@@ -198,7 +194,7 @@ def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
     found, left_out = _collect(files, task)
     for skip in (*skipped, *left_out):
         logger.warning("skipped %s: %s", skip.path, skip.reason)
-    run = _needle_run(max(found.values(), key=lambda run: run.file.date), files[-1].model)
+    run = _needle_run(next(run for run in found.values() if run.cells), files[-1].model)
     if len(run.sources) > 1:
         logger.warning(
             "%s: one grid of %d runs: %s",
@@ -248,6 +244,7 @@ def _collect(
         tasks[key], left_out = unite(alike[::-1])
         for one in left_out:
             reasons.setdefault((one.run.file.path, one.reason), []).append(one.run.task)
+    skipped += _drop_older_needles(tasks)
     for (path, reason), members in reasons.items():
         named = members[0] if len(members) == 1 else f"{members[0]} and {len(members) - 1} more"
         skipped.append(Skipped(path, f"{named}: {reason}"))
@@ -255,6 +252,20 @@ def _collect(
     told |= {skip.path for skip in skipped}
     skipped += [Skipped(path, why) for path, why in superseded.items() if path not in told]
     return tasks, skipped
+
+
+def _drop_older_needles(tasks: dict[tuple[str, int | None], TaskRun]) -> list[Skipped]:
+    """Leaves of each needle task the newest alone, where there are several numbers of examples."""
+    newest: dict[str, TaskRun] = {}
+    skipped = []
+    needles = [run for run in tasks.values() if run.cells]
+    for run in sorted(needles, key=lambda run: run.file.date, reverse=True):
+        other = newest.setdefault(run.task, run)
+        if other is not run:
+            del tasks[run.task, run.n_shot]
+            reason = f"not united with {other.file.path.name}: another number of examples"
+            skipped += [Skipped(file.path, f"{run.task}: {reason}") for file in run.files]
+    return skipped
 
 
 def _read_files(

@@ -5,6 +5,7 @@ from made_results import log_samples, needle_results, results, trained_to, write
 
 from yoco_eval.reports.comparison import compare
 from yoco_eval.reports.comparison_figures import panels
+from yoco_eval.reports.comparison_tables import sections
 from yoco_eval.reports.runs import load_checkpoints, load_needle_run
 from yoco_eval.reports.setups import setup
 
@@ -109,6 +110,9 @@ def test_the_newest_counts_also_where_a_file_does_not_tell_the_number_of_example
     checkpoint = load(tmp_path)
     assert checkpoint.needles["yoco_needle"].accuracy == 1
     assert checkpoint.needle_task("yoco_needle").n_shot == 0
+    other = "yoco_needle: not united with results_3.json: another number of examples"
+    superseded = "its results are all in newer files"
+    assert skipped(checkpoint) == {"results_1.json": superseded, "results_2.json": other}
 
 
 def test_what_is_all_in_newer_files_is_said_to_be(tmp_path):
@@ -252,6 +256,11 @@ def test_losses_of_other_buckets_are_not_set_side_by_side(tmp_path):
     assert curve(comparison, "yoco_long_loss_book", "loss").values == (
         {1024: 4.0, 4096: 3.0, 16384: 2.9}, {},
     )  # fmt: skip
+    left_out = {one.metric: one.left_out for one in comparison.curves}
+    assert left_out == {"loss": ((), (16384,)), "loss_to": ((), ())}
+    told = "Left out, since their tokens begin at another length: b 16K."
+    assert told in [note for section in sections(comparison) for table in section.tables
+                    for note in table.notes]  # fmt: skip
 
 
 def test_benchmarks_are_not_united(tmp_path):
