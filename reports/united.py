@@ -18,11 +18,11 @@ from .setups import common, setup
 from .task_runs import BUCKETS, Score, TaskRun
 
 # What runs that are one may differ in. The lengths at which they were evaluated have prompts of
-# their own; a run's longest input says nothing of shorter prompts; and the special tokens, which
-# some files do not tell, are those of the model or of the tokenizer in its arguments.
+# their own, and a run's longest input says nothing of shorter prompts.
 _MAY_DIFFER = frozenset(
-    {"context lengths", "depths", "documents", "limit", "max_length", "lm-eval", "special tokens"}
+    {"context lengths", "depths", "documents", "limit", "max_length", "lm-eval"}
 )
+_IF_TOLD = frozenset({"special tokens"})  # which not all files tell
 _OF_THE_LENGTHS = frozenset(
     "version config_source cells prompts by_length context_lengths max_seq_lengths depths".split()
 )
@@ -114,6 +114,7 @@ def _obstacle(newest: TaskRun, run: TaskRun) -> str | None:
         _differing(name, theirs.get(name), mine.get(name))
         for name in dict.fromkeys([*mine, *theirs])
         if mine.get(name) != theirs.get(name)
+        and not (name in _IF_TOLD and None in (mine.get(name), theirs.get(name)))
     ]
     return " and ".join(differing) or None
 

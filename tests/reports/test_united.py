@@ -156,6 +156,16 @@ def test_runs_of_another_setup_are_not_united_and_named(tmp_path, caplog, change
     assert f"results_1.json: {reason}" in caplog.text
 
 
+def test_a_tokenizer_that_was_changed_in_its_place_makes_another_setup(tmp_path):
+    old, newest = (needle_results(right, lengths=lengths) for lengths in (SHORT, LONG))
+    save(tmp_path, old | {"tokenizer_eos_token": ["</s>", "2"]}, newest)
+    assert load_needle_run(tmp_path).context_lengths == SHORT + LONG  # the newest does not tell
+    save(tmp_path, old | {"tokenizer_eos_token": ["</s>", "2"]},
+         newest | {"tokenizer_eos_token": ["<|end|>", "7"]})  # fmt: skip
+    told = "special tokens eos </s> 2, not eos <|end|> 7"
+    assert skipped(load(tmp_path))["results_1.json"].endswith(f"results_2.json: {told}")
+
+
 def test_a_limit_that_cuts_nothing_is_no_other_setup(tmp_path):
     limited, newest = (needle_results(right, lengths=lengths) for lengths in (SHORT, LONG))
     limited["config"]["limit"] = 10_000
