@@ -55,7 +55,7 @@ def cache_attention_reference(
         q = rotate(q, angles)
     outputs = []
     for first, end, run in query_runs(spans):
-        run = sorted(run, key=lambda span: span.first_key)
+        run = sorted((cut_span(span, first, end) for span in run), key=lambda s: s.first_key)
         if q.device.type == "cpu" and _is_one_text(run):
             outputs.append(_attend_text(q[first:end], keys, values, run, spans))
             continue

@@ -81,12 +81,14 @@ SHARED_PREFIX = (
     Span(6, 12, 31, 39, True),  # two of its keys come before the first of its queries
 )
 PACKED = tuple(Span(4 * i, 4 * i + 4, 6 * i + 1, 6 * i + 5, True) for i in range(6))
+# Some of the causal span's queries read another one, too, in front of it or behind a gap.
+CUT = (Span(2, 5, 0, 3, False), Span(0, 9, 3, 13, True), Span(6, 7, 14, 16, False))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("few", [0, 64])
 @pytest.mark.parametrize("scores", [1, 300, 1 << 22])
-@pytest.mark.parametrize("spans", [SHARED_PREFIX, PACKED, (Span(0, 9, 2, 20, True),)])
+@pytest.mark.parametrize("spans", [SHARED_PREFIX, PACKED, CUT, (Span(0, 9, 2, 20, True),)])
 def test_cache_attention(heads, scores, few, spans, monkeypatch):
     monkeypatch.setattr(attention, "FEW", few)
     monkeypatch.setattr(attention, "SCORES", scores)
