@@ -404,7 +404,9 @@ def _gather(
             logits = logits if logits.dtype == torch.float64 else logits.float()
             begin, end = np.searchsorted(positions, (start, start + len(block)))
             row, token = pairs[0, begin:end] - start, pairs[1, begin:end]
-            logprobs = logits[row, token] - logits.logsumexp(-1)[row]
+            total = logits.logsumexp(-1)[row]
+            total.masked_fill_(total.isinf(), math.nan)  # beside infinity, others are no numbers
+            logprobs = logits[row, token] - total
             missed = logits.argmax(-1)[row] != token
             found.append(torch.stack((logprobs.double(), missed.double()), -1))
             start += len(block)
@@ -418,8 +420,8 @@ def _decode(request: GenerateRequest, decoder: Decoder) -> list[int]:
         decoder.start(int(request.context[-1]))
     while len(new) < request.max_tokens:
         decoder.step()
+        _check_number(float(decoder.logits.max()), decoder.logits.dtype)
         if request.sampling.temperature:
-            _check_number(float(decoder.logits.max()), decoder.logits.dtype)
             decoder.token.fill_(_draw(decoder.logits, request.sampling))
         token = int(decoder.token)
         if token in request.end_tokens:
@@ -427,8 +429,6 @@ def _decode(request: GenerateRequest, decoder: Decoder) -> list[int]:
         new.append(token)
         if request.finished(new):
             break
-    if request.max_tokens:  # what is no number once is none in all that follows
-        _check_number(float(decoder.logits.max()), decoder.logits.dtype)
     return new
 
 

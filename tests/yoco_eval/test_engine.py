@@ -268,3 +268,29 @@ def test_predictions_that_are_no_numbers_are_refused(published, name, temperatur
     )
     with pytest.raises(ValueError, match="overflow in float32"):
         collect(engine.generate, [request])
+
+
+def test_one_prediction_that_overflows_is_refused_whatever_follows(published):
+    """A logit that is infinite makes its token certain, and others impossible, where it occurs."""
+    model = Yoco.from_pretrained(published, device="cpu", dtype=torch.float32)
+    model.layer_norm.weight[0] = 100  # which decides by its sign whether token 7 overflows
+    model.output_projection.weight[7] = 0
+    model.output_projection.weight[7, 0] = 3e38
+    engine = Engine(model)
+
+    def overflows(method, request):
+        try:
+            collect(method, [request])
+        except ValueError as error:
+            assert "overflow in float32" in str(error)
+            return True
+        return False
+
+    def decoded(start, length):
+        greedy = GenerateRequest([start], length, frozenset(), lambda tokens: False)
+        return overflows(engine.generate, greedy)
+
+    at_once = [start for start in range(24) if decoded(start, 1)]
+    assert 0 < len(at_once) < 24
+    assert all(decoded(start, 2) for start in at_once)
+    assert all(overflows(engine.score, ScoreRequest([start], [5])) for start in at_once)
