@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import faulthandler
+import gc
 import io
 import json
 import logging
@@ -49,7 +50,7 @@ from yoco_eval.reports import comparison_files, heatmap  # noqa: E402, F401
 
 HANG = 20.0  # seconds
 MEMORY = 4 << 30  # bytes
-_BATCH = 25  # cases of one fork
+_BATCH = 100  # cases of one fork
 _LONGEST = 2000  # characters of a line of error: a screenful
 _FAULTS = ("traceback", "hang", "memory", "executed", "unclean")
 _STARTED = "started"
@@ -90,6 +91,7 @@ def run_cases(seed: int, cases: range) -> Iterator[Outcome]:
         files = Path(folder, "files")
         make_files(files)
         _warm_up(files, Path(folder, "warm"))
+        gc.freeze()  # or each fork would copy the heap as soon as it collects garbage
         case, end = cases.start, cases.stop
         while case < end:
             for outcome in _forked(seed, range(case, min(case + _BATCH, end)), files, Path(folder)):
