@@ -38,7 +38,7 @@ def check_path(path: Path, suffixes: tuple[str, ...]) -> None:
     try:
         temporary, file = _open_temporary(_target(path).parent)
         file.close()
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
 
