@@ -1,5 +1,5 @@
 # make demo: evaluate two bundled checkpoints on yoco_needle and compare them on an HTML page.
-# make test: lint and run the tests.
+# make test: lint and run the tests; make test-fast: without those marked slow, in two minutes.
 # make fuzz CASES=5000 SEED=1: so many damaged files, of which the tests try 600 of seed 0.
 # All create .venv with $(PYTHON), 3.10 or later, and install into it what is missing.
 
@@ -10,7 +10,7 @@ DEMO := results/demo
 CASES ?= 600
 SEED ?= 0
 
-.PHONY: demo test fuzz
+.PHONY: demo test test-fast fuzz
 
 demo: .venv/installed
 	rm -rf $(DEMO)
@@ -22,9 +22,9 @@ demo: .venv/installed
 	$(BIN)/yoco-eval compare $(DEMO)/demo-4k $(DEMO)/demo-1m -o $(DEMO)/comparison.html
 
 # One thread for each of the two processes: more would wait for each other on two cores.
-test: .venv/installed-test
+test test-fast: .venv/installed-test
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(filter test-fast,$@),-m 'not slow')
 
 fuzz: .venv/installed-test
 	$(BIN)/python tests/faults/fuzz.py --cases $(CASES) --seed $(SEED)

@@ -24,6 +24,8 @@ from yoco_eval.model import Yoco
 from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
 from yoco_eval.tokenizers import load_tokenizer
 
+pytestmark = pytest.mark.slow  # each start of lm_eval takes many seconds
+
 GRID = {"context_lengths": [512, "1k"], "depths": 3, "samples": 1}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks Linux what they take")
 def test_damaged_files_are_read_or_refused_in_one_line():
     """In a process of its own, which forks: this one may have threads."""

@@ -252,6 +252,7 @@ def check_cache_attention(kernels, close, spans, heads, dim, dtype, device):
     close(out, cache_attention_reference(*wide, Spans(spans), double(angles)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS.keys())
 def test_triton_cache_attention(spans, dtype, device, close, triton_kernels):
     if device == "cpu" and dtype != torch.float32 and spans is not SHARED_PREFIX:
@@ -259,6 +260,7 @@ def test_triton_cache_attention(spans, dtype, device, close, triton_kernels):
     check_cache_attention(triton_kernels, close, spans, (6, 2), 64, dtype, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", HEAD_SIZES)
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3), (24, 1)])
 def test_triton_cache_attention_heads(heads, dim, dtype, device, close, triton_kernels):
@@ -399,6 +401,7 @@ def check_window(kernels, close, window, dim, sequences, past, dtype, device):
     assert fast[1].shape == following.shape and fast[1].is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 2, 50] + [300] * ON_GPU)
 @pytest.mark.parametrize("lengths", [(1,), (63, 1, 5), (LONG // 8,)])
 def test_triton_sliding_window(window, lengths, dtype, device, close, triton_kernels):

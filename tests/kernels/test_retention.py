@@ -255,6 +255,7 @@ if ON_GPU:
     DIMS += [64, 96, 128, 256]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: f"{len(lengths)}x{max(lengths)}")
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("given", [True, False], ids=["with_states", "from_zero"])
@@ -271,6 +272,7 @@ def test_triton_options(triton_version, close, dtype, device, changes):
     compare(triton_version, close, packed([200, 7], 1, 64, dtype, device) | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [4, 8, 16, 128, 256])
 def test_triton_small_and_large_heads(triton_version, close, dtype, device, dim):
     compare(triton_version, close, packed([129], 1, dim, dtype, device, states=1))
@@ -287,6 +289,7 @@ def test_triton_extreme_gates(triton_version, close, dtype, device, gate):
     compare(triton_version, close, args | {"gate": torch.full_like(args["gate"], gate)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reach", [500, 3200, 1e6], ids=lambda reach: f"{reach:g}_tokens")
 def test_triton_sums_of_long_segments(triton_version, close, dtype, device, reach, monkeypatch):
     """Gates of which so many in a row let 2^-126 through, in segments of 1200 tokens."""
@@ -296,6 +299,7 @@ def test_triton_sums_of_long_segments(triton_version, close, dtype, device, reac
     compare(triton_version, close, args | {"gate": torch.full_like(args["gate"], gate)})
 
 
+@pytest.mark.slow
 def test_triton_sums_leave_out_what_has_decayed(
     triton_version, close, dtype, device, monkeypatch
 ):
@@ -309,6 +313,7 @@ def test_triton_sums_leave_out_what_has_decayed(
     close(out[1216:], expected[1216:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [4, 8, 32, 48, 64, 96, 128, 256])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_triton_step(triton_version, close, dtype, device, dim, batch):
@@ -322,6 +327,7 @@ def test_triton_step(triton_version, close, dtype, device, dim, batch):
     close(state, wide_state)
 
 
+@pytest.mark.slow
 def test_triton_takes_any_strides(triton_version, dtype, device, head_by_head):
     args = packed([1] * 5, 3, 32, dtype, device, states=5)
     other = {

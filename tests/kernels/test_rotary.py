@@ -81,6 +81,7 @@ if torch.cuda.is_available():
     SHAPES += [(600_000, 2)]  # more blocks than the second axis of a launch takes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("heads", [3, 24])
 @pytest.mark.parametrize(("tokens", "dim"), SHAPES)

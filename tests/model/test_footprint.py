@@ -73,6 +73,7 @@ def test_what_is_fused_takes_less_but_not_a_text_s_last_tokens(monkeypatch):
     assert fused[1] == fused[2] == apart[2] < apart[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 256])
 def test_activations_on_a_cpu(window, dtype, live_bytes):

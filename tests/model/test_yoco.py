@@ -39,6 +39,7 @@ def everything_before(first, end):
     return Spans((Span(0, end - first, 0, end, causal=True),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 def test_chunked_prefill_equals_a_full_pass(exact, expected, chunk):
     ids = expected["input_ids"][0]
@@ -51,6 +52,7 @@ def test_chunked_prefill_equals_a_full_pass(exact, expected, chunk):
     torch.testing.assert_close(torch.cat(logits), exact(ids[None])[0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [0, 1, 5, 40, 110])
 def test_decoding_equals_a_full_pass(exact, expected, prompt):
     """From any prompt, also an empty one, and twice from the same."""
@@ -257,6 +259,7 @@ def test_a_new_model_is_initialised():
     assert torch.equal(model.self_decoder.layers[0].mixer.q_proj.weight, first.weight)
 
 
+@pytest.mark.slow
 def test_evaluating_on_a_cpu_imports_no_compiler():
     """They would take longer to import than all else that a short run does."""
     code = (

@@ -218,6 +218,7 @@ ANYTHING = (None, 0, -1, 1.5, float("nan"), 1e999, "", "x,y", "a@1,none", [], [[
             True, {"acc,none": "N/A"}, {"cells": [{}]}, 10**400)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))  # tests/faults damages more files in more ways
 def test_damaged_results_are_no_traceback(tmp_path, seed):
     """Whatever stands in the place of something in a results file."""

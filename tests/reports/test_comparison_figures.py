@@ -66,6 +66,7 @@ def test_every_kind_has_a_figure(full):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_heatmaps_stand_side_by_side_on_one_scale(full):
     *maps, bar = axes(panels(full)[0])
     assert len(maps) == 4
@@ -155,6 +156,7 @@ def test_many_checkpoints_stand_at_their_lengths(tmp_path):
     assert len(looks) == 36
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["short", "a-checkpoint-s-name-as-long-as-some-people-like-them",
                                   "and-longer-" * 12])  # fmt: skip
 def test_everything_fits(tmp_path, name):
@@ -186,6 +188,7 @@ def test_everything_fits(tmp_path, name):
             assert left.x1 < right.x0 or left.y0 > right.y1
 
 
+@pytest.mark.slow
 def test_files(tmp_path):
     for name in "ab":
         data = needle_results(lambda *_: 0.5, lengths=LENGTHS[:2], depths=[0.0, 1.0])

@@ -22,6 +22,8 @@ from yoco_eval.reports.comparison import compare
 from yoco_eval.reports.comparison_files import save_comparison
 from yoco_eval.reports.runs import load_checkpoints
 
+pytestmark = pytest.mark.slow  # a browser is started
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = (
     "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed = 2'>"

@@ -113,6 +113,7 @@ def test_figures_are_readable_on_their_cells():
         assert (max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lengths", "depths", "width"),
     [

@@ -198,6 +198,7 @@ def test_length_labels_carry_the_gains():
     assert labels == ["32K", "64K", "128K", "256K", "512K", "1M"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", [
     PROFILE, ALONE, ON_A_CPU, replace(PROFILE, rows=tuple(TRANSFORMER[-1:]), name="a$b$"),
     replace(PROFILE, rows=(ProfileRow("YOCO", 5, "out of memory"),)),

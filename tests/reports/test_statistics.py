@@ -143,6 +143,7 @@ def test_z_test():
         assert z_test(*means) == pytest.approx(compared.ztest_ind(usevar="unequal")[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 7, 200])
 def test_holm(count):
     for _ in range(2):  # statsmodels collects garbage each time, which takes long

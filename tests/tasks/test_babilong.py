@@ -177,6 +177,7 @@ def test_whole_group(data, answerer):
         assert len(json.dumps(sample)) < len(prompt) + 2000
 
 
+@pytest.mark.slow
 def test_digests_are_of_the_prompts_that_were_answered(data, answerer):
     def evaluate(**options):
         few = group("babilong_qa1", context_lengths=["0k", "1k"], data=data)
@@ -201,6 +202,7 @@ def test_limit_leaves_a_length_out(data, answerer):
     assert scores(results) == {"acc": 1.0, "acc@0000000": 1.0}
 
 
+@pytest.mark.slow
 def test_models(data, hf_model):
     nothing = TaskManager(include_defaults=False)
     metrics = {"acc", "acc@0000000", "acc@0001024"}

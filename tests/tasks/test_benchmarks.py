@@ -28,6 +28,8 @@ from yoco_eval.model import Yoco, YocoConfig
 from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
 from yoco_eval.tokenizers import load_tokenizer
 
+pytestmark = pytest.mark.slow  # whole benchmarks are run
+
 TASKS = Path(yoco_eval.tasks.__file__).parent
 SUBJECTS = sorted(
     path.stem for path in Path(lm_eval.tasks.__file__).parent.glob("mmlu/default/mmlu_*.yaml")

@@ -69,6 +69,7 @@ def chat(answerer):
     return Chat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["yoco_needle", "yoco_multi_needle_1", "yoco_passkey"])
 def test_right_answers_in_the_ways_of_chat_models(chat, task):
     model = chat(*ANSWERS)
@@ -102,6 +103,7 @@ def test_the_assistants_turn_begins_with_the_answers_beginning(chat, task, quest
     assert counts[:: len(counts) // len(docs)] == [doc["prompt_tokens"] for doc in docs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["template", "server", "turns", "thinking"])
 def test_a_turn_that_cannot_stay_open_is_left_to_the_model(chat, caplog, case):
     template = "{{ messages[0].content }}<|end|>" if case == "template" else TEMPLATE

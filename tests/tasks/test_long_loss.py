@@ -353,6 +353,7 @@ def test_digests_tell_where_buckets_are_the_same(settings):
     assert not known.items() & digests(samples=1).items()
 
 
+@pytest.mark.slow
 def test_lm_eval_options(settings):
     model = YocoLM(device="cpu")
     scores, _ = evaluate(model, metadata=settings)

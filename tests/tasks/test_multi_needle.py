@@ -293,6 +293,7 @@ def test_predict_only(answerer):
 # Backends
 
 
+@pytest.mark.slow
 def test_demo_checkpoint():
     grid = {**SMALL, "context_lengths": 512, "depths": 2}
     results = evaluate(YocoLM(device="cpu"), "yoco_multi_needle", grid)
@@ -301,6 +302,7 @@ def test_demo_checkpoint():
         assert scores["acc,none"] >= 0.9 and scores["acc_all,none"] >= 0.9
 
 
+@pytest.mark.slow
 def test_demo_checkpoint_at_16k():
     grid = {"context_lengths": "16k", "depths": [1 / 11, 10 / 11], "samples": 1}
     results = evaluate(YocoLM(device="cpu"), "yoco_multi_needle_8", grid)

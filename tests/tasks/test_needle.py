@@ -280,6 +280,7 @@ def test_results_file(tmp_path):
     assert (run.accuracy, run.prompts, run.context_lengths) == (1.0, 12, [256, 512])
 
 
+@pytest.mark.slow
 def test_cells_tell_which_prompts_were_answered():
     texts = prompts(**SMALL)
 
@@ -300,6 +301,7 @@ def test_cells_tell_which_prompts_were_answered():
     assert all(a["prompts"] != b["prompts"] for a, b in zip(cells, others, strict=True))
 
 
+@pytest.mark.slow
 def test_limit_leaves_cells_and_lengths_out():
     results = evaluate(Reader(), limit=4)
     assert scores(results) == {
@@ -314,6 +316,7 @@ def test_limit_leaves_cells_and_lengths_out():
     assert "N/A" in make_table(results)
 
 
+@pytest.mark.slow
 def test_samples_hold_each_prompt_once():
     results = evaluate(Reader(), log_samples=True)
     samples = results["samples"]["yoco_needle"]
@@ -326,6 +329,7 @@ def test_samples_hold_each_prompt_once():
     assert len({sample["prompt_hash"] for sample in samples}) == len(samples)
 
 
+@pytest.mark.slow
 def test_use_cache_asks_only_once(tmp_path):
     cache = str(tmp_path / "cache")
     first, second = Reader(), Reader()
@@ -353,6 +357,7 @@ def test_few_shot_examples_are_never_given():
     assert all(prompt.startswith(INTRODUCTION) for prompt in reader.asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -377,6 +382,7 @@ def test_system_instruction_and_chat_template_fit_too(tokenizers, options):
 # Other backends
 
 
+@pytest.mark.slow
 def test_hugging_face_backend(hf_model, caplog):
     arguments = {"pretrained": hf_model, "dtype": "float32", "device": "cpu"}
     with caplog.at_level(logging.WARNING):

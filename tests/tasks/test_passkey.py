@@ -97,6 +97,7 @@ def test_too_short_context_tells_the_shortest_that_works():
     assert all(doc["prompt_tokens"] + 16 <= least for doc in docs)
 
 
+@pytest.mark.slow
 def test_scores_and_heatmap(tmp_path, answerer):
     """Of a model that sees a third of the prompt."""
 
@@ -117,6 +118,7 @@ def test_scores_and_heatmap(tmp_path, answerer):
     assert "<svg" in (tmp_path / "passkey.svg").read_text()
 
 
+@pytest.mark.slow
 def test_demo_checkpoint():
     grid = {"context_lengths": [1024, "16k"], "depths": 3, "samples": 1}
     scores = evaluate(YocoLM(device="cpu"), grid)["results"]["yoco_passkey"]

@@ -46,6 +46,7 @@ def test_a_tokenizer_with_an_empty_vocabulary_is_refused():
         TokenCounter(empty)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", HAYSTACKS)
 def test_every_prompt_has_the_tokens_it_says(tokenizers, kind, source):
@@ -64,6 +65,7 @@ def test_every_prompt_has_the_tokens_it_says(tokenizers, kind, source):
                 assert size - SLACK <= prompt.tokens <= size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("source", "own_lines"),
@@ -97,6 +99,7 @@ def test_several_needles_and_questions(tokenizers, kind, source, own_lines):
         assert abs(tokens(tokenizer, before) - prompt.needle_position) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["byte-level", "unigram", "wordpiece"])
 def test_prompts_are_full_whichever_of_many_needles_is_asked_for(tokenizers, kind):
     tokenizer = tokenizers[kind]
@@ -126,6 +129,7 @@ def test_text_comes_back_from_its_tokens(tokenizers, kind):
     assert tokenizer.decode(ids, skip_special_tokens=True) == prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_needle_stands_at_its_depth(tokenizers, kind):
     tokenizer = tokenizers[kind]

@@ -28,6 +28,8 @@ from yoco_eval.tasks.ruler import RulerGroup, Settings
 from yoco_eval.tasks.ruler_prompts import generate
 from yoco_eval.tasks.settings import read_settings
 
+pytestmark = pytest.mark.slow  # lm-eval's generators take many seconds to import
+
 TASKS = Path(yoco_eval.tasks.__file__).parent
 NIAH = [
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",

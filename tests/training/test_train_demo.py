@@ -14,6 +14,8 @@ from yoco_eval.tasks.wording import (
     PASSKEY_QUESTION,
 )
 
+pytestmark = pytest.mark.slow  # models are trained
+
 
 @pytest.fixture(scope="module")
 def script():

@@ -266,6 +266,7 @@ def test_convert_refusals(convert, capsys):
     assert "No space left on device: 'out/config.json'" in refused(capsys, "convert", "full", "b")
 
 
+@pytest.mark.slow
 def test_profile(measured, tmp_path, capsys):
     argv = "profile --shape 3b --lengths 1k,...,4k --against transformer --patience 7".split()
     files = [tmp_path / f"p.{suffix}" for suffix in ("json", "png", "svg")]

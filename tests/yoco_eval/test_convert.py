@@ -106,6 +106,7 @@ def test_training_checkpoint_with_the_tokenizer_beside_it(tmp_path):
     assert AutoTokenizer.from_pretrained(dst).get_vocab() == tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_the_published_size_needs_no_network(tmp_path, monkeypatch):
     """transformers asks the hub about vocabularies of more than 100 000 tokens."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -172,6 +172,7 @@ def check(tokenizer, text):
     assert ends.tolist() == np.maximum.accumulate(expected).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", TEXTS)
 def test_any_text(tokenizers, small_pieces, kind, form):
@@ -183,6 +184,7 @@ def test_any_text(tokenizers, small_pieces, kind, form):
         check(tokenizers[kind], f"{text[:place]} needle.{text[place:]}\n\nQuestion?")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixture_in_pieces_of_the_usual_size(tokenizers, kind):
     rng = random.Random(kind)

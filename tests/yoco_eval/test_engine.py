@@ -62,6 +62,7 @@ def requests(exact):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "chunk"), [(1, None), (1, 17), (4, 64), (None, None), (None, 300), (3, 1)]
 )
@@ -182,6 +183,7 @@ def test_only_asked_positions_enter_the_cross_decoder(exact):
     assert sum(entered) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 13])
 def test_generation_equals_naive_greedy_decoding(exact, chunk):
     prompts = contexts(12, seed=2)
@@ -213,6 +215,7 @@ def frequencies(sampling, draws=4000):
     return torch.bincount(torch.tensor(drawn), minlength=4) / draws
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_tempered_nucleus():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     for sampling, expected in (

@@ -73,6 +73,7 @@ def score_by_definition(lm, context, continuation):
     return rows.gather(1, targets[:, None]).sum().item(), bool((rows.argmax(-1) == targets).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "bos"), [(1, None), (4, False), ("auto", None)])
 def test_loglikelihood(folder, batch_size, bos, caplog):
     lm = YocoLM(
@@ -145,6 +146,7 @@ def generate_by_definition(lm, context, count, until):
     return min((result.split(stop)[0] for stop in until), key=len, default=result)
 
 
+@pytest.mark.slow
 def test_generate_until(lm):
     rng = random.Random(4)
     prompts = [text(rng, words) for words in (1, 5, 40, 40, 900)]

@@ -159,6 +159,7 @@ def binary_tree(depth, path=()):
             yield from binary_tree(depth - 1, (*path, *[10 * token + depth] * 30))
 
 
+@pytest.mark.slow
 def test_snapshots_where_contexts_branch_are_part_of_the_memory(exact, free):
     config, dtype = exact.config, torch.float64
     contexts = list(binary_tree(4))
@@ -182,6 +183,7 @@ def test_snapshots_where_contexts_branch_are_part_of_the_memory(exact, free):
         assert len(run(3)) == 16
 
 
+@pytest.mark.slow
 def test_scoring_behind_a_long_text_does_not_copy_its_cache(live_bytes):
     config = YocoConfig(
         dim=128, n_layers=2, hidden_dim=32, n_self_heads=2, n_attn_heads=2, n_attn_kv_heads=2,
@@ -204,6 +206,7 @@ def test_the_engine_refuses_before_it_computes(exact, free):
     assert not begun
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sliding_window", [None, 1, 256])
 def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monkeypatch):
     """Many short questions after one long text; each brings a state or a window with it."""

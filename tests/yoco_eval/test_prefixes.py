@@ -173,6 +173,7 @@ def test_needles_at_all_depths_share_what_is_before_them():
     assert cost(prompts) == 1001 + sum(1001 - depth for depth in range(0, 1000, 100))
 
 
+@pytest.mark.slow
 def test_deep_trees_need_few_snapshots():
     """Sequences each of which continues the one before: a snapshot is megabytes of a real model."""
     pairs = [(list(range(n)), n - 1) for n in range(1, 100_000, 500)]
@@ -182,6 +183,7 @@ def test_deep_trees_need_few_snapshots():
     assert len(done) == 200 and held <= 2
 
 
+@pytest.mark.slow
 def test_trees_deeper_than_the_call_stack():
     pairs = [(list(range(n)), n - 1) for n in range(1, 20_000, 20)]
     for limits in (Limits(), Limits(1000, 300), Limits(1000, 10**9)):

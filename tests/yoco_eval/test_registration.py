@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # wheels are built
+
 ROOT = Path(__file__).parents[2]
 LM_EVAL = Path(find_spec("lm_eval").origin).parent
 PTH = ROOT / "yoco_eval" / "yoco_eval_registration.pth"
