@@ -416,12 +416,17 @@ def _gather(
 def _decode(request: GenerateRequest, decoder: Decoder) -> list[int]:
     """Generates after the cached tokens and the last one of the context."""
     new: list[int] = []
-    if request.max_tokens:
-        decoder.start(int(request.context[-1]))
+    if not request.max_tokens:
+        return new
+    decoder.start(int(request.context[-1]))
+    highest: Tensor | None = None
     while len(new) < request.max_tokens:
         decoder.step()
-        _check_number(float(decoder.logits.max()), decoder.logits.dtype)
+        # Of all steps, NaN and infinity stay; read once, as reading waits for the device.
+        here = decoder.logits.max()
+        highest = here if highest is None else highest.maximum(here)
         if request.sampling.temperature:
+            _check_number(float(highest), highest.dtype)  # before a token is drawn
             decoder.token.fill_(_draw(decoder.logits, request.sampling))
         token = int(decoder.token)
         if token in request.end_tokens:
@@ -429,6 +434,7 @@ def _decode(request: GenerateRequest, decoder: Decoder) -> list[int]:
         new.append(token)
         if request.finished(new):
             break
+    _check_number(float(highest), highest.dtype)
     return new
 
 
