@@ -58,6 +58,22 @@ def cells(folder, tmp_path, capsys):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module")
+def indexed_once():
+    """Has lm-eval read its thousands of task files once for all tests, which takes it seconds."""
+    build, built = TaskIndex.build, {}
+
+    def build_once(paths, **options):
+        key = (*map(str, paths), *sorted(options.items()))
+        if key not in built:
+            built[key] = build(paths, **options)
+        return dict(built[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build_once))
+        yield
+
+
 def test_demo(tmp_path, capsys):
     run = lm_eval("--output_path", tmp_path / "results", "--log_samples")
     assert run.returncode == 0, run.stderr
@@ -119,7 +135,7 @@ def stored(database: Path) -> int:
         connection.close()
 
 
-def test_hugging_face_model(tmp_path, capsys):
+def test_hugging_face_model(tmp_path, capsys, monkeypatch, indexed_once):
     """Another backend, on this project's task and on one of lm-eval's own RULER tasks."""
     load_tokenizer(BUNDLED / DEFAULT_CHECKPOINT).save_pretrained(tmp_path / "llama")
     LlamaForCausalLM(
@@ -129,12 +145,14 @@ def test_hugging_face_model(tmp_path, capsys):
         )
     ).save_pretrained(tmp_path / "llama")  # fmt: skip
     results = tmp_path / "results"
-    run = lm_eval(
+    arguments = command(
         "--model_args", f"pretrained={tmp_path / 'llama'}", "--output_path", results,
         "--device", "cpu", "--limit", "6", model="hf", tasks="yoco_needle,niah_single_1",
         grid={"max_seq_lengths": [4096, 8192], "depths": 3, "samples": 1},
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    monkeypatch.setattr(sys, "argv", arguments[2:])
+    cli_evaluate()
+    capsys.readouterr()
     rows = cells(results, tmp_path, capsys)
     assert len(rows) == 6 and {row["model"] for row in rows} == {"llama"}
 
@@ -149,9 +167,6 @@ def test_hugging_face_model(tmp_path, capsys):
 
 
 def test_errors_are_the_last_line():
-    run = lm_eval("--model_args", "pretrained=/nowhere")
-    assert run.returncode != 0
-    assert "/nowhere: no such checkpoint" in run.stderr.splitlines()[-1]
     run = lm_eval(grid={**GRID, "colour": "blue"})
     assert run.returncode != 0
     assert "metadata 'colour' is unknown; this task's" in run.stderr.splitlines()[-1]
@@ -186,25 +201,10 @@ class Bomb:
         return os.mkdir, (str(self.target),)
 
 
-@pytest.fixture(scope="module")
-def indexed_once():
-    """Has lm-eval read its thousands of task files once for all tests, which takes it seconds."""
-    build, built = TaskIndex.build, {}
-
-    def build_once(paths, **options):
-        key = (*map(str, paths), *sorted(options.items()))
-        if key not in built:
-            built[key] = build(paths, **options)
-        return dict(built[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", staticmethod(build_once))
-        yield
-
-
 @pytest.mark.parametrize(
     ("arguments", "grid", "message"),
     [
+        ("pretrained=/nowhere", {}, "/nowhere: no such checkpoint"),
         ("pretrained={bad}/neither", {}, "neither: not a YOCO checkpoint; expected"),
         ("pretrained={bad}/bomb", {}, "refused, its pickle asks for posix.mkdir"),
         ("pretrained={bad}/truncated", {}, "truncated/checkpoint.pth: damaged or truncated"),

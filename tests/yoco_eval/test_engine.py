@@ -62,16 +62,26 @@ def requests(exact):
     return result
 
 
+@pytest.fixture(scope="module")
+def defined():
+    """What the requests' scores are by definition, worked out once for each model."""
+    return {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "chunk"), [(1, None), (1, 17), (4, 64), (None, None), (None, 300), (3, 1)]
 )
-def test_scores_equal_one_full_pass_each(exact, requests, batch_size, chunk):
-    scores, fed = collect(Engine(exact, batch_size, chunk).score, requests)
-    for request, score in zip(requests, scores, strict=True):
-        logprob, greedy = (
+def test_scores_equal_one_full_pass_each(exact, published, requests, defined, batch_size, chunk):
+    if published not in defined:
+        defined[published] = [
             score_by_definition(exact, request) if request.continuation else (0.0, True)
-        )
+            for request in requests
+        ]
+    kept = slice(None, None, 3 if chunk == 1 else 1)  # token by token takes long
+    requests, expected = requests[kept], defined[published][kept]
+    scores, fed = collect(Engine(exact, batch_size, chunk).score, requests)
+    for (logprob, greedy), score in zip(expected, scores, strict=True):
         assert score.logprob == pytest.approx(logprob, abs=1e-9)
         assert score.greedy == greedy
     assert {score.greedy for score in scores} == {True, False}
