@@ -56,8 +56,10 @@ def main() -> None:
                 rows.append(process.submit(measure, args.pretrained, dtype, length).result())
                 print(".", end="", flush=True, file=sys.stderr)
     environment = {
-        "processor": platform.machine(), "threads": str(torch.get_num_threads()),
-        "checkpoint": args.pretrained, "torch": version("torch"),
+        "processor": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "checkpoint": args.pretrained,
+        "torch": version("torch"),
     }
     report("Scoring a whole text on a CPU", rows, environment, args.output)
 

@@ -148,7 +148,8 @@ def time_llama(
     def run(batch_size: int, count: int) -> float:
         backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         requests = [
-            (("", ""), context, answer) for context, answers in questions[:count]
+            (("", ""), context, answer)
+            for context, answers in questions[:count]
             for answer in answers
         ]
         return seconds(lambda: backend._loglikelihood_tokens(requests, disable_tqdm=True))

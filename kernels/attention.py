@@ -102,9 +102,7 @@ def _is_one_text(run: list[Span]) -> bool:
     return not causal and all(a.end_key == b.first_key for a, b in pairwise(run))
 
 
-def _attend_text(
-    q: Tensor, keys: Tensor, values: Tensor, run: list[Span], spans: Spans
-) -> Tensor:
+def _attend_text(q: Tensor, keys: Tensor, values: Tensor, run: list[Span], spans: Spans) -> Tensor:
     """q [T, Hq, D], rotated, over a run that `_is_one_text`: [T, Hq, D].
 
     Left to PyTorch, which on a CPU goes through keys and queries in blocks of its own. All chunks

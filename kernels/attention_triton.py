@@ -678,9 +678,7 @@ class _WindowPlan(NamedTuple):
     ends: list[tuple[int, int]]
 
 
-def _window_plan(
-    sequences: Sequences, window: int, has_past: bool, block_m: int
-) -> _WindowPlan:
+def _window_plan(sequences: Sequences, window: int, has_past: bool, block_m: int) -> _WindowPlan:
     continued = sequences.sources or range(len(sequences.lengths))
     sources, tasks, ends, key_offsets = [], [], [], [0]
     for i, (length, start) in enumerate(zip(sequences.lengths, sequences.starts, strict=True)):

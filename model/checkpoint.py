@@ -385,9 +385,7 @@ def _expected_shapes(config: YocoConfig) -> dict[str, torch.Size]:
     }
 
 
-def _check_numbers(
-    path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> None:
+def _check_numbers(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
     """Refuses parameters that are no floating-point numbers, NaN or infinite, or become so."""
     if odd := [name for name, weight in weights.items() if weight.dtype not in _DTYPES]:
         kinds = {str(weights[name].dtype).removeprefix("torch.") for name in odd}

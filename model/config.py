@@ -64,8 +64,12 @@ class YocoConfig:
                 raise ValueError(f"{name} must be a positive number, not {shown(value)}")
             if not least <= value <= most:
                 raise ValueError(f"{name} must be from {least:g} to {most:g}, not {shown(value)}")
-        for multiple, of in (("n_layers", 2), ("n_attn_heads", self.n_attn_kv_heads),
-                             ("dim", 2 * self.n_self_heads), ("dim", 2 * self.n_attn_heads)):
+        for multiple, of in (
+            ("n_layers", 2),
+            ("n_attn_heads", self.n_attn_kv_heads),
+            ("dim", 2 * self.n_self_heads),
+            ("dim", 2 * self.n_attn_heads),
+        ):
             if getattr(self, multiple) % of:
                 raise ValueError(f"{multiple} = {getattr(self, multiple)} is no multiple of {of}")
 

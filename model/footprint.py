@@ -103,9 +103,7 @@ def state_bytes(config: YocoConfig, dtype: torch.dtype) -> int:
     return config.n_layers // 2 * layer
 
 
-def passing_bytes(
-    config: YocoConfig, dtype: torch.dtype, device: torch.device = _GPU
-) -> int:
+def passing_bytes(config: YocoConfig, dtype: torch.dtype, device: torch.device = _GPU) -> int:
     """What each sequence of a packed batch takes beside its tokens while it passes a layer.
 
     That is the window before it and the two together, or what becomes of its state; the references

@@ -9,8 +9,15 @@ from .config import YocoConfig
 
 SHAPES = {
     "3b": YocoConfig(
-        dim=3072, n_layers=26, hidden_dim=8192, n_self_heads=24, n_attn_heads=24,
-        n_attn_kv_heads=8, vocab_size=100288, rope_theta=8e7, max_position_embeddings=2**20,
+        dim=3072,
+        n_layers=26,
+        hidden_dim=8192,
+        n_self_heads=24,
+        n_attn_heads=24,
+        n_attn_kv_heads=8,
+        vocab_size=100288,
+        rope_theta=8e7,
+        max_position_embeddings=2**20,
     ),
 }
 

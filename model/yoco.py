@@ -85,7 +85,12 @@ class GatedRetention(nn.Module):
         self.stack = Stack(self, "q_proj", "k_proj", "v_proj", "g_proj", "gt_proj")
 
     def forward(
-        self, x: Tensor, norm: Tensor, angles: Angles, sequences: Sequences, state: Tensor | None,
+        self,
+        x: Tensor,
+        norm: Tensor,
+        angles: Angles,
+        sequences: Sequences,
+        state: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         rotated, rest = rotary_linear(
@@ -123,17 +128,24 @@ class SlidingWindowAttention(nn.Module):
         return tuple(part.unflatten(-1, (self.heads, self.head_dim)) for part in parts)
 
     def forward(
-        self, x: Tensor, norm: Tensor, angles: Angles, sequences: Sequences, state: Tensor | None,
+        self,
+        x: Tensor,
+        norm: Tensor,
+        angles: Angles,
+        sequences: Sequences,
+        state: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = self.project(x, norm)
-        out, state = sliding_window_attention(
-            q, k, v, self.window, sequences, state, angles, keep
-        )
+        out, state = sliding_window_attention(q, k, v, self.window, sequences, state, angles, keep)
         return linear_add(out.flatten(-2), self.out_proj.weight, x), state
 
     def step(
-        self, x: Tensor, norm: Tensor, angles: Angles, ring: tuple[Tensor, Tensor],
+        self,
+        x: Tensor,
+        norm: Tensor,
+        angles: Angles,
+        ring: tuple[Tensor, Tensor],
         position: Tensor,
     ) -> Tensor:
         q, k, v = self.project(x, norm)

@@ -387,8 +387,14 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
             )
             curves.append(
                 LengthCurves(
-                    task, n_shot, metric, member, values,
-                    effective if task in _RULER else None, cut, left_out,
+                    task,
+                    n_shot,
+                    metric,
+                    member,
+                    values,
+                    effective if task in _RULER else None,
+                    cut,
+                    left_out,
                 )
             )
     order = {task: len(r.members) for c in checkpoints for (task, _), r in c.tasks.items()}

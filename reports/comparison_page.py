@@ -194,9 +194,7 @@ def _cells(
         ET.SubElement(group, f"{{{_SVG}}}title").text = label
         corner = {"x": left + column * width, "y": top + row * height}
         size = {"width": width, "height": height}
-        ET.SubElement(
-            group, f"{{{_SVG}}}rect", {k: f"{v:.2f}" for k, v in (corner | size).items()}
-        )
+        ET.SubElement(group, f"{{{_SVG}}}rect", {k: f"{v:.2f}" for k, v in (corner | size).items()})
     return cells
 
 

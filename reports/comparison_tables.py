@@ -127,8 +127,7 @@ def _told(comparison: Comparison, findings: Sequence[Finding]) -> Iterable[str]:
             benchmarks.setdefault(comparison.claim(finding), []).append(finding)
     for claim, alike in benchmarks.items():
         tasks = ", ".join(
-            f"{_benchmark_name(comparison, one)} "
-            f"({one.scores[0]:.3g} against {one.scores[1]:.3g})"
+            f"{_benchmark_name(comparison, one)} ({one.scores[0]:.3g} against {one.scores[1]:.3g})"
             for one in alike
         )
         yield f"{claim} in {tasks}, {p_text(max(one.p for one in alike))}"

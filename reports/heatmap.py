@@ -216,7 +216,8 @@ def describe(run: NeedleRun) -> str:
         f"mean accuracy {run.accuracy:.3f}, "
         f"{span} sample{'s' * (span != '1')} per cell, "
         f"{run.prompts} prompt{'s' * (run.prompts != 1)}"
-        + f", {len(run.sources)} runs" * (len(run.sources) > 1)
+        + f", {len(run.sources)} runs"
+        * (len(run.sources) > 1)
     )
 
 

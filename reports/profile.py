@@ -339,8 +339,12 @@ def profile_figure(profile: Profile) -> Figure:
     ]
     handles += [Patch(color=_tint("#000000", strength), label=part) for part, strength in PARTS]
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=len(handles), frameon=False,
-        fontsize=FONT, title=one_line(profile.name, _LONGEST),
+        handles=handles,
+        loc="outside upper center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=FONT,
+        title=one_line(profile.name, _LONGEST),
         title_fontproperties={"size": TITLE_FONT, "weight": "bold"},
     )
     notes = [describe(profile)]
@@ -373,16 +377,28 @@ def _draw_memory(profile: Profile, ax: Axes) -> None:
                 ax.bar(x, bottom, 0.94 * width, **style)
             if row.outcome != MEASURED:
                 ax.annotate(
-                    row.outcome, (x, 0), (0, 3), textcoords="offset points", size=SMALL_FONT,
-                    color=hue, rotation=90, ha="center", va="bottom",
+                    row.outcome,
+                    (x, 0),
+                    (0, 3),
+                    textcoords="offset points",
+                    size=SMALL_FONT,
+                    color=hue,
+                    rotation=90,
+                    ha="center",
+                    va="bottom",
                 )
             tallest = max(tallest, bottom)
     limit = (profile.device_bytes or 0) / unit
     if 0 < limit < 2 * tallest:
         ax.axhline(limit, color="0.4", linewidth=0.6, linestyle="--")
         ax.annotate(
-            "the card's memory", (0, limit), (2, 2), size=SMALL_FONT, color="0.4",
-            xycoords=("axes fraction", "data"), textcoords="offset points",
+            "the card's memory",
+            (0, limit),
+            (2, 2),
+            size=SMALL_FONT,
+            color="0.4",
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
         )
         tallest = max(tallest, limit)
     ax.set_ylim(0, 1.08 * tallest or 1)
@@ -411,10 +427,16 @@ def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str
                 aside = said[row.length] - (missing[row.length] - 1) / 2
                 said[row.length] += 1
                 ax.annotate(
-                    f"{row.outcome} ×", (math.log2(row.length), 0.98),
-                    (1.3 * SMALL_FONT * aside, 0), textcoords="offset points",
-                    xycoords=ax.get_xaxis_transform(), size=SMALL_FONT, color=color(index),
-                    rotation=90, ha="center", va="top",
+                    f"{row.outcome} ×",
+                    (math.log2(row.length), 0.98),
+                    (1.3 * SMALL_FONT * aside, 0),
+                    textcoords="offset points",
+                    xycoords=ax.get_xaxis_transform(),
+                    size=SMALL_FONT,
+                    color=color(index),
+                    rotation=90,
+                    ha="center",
+                    va="top",
                 )
     if scale == "linear":
         ax.set_ylim(0, max(ax.get_ylim()[1], 1.04 * highest))  # room for the markers

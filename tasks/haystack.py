@@ -52,10 +52,15 @@ for most of the evening|in the autumn|in the early hours|in the middle of winter
 long after midnight|on a market day|on the longest day|once the rain had stopped|that same morning|
 the following week|towards evening|when the bells rang|when the snow melted|while it was raining|
 with the first light|years later""".replace("\n", "").split("|")
-_WEATHER = """a cold wind|a light drizzle|a low sun|a pale moon|a sudden gust|a thin mist|a warm
+_WEATHER = (
+    """a cold wind|a light drizzle|a low sun|a pale moon|a sudden gust|a thin mist|a warm
 breeze|distant thunder|dry leaves|falling snow|freezing rain|heavy clouds|long shadows|soft rain|
 spring sunlight|the evening haze|the morning fog|the smell of hay|thick smoke|wood ash
-""".replace("\n", " ").replace("| ", "|").strip().split("|")
+""".replace("\n", " ")
+    .replace("| ", "|")
+    .strip()
+    .split("|")
+)
 _BEASTS = """badger bear blackbird cat cow crow deer dog donkey duck eagle falcon finch fox frog
 goat goose hare hawk hedgehog heron horse lamb lark lizard mole mouse otter owl ox partridge pigeon
 pony rabbit raven robin rooster sheep snail sparrow squirrel stork swallow swan thrush toad trout

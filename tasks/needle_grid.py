@@ -169,8 +169,12 @@ class NeedleGrid(ConfigurableTask):
         self._build_documents()
         logger.info(
             "%s: %d prompts, %d context lengths up to %d x %d depths x %d samples",
-            task, len(self._prompts), len(settings.context_lengths), longest,
-            len(settings.depths), settings.samples,
+            task,
+            len(self._prompts),
+            len(settings.context_lengths),
+            longest,
+            len(settings.depths),
+            settings.samples,
         )
 
     def whole_prompt(self, doc: Mapping[str, Any]) -> str:

@@ -117,9 +117,7 @@ def depths(name: str, value: Any) -> list[float]:
 def whole(name: str, value: Any) -> int:
     given = number(name, value)
     if not isinstance(given, int):
-        raise ValueError(
-            f"{name}: {short_repr(value)} is not a whole number; give one, such as 3"
-        )
+        raise ValueError(f"{name}: {short_repr(value)} is not a whole number; give one, such as 3")
     return given
 
 

@@ -31,8 +31,14 @@ def small_model() -> Yoco:
     """A model with random weights for the vocabulary of the demo tokenizer."""
     torch.manual_seed(0)
     config = YocoConfig(
-        dim=32, n_layers=4, hidden_dim=48, n_self_heads=2, n_attn_heads=4, n_attn_kv_heads=2,
-        vocab_size=2048, max_position_embeddings=512,
+        dim=32,
+        n_layers=4,
+        hidden_dim=48,
+        n_self_heads=2,
+        n_attn_heads=4,
+        n_attn_kv_heads=2,
+        vocab_size=2048,
+        max_position_embeddings=512,
     )
     return Yoco(config).requires_grad_(False).eval()
 

@@ -293,8 +293,11 @@ def train(recipe: Recipe, out: Path, device: str) -> dict[str, list[float]]:
     examples = Examples(recipe, tokenizer, text)
     model = Yoco(recipe.config()).to(device)
     initialise(model)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, "
-          f"{len(examples.tokens):,} tokens of haystack", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, "
+        f"{len(examples.tokens):,} tokens of haystack",
+        flush=True,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     progress = Progress(out / "training.pt", recipe, model, optimizer, examples)
     progress.resume()
@@ -323,9 +326,12 @@ def train(recipe: Recipe, out: Path, device: str) -> dict[str, list[float]]:
             right = len(history) >= 50 and np.mean(history[-50:]) < stage.until
             done = right or step + 1 == stage.steps
             if step % 50 == 0 or done:
-                print(f"{stage.name} step {step:4} length {length:6} loss {loss.item():.4f} "
-                      f"tokens right {accuracy.item():.3f} "
-                      f"{time.perf_counter() - began:6.1f} s", flush=True)
+                print(
+                    f"{stage.name} step {step:4} length {length:6} loss {loss.item():.4f} "
+                    f"tokens right {accuracy.item():.3f} "
+                    f"{time.perf_counter() - began:6.1f} s",
+                    flush=True,
+                )
             if done:
                 break
             if len(history) % SAVE_EVERY == 0:

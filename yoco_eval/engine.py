@@ -203,9 +203,7 @@ class Engine:
     def _fit(self, length: int, tokens: int | None = None) -> Fit:
         """Refuses contexts of up to `length` tokens, of `tokens` in all, that do not fit."""
         config, dtype, device = self.model.config, self.model.dtype, self.model.device
-        fitted = fit(
-            config, dtype, device, length, self.prefill_chunk, loaded=True, tokens=tokens
-        )
+        fitted = fit(config, dtype, device, length, self.prefill_chunk, loaded=True, tokens=tokens)
         fitted.check()
         return fitted
 
@@ -255,9 +253,7 @@ class Engine:
         yield self.model.predict(x, walk.ids(positions), walk.cache, spans)
         progress(step.tokens)
 
-    def _feed_levels(
-        self, step: Step, walk: _Walk
-    ) -> tuple[dict[Node, int], dict[Node, Tensor]]:
+    def _feed_levels(self, step: Step, walk: _Walk) -> tuple[dict[Node, int], dict[Node, Tensor]]:
         """Feeds a step's trees level by level.
 
         The inner nodes of a level are one packed batch, whose states the nodes below start from;

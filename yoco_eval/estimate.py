@@ -42,7 +42,10 @@ class Estimate:
 
 
 def estimate(
-    config: YocoConfig, dtype: torch.dtype, device: torch.device, length: int,
+    config: YocoConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    length: int,
     chunk: int | None = None,
 ) -> Estimate:
     """Nothing is run but a matrix product and a copy, whose speeds on the device are measured."""

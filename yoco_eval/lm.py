@@ -316,7 +316,8 @@ class YocoLM(TemplateLM):
             logger.warning(
                 "%d of %d continuations have no token of their own (their text merges with the "
                 "context's last token); they score 0",
-                empty, len(requests),
+                empty,
+                len(requests),
             )
         scored = [self._fit(context, continuation) for _, context, continuation in requests]
         self._warn_of_cuts(
@@ -465,7 +466,10 @@ class YocoLM(TemplateLM):
             logger.warning(
                 "%d of %d requests are longer than max_length = %d tokens: their contexts lost up "
                 "to %d tokens on the left",
-                count, len(cuts), self.max_length, max(cuts),
+                count,
+                len(cuts),
+                self.max_length,
+                max(cuts),
             )
 
     def _run(

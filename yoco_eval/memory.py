@@ -169,9 +169,7 @@ def check_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) 
 
 
 @contextmanager
-def loading_weights(
-    config: YocoConfig, dtype: torch.dtype, device: torch.device
-) -> Iterator[None]:
+def loading_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """`check_weights`; and what is then allocated for them may raise OutOfMemory."""
     check_weights(config, dtype, device)
     planned = f"the weights take {gib(weight_bytes(config, dtype))}"

@@ -92,9 +92,7 @@ class Limits:
 
     def allow(self, size: Size) -> bool:
         kept, fed = size.inner * self.state, (size.inner + size.leaves) * self.passing
-        return (
-            size.leaves <= self.items and size.tokens <= self.tokens and kept + fed <= self.room
-        )
+        return size.leaves <= self.items and size.tokens <= self.tokens and kept + fed <= self.room
 
 
 @dataclass(frozen=True)
@@ -171,9 +169,7 @@ def plan(items: Sequence[Item], limits: Limits) -> list[Step]:
     return list(_steps(_grow(items, shared, 0, len(items), 0, 0), 0, 0, limits))
 
 
-def _steps(
-    nodes: Sequence[Node], resume: int, kept: int, limits: Limits
-) -> Iterator[Step]:
+def _steps(nodes: Sequence[Node], resume: int, kept: int, limits: Limits) -> Iterator[Step]:
     # With the largest branch last, of a path's snapshots only those are needed at a time below
     # which at least half of the tokens are still to come: few, however deep the tree.
     batches: list[tuple[list[Node], Size]] = []

@@ -69,9 +69,7 @@ _ENCODINGS = {
             **{token: 100264 + i for i, token in enumerate(_CODE_TOKENS.split())},
         },
     ),
-    O200K: _Encoding(
-        199998, _O200K_PATTERN, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}
-    ),
+    O200K: _Encoding(199998, _O200K_PATTERN, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
 }
 ENCODINGS = tuple(_ENCODINGS)  # names of tiktoken's that `load_tokenizer` takes
 # The published models' own tokens take ids 0 to 3; tiktoken's ids follow, shifted by their number.

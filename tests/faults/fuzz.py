@@ -206,9 +206,7 @@ def run_case(
     return Outcome(case, verdict, what, detail, time.perf_counter() - start)
 
 
-def _prepare(
-    seed: int, case: int, files: Path, folder: Path
-) -> tuple[str, Callable[[], str]]:
+def _prepare(seed: int, case: int, files: Path, folder: Path) -> tuple[str, Callable[[], str]]:
     """What the case is, in words, and what runs it."""
     rng = Random(f"{seed}/{case}")
     group = rng.choice(
@@ -390,9 +388,7 @@ def _warm_up(files: Path, folder: Path) -> None:
                 runs.append(_command("plan", "--pretrained", checkpoint, "--length", "1k"))
             chosen = [tokenizers / "json", tokenizers / "tiktoken"]
             for tokenizer in chosen + sorted((tokenizers / "sentencepiece").iterdir()):
-                runs.append(
-                    ("evaluate", lambda kind=tokenizer: _evaluate(checkpoint, kind))
-                )
+                runs.append(("evaluate", lambda kind=tokenizer: _evaluate(checkpoint, kind)))
             for words, run in runs:
                 if run() != "accepted":
                     raise RuntimeError(f"{words}: undamaged files are refused: {output()}")

@@ -31,8 +31,15 @@ def make_files(folder: Path) -> None:
     torch.manual_seed(0)
     for window in (None, 8):
         config = YocoConfig(
-            dim=16, n_layers=4, hidden_dim=24, n_self_heads=2, n_attn_heads=4, n_attn_kv_heads=2,
-            vocab_size=VOCABULARY, sliding_window=window, max_position_embeddings=512,
+            dim=16,
+            n_layers=4,
+            hidden_dim=24,
+            n_self_heads=2,
+            n_attn_heads=4,
+            n_attn_kv_heads=2,
+            vocab_size=VOCABULARY,
+            sliding_window=window,
+            max_position_embeddings=512,
         )
         model = Yoco(config).requires_grad_(False)
         _checkpoints(folder / "checkpoints", model, "window" if window else "retention")
@@ -57,9 +64,7 @@ def _checkpoints(folder: Path, model: Yoco, kind: str) -> None:
         published = folder / f"published-{kind}-{'zip' if zipped else 'legacy'}"
         published.mkdir()
         (published / "params.json").write_text(json.dumps({**params, "max_seq_len": 512}))
-        torch.save(
-            weights, published / "checkpoint.pth", _use_new_zipfile_serialization=zipped
-        )
+        torch.save(weights, published / "checkpoint.pth", _use_new_zipfile_serialization=zipped)
     fairseq = folder / f"fairseq-{kind}"
     fairseq.mkdir()
     cfg = {"model": argparse.Namespace(**params), "task": {"tokens_per_sample": 512}}
@@ -102,7 +107,10 @@ def _letters(folder: Path) -> None:
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         chat_template=TEMPLATE,
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,8 +126,12 @@ def _letters(folder: Path) -> None:
 def _results(folder: Path) -> None:
     for model, right in (("early", 0.5), ("late", 0.9)):
         grid = needle_results(
-            lambda length, depth, right=right: right, model, draws=model,
-            lengths=[4096, 16384], depths=[0, 0.5, 1], samples=3,
+            lambda length, depth, right=right: right,
+            model,
+            draws=model,
+            lengths=[4096, 16384],
+            depths=[0, 0.5, 1],
+            samples=3,
         )
         log_samples(write(folder / model / "needles", grid))
         scores = {
@@ -131,7 +143,10 @@ def _results(folder: Path) -> None:
         }  # fmt: skip
         loss = {"metadata": {"by_length": ["loss", "loss_to"], "prompts": {"4096": "0badcafe"}}}
         others = results(
-            scores, model, date=1.8e9, group_subtasks={"both": ["arc_easy"]},
+            scores,
+            model,
+            date=1.8e9,
+            group_subtasks={"both": ["arc_easy"]},
             configs={"arc_easy": {}, "yoco_long_loss_book": loss},
         )
         write(folder / model / "others", others, "results_2027-01-01T00-00-00.json")
@@ -147,9 +162,17 @@ def _profile(folder: Path) -> None:
             ProfileRow(model, 65536, "out of memory", 2**30, 2**29),
         ]
     profile = Profile(
-        name="3b", shapes={"YOCO": {"dim": 3072}, "Transformer": {"dim": 3072}}, dtype="bfloat16",
-        device="a card", device_bytes=2**36, versions={"torch": "2.6.0"}, prefill_chunk=8192,
-        decode_steps=16, patience=120.0, seed=0, rows=tuple(rows),
+        name="3b",
+        shapes={"YOCO": {"dim": 3072}, "Transformer": {"dim": 3072}},
+        dtype="bfloat16",
+        device="a card",
+        device_bytes=2**36,
+        versions={"torch": "2.6.0"},
+        prefill_chunk=8192,
+        decode_steps=16,
+        patience=120.0,
+        seed=0,
+        rows=tuple(rows),
     )
     save_profile(profile, folder / "profile.json")
 

@@ -164,9 +164,7 @@ def test_packed_sequences_may_continue_one_past():
     window, texts = 6, [[(0, 9), (1, 4)], [(0, 5), (0, 2), (1, 9), (0, 5)]]
     trunks = [tuple(randn(length, 2, 8) for _ in range(3)) for _, length in texts[0]]
     q, k, v = (torch.cat(x) for x in zip(*trunks, strict=True))
-    out, past = sliding_window_attention_reference(
-        q, k, v, window, Sequences((9, 4), (0, 0), CPU)
-    )
+    out, past = sliding_window_attention_reference(q, k, v, window, Sequences((9, 4), (0, 0), CPU))
     whole = [window_by_definition(*trunk, window) for trunk in trunks]
     torch.testing.assert_close(out, torch.cat(whole))
 
@@ -337,8 +335,7 @@ def test_triton_decode_attention(length, heads, dtype, device, close, triton_ker
     dim = 64
     q = randn(1, heads[0], dim, dtype=dtype, device=device)
     keys, values = (
-        torch.full((heads[1], max(LENGTHS), dim), NAN, dtype=dtype, device=device)
-        for _ in range(2)
+        torch.full((heads[1], max(LENGTHS), dim), NAN, dtype=dtype, device=device) for _ in range(2)
     )
     for x in (keys, values):
         x[:, :length] = torch.randn_like(x[:, :length])
@@ -393,9 +390,7 @@ def check_window(kernels, close, window, dim, sequences, past, dtype, device):
     )
     close(fast[0], out)
     if window > 1:
-        for i, (start, length) in enumerate(
-            zip(sequences.starts, sequences.lengths, strict=True)
-        ):
+        for i, (start, length) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
             n = min(start + length, window - 1)
             close(fast[1][i, :, window - 1 - n :], following[i, :, window - 1 - n :])
     assert fast[1].shape == following.shape and fast[1].is_contiguous()

@@ -88,9 +88,7 @@ def test_strong_decay_stays_finite_and_right():
     q, k, v, log_gate, state = (x.float() for x in inputs(200))
     log_gate = torch.full_like(log_gate, -20.0)
     out, last = retention_chunkwise(q, k, v, log_gate, state)
-    expected, expected_last = retention_recurrent(
-        *(x.double() for x in (q, k, v, log_gate, state))
-    )
+    expected, expected_last = retention_recurrent(*(x.double() for x in (q, k, v, log_gate, state)))
     assert torch.isfinite(out).all()
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(last.double(), expected_last, rtol=1e-5, atol=1e-5)
@@ -300,9 +298,7 @@ def test_triton_sums_of_long_segments(triton_version, close, dtype, device, reac
 
 
 @pytest.mark.slow
-def test_triton_sums_leave_out_what_has_decayed(
-    triton_version, close, dtype, device, monkeypatch
-):
+def test_triton_sums_leave_out_what_has_decayed(triton_version, close, dtype, device, monkeypatch):
     monkeypatch.setattr(triton_version, "programs", lambda device: 2)
     args = packed([2401], 1, 16, dtype, device) | {"keep": False}
     args["gate"].fill_(-2.0)  # 2^-126 in 657 tokens

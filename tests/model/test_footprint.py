@@ -78,8 +78,15 @@ def test_what_is_fused_takes_less_but_not_a_text_s_last_tokens(monkeypatch):
 @pytest.mark.parametrize("window", [None, 256])
 def test_activations_on_a_cpu(window, dtype, live_bytes):
     config = replace(
-        SHAPES["3b"], dim=1024, n_layers=2, hidden_dim=1408, n_self_heads=8, n_attn_heads=1,
-        n_attn_kv_heads=1, vocab_size=100, sliding_window=window,
+        SHAPES["3b"],
+        dim=1024,
+        n_layers=2,
+        hidden_dim=1408,
+        n_self_heads=8,
+        n_attn_heads=1,
+        n_attn_kv_heads=1,
+        vocab_size=100,
+        sliding_window=window,
     )
     model = Yoco(config).to(dtype).requires_grad_(False)
     ids = torch.randint(100, (1000,))
@@ -98,8 +105,14 @@ def test_activations_on_a_cpu(window, dtype, live_bytes):
 def test_attention_on_a_cpu(gap, dtype, live_bytes):
     """Of a text's last tokens; of tokens whose text lies in two places of the cache."""
     config = replace(
-        SHAPES["3b"], dim=256, n_layers=2, hidden_dim=64, n_self_heads=2, n_attn_heads=4,
-        n_attn_kv_heads=2, vocab_size=100,
+        SHAPES["3b"],
+        dim=256,
+        n_layers=2,
+        hidden_dim=64,
+        n_self_heads=2,
+        n_attn_heads=4,
+        n_attn_kv_heads=2,
+        vocab_size=100,
     )
     model = Yoco(config).to(dtype).requires_grad_(False)
     length, chunk = 9000, 500

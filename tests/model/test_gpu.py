@@ -84,9 +84,12 @@ def test_packed_sequences(pair):
     x, _ = fast.feed(torch.cat(rests).cuda(), sequences, state, cache, keep=False)
     spans = Spans(
         (
-            Span(0, 5, 20, 153, causal=False), Span(0, 5, 153, 158, causal=True),
-            Span(5, 75, 0, 20, causal=False), Span(5, 75, 158, 228, causal=True),
-            Span(75, 76, 20, 153, causal=False), Span(75, 76, 228, 229, causal=True),
+            Span(0, 5, 20, 153, causal=False),
+            Span(0, 5, 153, 158, causal=True),
+            Span(5, 75, 0, 20, causal=False),
+            Span(5, 75, 158, 228, causal=True),
+            Span(75, 76, 20, 153, causal=False),
+            Span(75, 76, 228, 229, causal=True),
         )
     )
     logits = fast.output_projection(fast.predict(x, sequences.positions, cache, spans))

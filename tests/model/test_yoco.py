@@ -21,17 +21,13 @@ def expected(published):
 
 def test_reference_logits(published, expected):
     model = Yoco.from_pretrained(published, device="cpu", dtype=torch.float32)
-    torch.testing.assert_close(
-        model(expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(model(expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4)
 
 
 def test_reference_logits_after_saving(published, expected, tmp_path):
     Yoco.from_pretrained(published, device="cpu").save_pretrained(tmp_path)
     model = Yoco.from_pretrained(tmp_path, device="cpu", dtype=torch.float32)
-    torch.testing.assert_close(
-        model(expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(model(expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4)
 
 
 def everything_before(first, end):
@@ -71,9 +67,7 @@ def test_decoding_equals_a_full_pass(exact, expected, prompt):
             decoder.token.fill_(token)
         decoder.step()
         full = exact(ids[None])[0, prompt:]
-        torch.testing.assert_close(
-            torch.stack([*logits, decoder.logits]), full, rtol=0, atol=1e-9
-        )
+        torch.testing.assert_close(torch.stack([*logits, decoder.logits]), full, rtol=0, atol=1e-9)
         with pytest.raises(ValueError, match="room for 120 tokens, not for one more"):
             decoder.step()
 
@@ -94,9 +88,12 @@ def test_packed_sequences_equal_a_full_pass_each(exact):
     assert none is None and cache.filled == 20 + 33 + 5 + 40 + 1
     spans = Spans(
         (
-            Span(0, 5, 20, 53, causal=False), Span(0, 5, 53, 58, causal=True),
-            Span(5, 45, 0, 20, causal=False), Span(5, 45, 58, 98, causal=True),
-            Span(45, 46, 20, 53, causal=False), Span(45, 46, 98, 99, causal=True),
+            Span(0, 5, 20, 53, causal=False),
+            Span(0, 5, 53, 58, causal=True),
+            Span(5, 45, 0, 20, causal=False),
+            Span(5, 45, 58, 98, causal=True),
+            Span(45, 46, 20, 53, causal=False),
+            Span(45, 46, 98, 99, causal=True),
         )
     )
     logits = exact.output_projection(exact.predict(x, sequences.positions, cache, spans))
@@ -168,7 +165,8 @@ def storages(model):
 def stacks(model):
     layer = model.self_decoder.layers[0]
     return (
-        (layer.ffn.stack, layer.ffn.fc1), (layer.mixer.stack, layer.mixer.q_proj),
+        (layer.ffn.stack, layer.ffn.fc1),
+        (layer.mixer.stack, layer.mixer.q_proj),
         (model.cross_decoder.stack, model.cross_decoder.k_proj),
     )
 
@@ -211,7 +209,8 @@ def test_a_replaced_weight_is_used(exact, name):
     assert (expected - full).abs().max() > 1e-3
     for change in (
         lambda m: setattr(
-            m.get_submodule(key.rpartition(".")[0]), "weight",
+            m.get_submodule(key.rpartition(".")[0]),
+            "weight",
             nn.Parameter(new.clone(), requires_grad=False),
         ),
         lambda m: m.load_state_dict({key: new.clone()}, strict=False, assign=True),
@@ -248,7 +247,12 @@ def test_the_rotary_base_can_be_set_anew(exact, expected):
 
 def test_a_new_model_is_initialised():
     config = YocoConfig(
-        dim=32, n_layers=2, hidden_dim=48, n_self_heads=2, n_attn_heads=4, n_attn_kv_heads=2,
+        dim=32,
+        n_layers=2,
+        hidden_dim=48,
+        n_self_heads=2,
+        n_attn_heads=4,
+        n_attn_kv_heads=2,
         vocab_size=50,
     )
     torch.manual_seed(0)

@@ -90,9 +90,7 @@ def test_logged_samples_stand_with_their_cells(tmp_path):
     comparison = compare_folders(first, other)
     samples = comparison.needles[0].results[0].samples
     assert set(samples) == {(length, depth) for length in LENGTHS[:2] for depth in (0.0, 1.0)}
-    assert samples[4096, 1.0][4] == NeedleSample(
-        4096, 1.0, 4, "?", "1", " 1", "n", "e", 4000, True
-    )
+    assert samples[4096, 1.0][4] == NeedleSample(4096, 1.0, 4, "?", "1", " 1", "n", "e", 4000, True)
     # They tell which prompts were right, which this file's cells do not, but not the prompts.
     told = "not paired: an older results file does not tell its prompts"
     assert told in [caveat.reason for caveat in comparison.caveats]
@@ -198,9 +196,12 @@ def test_what_models_and_prompts_are_made_with_is_told(tmp_path):
         data["configs"]["gsm8k"]["generation_kwargs"] = generation | {"until": until}
         if name == "b":
             data["config"]["model_args"] = "pretrained=m,tokenizer=gpt2"
-            data |= {"tokenizer_eos_token": ["<|endoftext|>", "50256"],
-                     "tokenizer_pad_token": ["<pad>", "1"],
-                     "chat_template_sha": "0123456789abcdef", "system_instruction": "Be brief."}
+            data |= {
+                "tokenizer_eos_token": ["<|endoftext|>", "50256"],
+                "tokenizer_pad_token": ["<pad>", "1"],
+                "chat_template_sha": "0123456789abcdef",
+                "system_instruction": "Be brief.",
+            }
         write(tmp_path / name, data)
     found = compare_folders(tmp_path / "a", tmp_path / "b").setup_differences
     assert {d.setting: d.values for d in found} == {

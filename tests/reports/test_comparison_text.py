@@ -291,8 +291,12 @@ def test_lengths_of_cut_prompts_are_marked(tmp_path):
     assert data["curves"][0]["cut"] == [{"8192": 5000, "16384": 5000}, {}]
     assert data["curves"][0]["effective_lengths"] == [4096, 16384]
     assert ">8K‡<" in saved(comparison, tmp_path, "html").replace("\n", "")
-    texts = {text.get_text() for panel in panels(comparison)
-             for part in panel.figure().subfigs for text in [*part.texts, *legend_texts(part)]}
+    texts = {
+        text.get_text()
+        for panel in panels(comparison)
+        for part in panel.figure().subfigs
+        for text in [*part.texts, *legend_texts(part)]
+    }
     legend = "prompts cut to the backend's max_length"
     assert {legend, f"‡: {legend}"} <= texts
 

@@ -41,9 +41,7 @@ def test_family(family):
     ]  # fmt: skip
     told = sentences(comparison)
     assert "yoco_needle: demo-1m is better than demo-4k from 32K to 1M" in told
-    assert (
-        "yoco_needle: demo-1m is better than demo-256k at 512K and 1M, depth 0 to 50 %" in told
-    )
+    assert "yoco_needle: demo-1m is better than demo-256k at 512K and 1M, depth 0 to 50 %" in told
     assert not comparison.regressions
     # Nothing is told of lengths at which both are right.
     assert all(
@@ -83,6 +81,7 @@ def test_true_differences_are_found_with_another_seed_too(compared):
 
 def test_pairs_tell_more_than_counts(compared):
     """A small difference in which all discordant prompts agree is found if they are paired."""
+
     def run(right, **options):
         return needle_results(
             lambda length, depth: right, lengths=[4096], depths=[0.5], samples=100, **options
@@ -139,6 +138,7 @@ def test_a_difference_over_all_lengths(compared):
 @pytest.mark.parametrize("left_out", ["too few prompts", "a gap"])
 def test_a_finding_names_no_length_that_was_not_tested(compared, left_out):
     """At 8K all answers are equal, too few to be tested; or only one was evaluated there."""
+
     def run(right):
         data = needle_results(lambda *_: right, lengths=[4096, 8192, 16384, 65536], depths=[0.5],
                               samples=30)  # fmt: skip
@@ -251,6 +251,7 @@ def test_more_samples_of_one_are_paired_as_far_as_both_go(compared):
 
 def test_differences_of_few_haystacks_are_not_claimed(compared):
     """One is at a loss with two haystacks of five, the other with two others: 22 against 11."""
+
     def run(lost):
         data = run_of(4096, depths=[i / 10 for i in range(11)], samples=5)
         for cell in data["configs"]["yoco_needle"]["metadata"]["cells"]:
@@ -266,6 +267,7 @@ def test_differences_of_few_haystacks_are_not_claimed(compared):
 
 def test_corrected_for_all_tests(compared):
     """The more is compared, the more it takes."""
+
     def run(right, **grid):
         return needle_results(lambda length, depth: right(length), samples=6, depths=[0.5], **grid)
 

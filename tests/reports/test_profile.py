@@ -36,7 +36,9 @@ def rows(model, layers, prefill, decode, outcomes):
         row = ProfileRow(model, length, outcome, weights, cache)
         if outcome == "measured":
             row = replace(
-                row, peak_bytes=weights + cache + GIB // 2, prefill_seconds=seconds,
+                row,
+                peak_bytes=weights + cache + GIB // 2,
+                prefill_seconds=seconds,
                 decode_tokens_per_second=speed,
             )
         made.append(row)
@@ -47,7 +49,10 @@ YOCO = rows(
     "YOCO", 1, [0.15, 0.3, 0.6, 1.25, 2.5, 5.0], [260, 250, 200, 140, 80, 40], ["measured"] * 6
 )
 TRANSFORMER = rows(
-    "Transformer", 26, [0.75, 1.8, 6.0, 22.5, 0, 0], [180, 120, 75, 42, 0, 0],
+    "Transformer",
+    26,
+    [0.75, 1.8, 6.0, 22.5, 0, 0],
+    [180, 120, 75, 42, 0, 0],
     ["measured"] * 4 + ["out of patience", "out of memory"],
 )
 PROFILE = Profile(
@@ -140,8 +145,16 @@ def test_bars():
             x = bar.get_x() + bar.get_width() / 2
             stacks.setdefault(round(x, 3), []).append((bar.get_height(), bar.get_facecolor()))
     assert len(stacks) == 10
-    for x, row in zip(sorted(stacks), (r for pair in zip(YOCO, TRANSFORMER, strict=True)
-                                       for r in pair if r.outcome == "measured"), strict=True):
+    for x, row in zip(
+        sorted(stacks),
+        (
+            r
+            for pair in zip(YOCO, TRANSFORMER, strict=True)
+            for r in pair
+            if r.outcome == "measured"
+        ),
+        strict=True,
+    ):
         heights, colors = zip(*stacks[x], strict=True)
         assert abs(x - math.log2(row.length)) < 0.5
         assert sum(heights) == pytest.approx(row.peak_bytes / GIB)
@@ -180,8 +193,11 @@ def test_words_hang_above_the_lines():
 
 
 def test_words_of_two_models_stand_side_by_side():
-    out = [replace(YOCO[-1], outcome="out of memory", prefill_seconds=None,
-                   decode_tokens_per_second=None)]
+    out = [
+        replace(
+            YOCO[-1], outcome="out of memory", prefill_seconds=None, decode_tokens_per_second=None
+        )
+    ]
     figure = profile_figure(replace(PROFILE, rows=(*YOCO[:-1], *out, *TRANSFORMER)))
     figure.draw_without_rendering()
     for ax in figure.axes[1:]:
@@ -199,10 +215,16 @@ def test_length_labels_carry_the_gains():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("profile", [
-    PROFILE, ALONE, ON_A_CPU, replace(PROFILE, rows=tuple(TRANSFORMER[-1:]), name="a$b$"),
-    replace(PROFILE, rows=(ProfileRow("YOCO", 5, "out of memory"),)),
-])
+@pytest.mark.parametrize(
+    "profile",
+    [
+        PROFILE,
+        ALONE,
+        ON_A_CPU,
+        replace(PROFILE, rows=tuple(TRANSFORMER[-1:]), name="a$b$"),
+        replace(PROFILE, rows=(ProfileRow("YOCO", 5, "out of memory"),)),
+    ],
+)
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_figures_are_written(profile, suffix, tmp_path):
     for name in ("a", "b"):

@@ -208,14 +208,10 @@ class HuggingFaceYoco(PreTrainedModel):
 
 
 def evaluate(task, model, data, limit=None, **options):
-    manager = TaskManager(
-        include_path=TASKS, include_defaults=False, metadata={"data": str(data)}
-    )
+    manager = TaskManager(include_path=TASKS, include_defaults=False, metadata={"data": str(data)})
     return simple_evaluate(
         model=model, tasks=[task], task_manager=manager, limit=limit, log_samples=True, **options
     )
-
-
 
 
 # yoco_zero_shot
@@ -312,9 +308,7 @@ def test_few_shot_score_gives_each_of_the_six_one_share(request, data, backend):
     assert found["yoco_few_shot"]["score,none"] == pytest.approx(mean(scores), rel=1e-12)
     assert scores[-1] != pytest.approx(found["mmlu"]["acc,none"])  # which larger subjects outweigh
 
-    errors = [
-        found[task][metric.replace(",", "_stderr,")] for task, metric in FEW_SHOT.items()
-    ]
+    errors = [found[task][metric.replace(",", "_stderr,")] for task, metric in FEW_SHOT.items()]
     errors.append(math.hypot(*(subject["acc_stderr,none"] for subject in subjects)) / 57)
     assert found["yoco_few_shot"]["score_stderr,none"] == pytest.approx(math.hypot(*errors) / 6)
     assert results["group_subtasks"]["yoco_few_shot"] == [
@@ -343,9 +337,7 @@ def test_prompts_show_as_many_examples_as_the_leaderboard(few_shot_prompts, task
 
 @pytest.fixture(scope="module")
 def few_shot_prompts(data):
-    manager = TaskManager(
-        include_path=TASKS, include_defaults=False, metadata={"data": str(data)}
-    )
+    manager = TaskManager(include_path=TASKS, include_defaults=False, metadata={"data": str(data)})
     prompts = {}
     for name, task in manager.load(["yoco_few_shot"])["tasks"].items():
         task.set_fewshot_seed(1234)

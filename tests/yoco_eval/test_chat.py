@@ -24,8 +24,12 @@ def chats(template, converted=False, tokens=()):
     tokenizer.add_tokens(list(tokens))
     return ChatTemplate(
         PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", name_or_path="dir/t",
-            split_special_tokens=converted, chat_template=template,
+            tokenizer_object=tokenizer,
+            bos_token="<s>",
+            eos_token="</s>",
+            name_or_path="dir/t",
+            split_special_tokens=converted,
+            chat_template=template,
         )
     )
 
@@ -58,10 +62,13 @@ def test_markers_that_a_converted_tokenizer_splits_are_refused(caplog):
     assert "<|x|>" not in caplog.text
 
 
-@pytest.mark.parametrize("template", [
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(64) }}",
-])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(64) }}",
+    ],
+)
 def test_a_template_that_loops_is_stopped(template):
     with pytest.raises(ValueError, match="^dir/t: its chat template fails .it is not") as error:
         chats(template).render(CHAT)
@@ -69,10 +76,13 @@ def test_a_template_that_loops_is_stopped(template):
 
 
 @pytest.mark.skipif(not hasattr(psutil, "RLIMIT_AS"), reason="memory cannot be limited here")
-@pytest.mark.parametrize("template", [
-    "{{ 'x' * 10**10 }}",
-    "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    ],
+)
 def test_a_template_that_fills_the_memory_is_stopped(template):
     before = psutil.Process().rlimit(psutil.RLIMIT_AS)
     with pytest.raises(ValueError, match="^dir/t: its chat template fails .MemoryError"):

@@ -278,8 +278,14 @@ def test_profile(measured, tmp_path, capsys):
     assert measured == [
         (
             [1024, 2048, 4096],
-            {"shape": "3b", "pretrained": None, "against": "transformer", "patience": 7.0,
-             "dtype": "auto", "device": "auto"},
+            {
+                "shape": "3b",
+                "pretrained": None,
+                "against": "transformer",
+                "patience": 7.0,
+                "dtype": "auto",
+                "device": "auto",
+            },
         )
     ]
     # The same again from the file, without measuring.
@@ -294,8 +300,12 @@ def test_profile_by_default(measured):
     ((lengths, settings),) = measured
     assert lengths == [2**n for n in range(15, 21)]
     assert settings == {
-        "shape": None, "pretrained": "a", "against": None, "patience": 120.0,
-        "dtype": "bfloat16", "device": "cuda:1",
+        "shape": None,
+        "pretrained": "a",
+        "against": None,
+        "patience": 120.0,
+        "dtype": "bfloat16",
+        "device": "cuda:1",
     }
 
 

@@ -114,7 +114,12 @@ def test_a_vocabulary_of_the_published_size_needs_no_network(tmp_path, monkeypat
     ranks = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
     (tmp_path / "cl100k_base.tiktoken").write_text("".join(ranks))
     config = YocoConfig(
-        dim=8, n_layers=2, hidden_dim=8, n_self_heads=1, n_attn_heads=1, n_attn_kv_heads=1,
+        dim=8,
+        n_layers=2,
+        hidden_dim=8,
+        n_self_heads=1,
+        n_attn_heads=1,
+        n_attn_kv_heads=1,
         vocab_size=100288,
     )
     Yoco(config).save_pretrained(tmp_path)

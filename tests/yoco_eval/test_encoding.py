@@ -53,10 +53,12 @@ def byte_level(split):
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     train(trained, trainers.BpeTrainer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     if split == "cl100k":
-        trained.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(_CL100K_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])
+        trained.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_CL100K_PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     elif split == "nowhere":
         trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     else:
@@ -124,8 +126,16 @@ def tokenizers():
     }
 
 
-KINDS = ["demo", "gpt-2", "cl100k", "byte-level", "metaspace", "unigram", "unigram without words",
-         "wordpiece"]
+KINDS = [
+    "demo",
+    "gpt-2",
+    "cl100k",
+    "byte-level",
+    "metaspace",
+    "unigram",
+    "unigram without words",
+    "wordpiece",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -161,9 +171,7 @@ def encoded(monkeypatch):
 
 
 def check(tokenizer, text):
-    whole = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     encoder = Encoder(tokenizer)
     ids, ends = encoder.encode(text), encoder.ends(text)
     assert ids.dtype == np.int32 and ends.dtype == np.int64

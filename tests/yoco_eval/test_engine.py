@@ -129,8 +129,14 @@ def test_logits_are_never_held_for_a_whole_text(exact, buckets, monkeypatch):
 def test_scoring_a_long_text_takes_little_more_memory_than_its_prefill():
     """All logits of this text, 24 GiB, would be many times that."""
     config = YocoConfig(
-        dim=1024, n_layers=8, hidden_dim=2816, n_self_heads=8, n_attn_heads=8, n_attn_kv_heads=4,
-        vocab_size=100288, rope_theta=5e6,
+        dim=1024,
+        n_layers=8,
+        hidden_dim=2816,
+        n_self_heads=8,
+        n_attn_heads=8,
+        n_attn_kv_heads=4,
+        vocab_size=100288,
+        rope_theta=5e6,
     )
     with torch.device("cuda"):
         engine = Engine(Yoco(config).bfloat16().requires_grad_(False).eval())

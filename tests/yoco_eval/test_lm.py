@@ -77,8 +77,12 @@ def score_by_definition(lm, context, continuation):
 @pytest.mark.parametrize(("batch_size", "bos"), [(1, None), (4, False), ("auto", None)])
 def test_loglikelihood(folder, batch_size, bos, caplog):
     lm = YocoLM(
-        pretrained=str(folder), device="cpu", dtype="float64", batch_size=batch_size,
-        prefill_chunk=100, add_bos_token=bos,
+        pretrained=str(folder),
+        device="cpu",
+        dtype="float64",
+        batch_size=batch_size,
+        prefill_chunk=100,
+        add_bos_token=bos,
     )
     wanted = requests(0)
     lengths = [len(lm.tok_encode(continuation)) for _, continuation in wanted]
@@ -180,8 +184,13 @@ def test_generation_settings(lm):
     assert generate(0, num_beams=1, repetition_penalty=1.0) == greedy
     with pytest.raises(ValueError, match="setting num_beams=4 is not supported; --model yoco"):
         generate(0, num_beams=4)
-    for bad in ({"temperature": "hot"}, {"temperature": None}, {"top_k": "x", "do_sample": True},
-                {"max_gen_toks": float("inf")}, {"until": [5]}):
+    for bad in (
+        {"temperature": "hot"},
+        {"temperature": None},
+        {"top_k": "x", "do_sample": True},
+        {"max_gen_toks": float("inf")},
+        {"until": [5]},
+    ):
         with pytest.raises(ValueError, match="^generation setting") as error:
             generate(0, **bad)
         assert "\n" not in str(error.value)
@@ -196,8 +205,12 @@ def test_a_setting_of_any_task_is_refused_before_the_first_request(lm, monkeypat
         data = {"test": Dataset.from_list([{"text": "Oslo is old."}])}
         return ConfigurableTask(
             config={
-                "task": name, "custom_dataset": lambda **_: data, "test_split": "test",
-                "doc_to_text": "{{text}}", "doc_to_target": "{{text}}", **config,
+                "task": name,
+                "custom_dataset": lambda **_: data,
+                "test_split": "test",
+                "doc_to_text": "{{text}}",
+                "doc_to_target": "{{text}}",
+                **config,
             }
         )
 

@@ -186,7 +186,12 @@ def test_snapshots_where_contexts_branch_are_part_of_the_memory(exact, free):
 @pytest.mark.slow
 def test_scoring_behind_a_long_text_does_not_copy_its_cache(live_bytes):
     config = YocoConfig(
-        dim=128, n_layers=2, hidden_dim=32, n_self_heads=2, n_attn_heads=2, n_attn_kv_heads=2,
+        dim=128,
+        n_layers=2,
+        hidden_dim=32,
+        n_self_heads=2,
+        n_attn_heads=2,
+        n_attn_kv_heads=2,
         vocab_size=100,
     )
     model = Yoco(config).requires_grad_(False)
@@ -211,15 +216,23 @@ def test_the_engine_refuses_before_it_computes(exact, free):
 def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monkeypatch):
     """Many short questions after one long text; each brings a state or a window with it."""
     config = YocoConfig(
-        dim=128, n_layers=4, hidden_dim=128, n_self_heads=2, n_attn_heads=2, n_attn_kv_heads=1,
-        vocab_size=100, sliding_window=sliding_window,
+        dim=128,
+        n_layers=4,
+        hidden_dim=128,
+        n_self_heads=2,
+        n_attn_heads=2,
+        n_attn_kv_heads=1,
+        vocab_size=100,
+        sliding_window=sliding_window,
     )
     torch.manual_seed(0)
     model = Yoco(config).requires_grad_(False)
     stem = torch.randint(100, (300,)).tolist()
     requests = [
         ScoreRequest([*stem, q, p] + [q] * 15, [a])
-        for q in range(99) for p in (1, 2) for a in (3, 4)
+        for q in range(99)
+        for p in (1, 2)
+        for a in (3, 4)
     ]
     need = fit(config, torch.float32, model.device, 350, loaded=True, tokens=10**6).need
     left = 16 * 2**20

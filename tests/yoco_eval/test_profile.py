@@ -63,7 +63,8 @@ def test_rows():
     model = Model()
     rows = run([150, 300], A=model)
     assert [(row.model, row.length, row.outcome) for row in rows] == [
-        ("A", 150, "measured"), ("A", 300, "measured"),
+        ("A", 150, "measured"),
+        ("A", 300, "measured"),
     ]
     assert all(row.prefill_seconds > 0 and row.decode_tokens_per_second > 0 for row in rows)
     assert [row.peak_bytes for row in rows] == [None, None]
@@ -161,8 +162,13 @@ def test_a_checkpoint_against_a_transformer(checkpoint, monkeypatch):
     monkeypatch.setitem(CHUNKS, "cpu", (64, 32))
     seen = []
     result = run_profile(
-        [100, 200], pretrained=str(checkpoint), against="transformer", device="cpu",
-        dtype="bfloat16", patience=60, report=seen.append,
+        [100, 200],
+        pretrained=str(checkpoint),
+        against="transformer",
+        device="cpu",
+        dtype="bfloat16",
+        patience=60,
+        report=seen.append,
     )
     assert [told.rows for told in seen] == [result.rows[: n + 1] for n in range(4)]
     assert [(row.model, row.length, row.outcome) for row in result.rows] == [

@@ -199,13 +199,19 @@ def test_importing_the_package_registers_where_no_pth_file_is_read(wheel):
     """As after `pip install --target`, and also if lm-eval has been imported before."""
     # -S: no .pth file is read, and the package is found through the path alone.
     path = f"{wheel.path}:{wheel.site_packages}"
-    out = run(wheel.python, "-S", "-c", """
+    out = run(
+        wheel.python,
+        "-S",
+        "-c",
+        """
 import lm_eval.models, lm_eval.tasks
 from lm_eval.api.registry import model_registry
 before = "yoco" in model_registry
 import yoco_eval
 print(before, "yoco" in model_registry, "yoco_needle" in lm_eval.tasks.TaskManager().all_tasks)
-""", PYTHONPATH=path)[0]
+""",
+        PYTHONPATH=path,
+    )[0]
     assert out.split() == ["False", "True", "True"]
 
 
@@ -219,11 +225,16 @@ def test_later_lm_eval_reads_the_entry_point(wheel, tmp_path):
         module = tmp_path / "lm_eval" / f"{name}.py"
         module.parent.mkdir(exist_ok=True)
         module.write_text(text)
-    out = run(wheel.python, "-c", """
+    out = run(
+        wheel.python,
+        "-c",
+        """
 import lm_eval.models
 from importlib.metadata import entry_points
 print(lm_eval.api.registry.model_registry, *entry_points(group="lm_eval.models"))
-""", PYTHONPATH=tmp_path)
+""",
+        PYTHONPATH=tmp_path,
+    )
     assert out == (
         "{} EntryPoint(name='yoco', value='yoco_eval.lm:YocoLM', group='lm_eval.models')\n",
         "",

@@ -33,13 +33,29 @@ PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 SPECIAL = {
-    "<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
-    "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276, "<fim_prefix>": 100264,
-    "<fim_middle>": 100265, "<fim_suffix>": 100266, "<fim_pad>": 100267, "<reponame>": 100268,
-    "<filename>": 100269, "<gh_stars>": 100270, "<issue_start>": 100271, "<issue_comment>": 100272,
-    "<issue_closed>": 100273, "<jupyter_start>": 100274, "<jupyter_text>": 100275,
-    "<jupyter_code>": 100276, "<jupyter_output>": 100277, "<empty_output>": 100278,
-    "<commit_before>": 100279, "<commit_msg>": 100280, "<commit_after>": 100281,
+    "<|endoftext|>": 100257,
+    "<|fim_prefix|>": 100258,
+    "<|fim_middle|>": 100259,
+    "<|fim_suffix|>": 100260,
+    "<|endofprompt|>": 100276,
+    "<fim_prefix>": 100264,
+    "<fim_middle>": 100265,
+    "<fim_suffix>": 100266,
+    "<fim_pad>": 100267,
+    "<reponame>": 100268,
+    "<filename>": 100269,
+    "<gh_stars>": 100270,
+    "<issue_start>": 100271,
+    "<issue_comment>": 100272,
+    "<issue_closed>": 100273,
+    "<jupyter_start>": 100274,
+    "<jupyter_text>": 100275,
+    "<jupyter_code>": 100276,
+    "<jupyter_output>": 100277,
+    "<empty_output>": 100278,
+    "<commit_before>": 100279,
+    "<commit_msg>": 100280,
+    "<commit_after>": 100281,
 }
 CORPUS = [
     "The special number of Lisbon is 48213; nobody's told, they'd say, WE'LL see.",
@@ -48,8 +64,20 @@ CORPUS = [
     "Nur ein Wörtchen, été naïve, Привет мир, 漢字仮名 😀👩‍👩‍👧  <s></s><unk>   \r\n\r\n   .",
     "aaaa abab ababab aaaaaaa bbbaaab banana bananas aabbaabb        1234567 000 1 22 Saba Saba",
 ] * 4
-POOLS = [" \n\t\r", "etaoin shrdlu", "TheE'sSLlVv ", "0123456789", "éüÖñçа́бв", "漢字仮名",
-         "😀👩‍👧🏽", "{}()<>;:=+-*/#\"'", "ab", "ab ", "\u00a0\u2003\u3000\u200b\x00\x85", "ſK½Ⅷ"]
+POOLS = [
+    " \n\t\r",
+    "etaoin shrdlu",
+    "TheE'sSLlVv ",
+    "0123456789",
+    "éüÖñçа́бв",
+    "漢字仮名",
+    "😀👩‍👧🏽",
+    "{}()<>;:=+-*/#\"'",
+    "ab",
+    "ab ",
+    "\u00a0\u2003\u3000\u200b\x00\x85",
+    "ſK½Ⅷ",
+]
 
 
 def random_texts(count, pools=POOLS, seed=0):
@@ -105,8 +133,11 @@ def small_cl100k(ranks, monkeypatch):
 def train_sentencepiece(path, **options):
     text = [line for text in CORPUS for line in text.splitlines()]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(path.with_suffix("")), minloglevel=2,
-        hard_vocab_limit=False, **options,
+        sentence_iterator=iter(text),
+        model_prefix=str(path.with_suffix("")),
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
     )
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
@@ -115,8 +146,14 @@ def train_sentencepiece(path, **options):
 def llama_like(tmp_path_factory):
     path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
     processor = train_sentencepiece(
-        path, model_type="bpe", vocab_size=500, byte_fallback=True, character_coverage=0.98,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        path,
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
         allow_whitespace_only_pieces=True,
     )
     return path, processor
@@ -197,13 +234,18 @@ def tekken(ranks, **changes):
     names = ["<unk>", "<s>", "</s>", "[INST]"]
     content = {
         "config": {
-            "pattern": module._CL100K_PATTERN, "default_num_special_tokens": 6, "version": "v11",
+            "pattern": module._CL100K_PATTERN,
+            "default_num_special_tokens": 6,
+            "version": "v11",
             "default_vocab_size": len(ranks) + 6 - 2,  # two are padding
         },
-        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode()}
-                  for token, rank in sorted(ranks.items(), key=lambda item: item[1])],
-        "special_tokens": [{"rank": i, "token_str": name, "is_control": True}
-                           for i, name in enumerate(names)],
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(token).decode()}
+            for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+        ],
+        "special_tokens": [
+            {"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)
+        ],
     }
     return json.dumps(content | changes)
 
@@ -273,7 +315,8 @@ def test_saved_tokenizer_is_found_by_auto_tokenizer(rank_file, tmp_path):
 def test_saved_tokenizer_has_a_padding_token_and_no_code(tmp_path):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE({"a": 0, "<e>": 1}, [])),
-        eos_token="<e>", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]},
+        eos_token="<e>",
+        auto_map={"AutoTokenizer": ["evil.Tokenizer", None]},
     )
     save_tokenizer(tokenizer, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -333,9 +376,14 @@ def test_load_tokenizer_errors(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("model", [
-    models.BPE({}, []), models.BPE({"x": 0}, []), models.WordLevel({"a": 0}),
-])
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.BPE({}, []),
+        models.BPE({"x": 0}, []),
+        models.WordLevel({"a": 0}),
+    ],
+)
 def test_a_vocabulary_that_has_nothing_for_a_text(model, tmp_path):
     file = tmp_path / "tokenizer.json"
     Tokenizer(model).save(str(file))
@@ -409,10 +457,13 @@ def test_sentencepiece_ids_are_kept_after_bos(llama_like, tmp_path):
     assert loaded.unk_token_id == processor.unk_id()
 
 
-@pytest.mark.parametrize("options", [
-    {"model_type": "bpe", "add_dummy_prefix": False, "pad_id": 3},
-    {"model_type": "unigram", "character_coverage": 1.0},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "bpe", "add_dummy_prefix": False, "pad_id": 3},
+        {"model_type": "unigram", "character_coverage": 1.0},
+    ],
+)
 def test_sentencepiece_with_normalisation(options, tmp_path):
     processor = train_sentencepiece(tmp_path / "m.model", vocab_size=200, **options)
     tokenizer = from_sentencepiece(tmp_path / "m.model")
