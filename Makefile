@@ -24,7 +24,7 @@ demo: .venv/installed
 # One thread for each of the two processes: more would wait for each other on two cores.
 test test-fast: .venv/installed-test
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(filter test-fast,$@),-m 'not slow')
 
 fuzz: .venv/installed-test
