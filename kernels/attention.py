@@ -7,7 +7,6 @@ reads key-value head h // (Hq / Hkv).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -15,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import run_triton, use_triton
-from .rotary import rotate
-from .sequences import Sequences, Span, Spans
-
-Angles = tuple[Tensor, Tensor]
+from .rotary import Angles, rotate
+from .sequences import Sequences, Span, Spans, cut_span, query_runs
 
 SCORES = 1 << 22  # queries are taken in blocks so that no more scores exist at a time
 KEYS = 1 << 12  # of a cache, widened and multiplied at a time
@@ -66,34 +63,6 @@ def cache_attention_reference(
             cut = [cut_span(span, start, stop) for span in run]
             outputs.append(_attend_apart(q[start:stop], keys, values, cut))
     return torch.cat(outputs)
-
-
-def query_runs(spans: Spans) -> list[tuple[int, int, list[Span]]]:
-    """First and end of each maximal run of queries that lie in the same spans, and these spans."""
-    return spans.table("query_runs", lambda: cells(spans.spans))
-
-
-def cells(intervals: Iterable[tuple]) -> list[tuple[int, int, list[tuple]]]:
-    """Cuts an axis wherever one of the intervals (first, end, ...) on it begins or ends.
-
-    Returns:
-        First and end of each piece, in order, and the intervals that it lies in.
-    """
-    beginning, bounds = defaultdict(list), set()
-    for interval in intervals:
-        beginning[interval[0]].append(interval)
-        bounds.update(interval[:2])
-    pieces, current = [], []
-    for first, end in pairwise(sorted(bounds)):
-        current = [interval for interval in current if interval[1] > first] + beginning[first]
-        pieces.append((first, end, current))
-    return pieces
-
-
-def cut_span(span: Span, first_query: int, end_query: int) -> Span:
-    """The part of a span that some of its queries make, less the keys that none of them reads."""
-    unread = span.end_query - end_query if span.causal else 0
-    return Span(first_query, end_query, span.first_key, span.end_key - unread, span.causal)
 
 
 def _is_one_text(run: list[Span]) -> bool:

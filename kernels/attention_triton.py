@@ -27,10 +27,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from .attention import Angles, cells, query_runs
 from .launch import packed_heads, padded, programs
-from .rotary import rotate
-from .sequences import Sequences, Span, Spans, to_device
+from .rotary import Angles, rotate
+from .sequences import Sequences, Span, Spans, cells, query_runs, to_device
 
 _UNLIMITED = 1 << 30  # shift of a key range that every query reads whole
 _LONG_TEXT = 1024  # queries of a single causal span from which library kernels take over

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .dispatch import run_triton, use_triton
 
+Angles = tuple[Tensor, Tensor]  # cosines and sines of `rotary_angles`
 
-def rotary_angles(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Angles:
     """Cosines and sines of p * theta^(-j / (head_dim / 2 - 1)) for pair j of position p.
 
     The exponent reaches exactly 1 at the last pair, unlike the usual j / (head_dim / 2).
@@ -45,7 +45,7 @@ def _frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.
     return torch.tensor(frequencies, dtype=dtype, device=device)
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor], in_place: bool = False) -> Tensor:
+def rotate(x: Tensor, angles: Angles, in_place: bool = False) -> Tensor:
     """Rotates each pair (2j, 2j + 1) of every head of x [T, H, head_dim].
 
     Args:
@@ -63,7 +63,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor], in_place: bool = False) -> 
     return rotate_reference(x, angles)
 
 
-def rotate_reference(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def rotate_reference(x: Tensor, angles: Angles) -> Tensor:
     """`rotate` in PyTorch."""
     cos, sin = (part[:, None] for part in angles)
     even, odd = x[..., 0::2], x[..., 1::2]

@@ -1,10 +1,12 @@
-"""How texts, or parts of texts, are packed one behind the other on one token axis."""
+"""How texts, or parts of texts, lie on one token axis, and which keys of a cache they read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -96,3 +98,31 @@ class Spans(Packing):
     """
 
     spans: tuple[Span, ...]
+
+
+def query_runs(spans: Spans) -> list[tuple[int, int, list[Span]]]:
+    """First and end of each maximal run of queries that lie in the same spans, and these spans."""
+    return spans.table("query_runs", lambda: cells(spans.spans))
+
+
+def cells(intervals: Iterable[tuple]) -> list[tuple[int, int, list[tuple]]]:
+    """Cuts an axis wherever one of the intervals (first, end, ...) on it begins or ends.
+
+    Returns:
+        First and end of each piece, in order, and the intervals that it lies in.
+    """
+    beginning, bounds = defaultdict(list), set()
+    for interval in intervals:
+        beginning[interval[0]].append(interval)
+        bounds.update(interval[:2])
+    pieces, current = [], []
+    for first, end in pairwise(sorted(bounds)):
+        current = [interval for interval in current if interval[1] > first] + beginning[first]
+        pieces.append((first, end, current))
+    return pieces
+
+
+def cut_span(span: Span, first_query: int, end_query: int) -> Span:
+    """The part of a span that some of its queries make, less the keys that none of them reads."""
+    unread = span.end_query - end_query if span.causal else 0
+    return Span(first_query, end_query, span.first_key, span.end_key - unread, span.causal)
