@@ -1,0 +1,96 @@
+"""The short convolution of gated DeltaNet: each channel's last W tokens, weighted, through silu.
+
+    y_p = silu(sum over j < W of weight_j x_(p - W + 1 + j))
+
+per channel, with the weights in the order of PyTorch's `conv1d`: the last is that of token p. What
+a text that goes on needs of the tokens before it is its tail, the last W - 1 inputs. The sums are
+taken in float32, or in float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .sequences import Sequences
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    sequences: Sequences,
+    tails: Tensor | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution over packed sequences, each with its own tail.
+
+    Args:
+        x: [T, C], a view with any row stride.
+        weight: [C, W] of x's dtype, W at least 2.
+        sequences: which tokens form a sequence, and which tail it continues.
+        tails: [m, W - 1, C] of x's dtype, the inputs before the sequences, of which
+            `sequences.sources` picks each sequence's; None stands for zeros. Not changed.
+        keep: whether the tails after the sequences are asked for.
+
+    Returns:
+        silu(y) [T, C] in x's dtype, contiguous; and the last W - 1 inputs of each of the n
+        sequences, [n, W - 1, C], those of its tail before it where it is shorter, or None unless
+        `keep`.
+    """
+    return short_convolution_reference(x, weight, sequences, tails, keep)
+
+
+def short_convolution_reference(
+    x: Tensor,
+    weight: Tensor,
+    sequences: Sequences,
+    tails: Tensor | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`short_convolution` in PyTorch, on any device and differentiable."""
+    count, before = len(sequences.lengths), weight.shape[1] - 1
+    if tails is None:
+        tails = x.new_zeros(count, before, x.shape[1])
+    elif sequences.sources is not None:
+        tails = tails[list(sequences.sources)]
+
+    # Each sequence behind its tail, and the outputs at the tails left out.
+    parts = zip(tails, x.split(sequences.lengths), strict=True)
+    longer = torch.cat([rows for pair in parts for rows in pair])
+    ends = torch.tensor(sequences.offsets[1:], device=x.device)
+    ends = ends + before * torch.arange(1, count + 1, device=x.device)
+    tokens = torch.ones(len(longer), dtype=torch.bool, device=x.device)
+    lengths = torch.tensor(sequences.lengths, device=x.device)
+    heads = (ends - lengths - before)[:, None] + torch.arange(before, device=x.device)
+    tokens[heads] = False
+
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide, taps = longer.to(dtype), weight.T.to(dtype)
+    y = sum(tap * wide[j : len(wide) - before + j] for j, tap in enumerate(taps))
+    out = F.silu(y[tokens[before:]]).to(x.dtype)
+    if not keep:
+        return out, None
+    return out, longer[ends[:, None] - before + torch.arange(before, device=x.device)]
+
+
+def short_convolution_step(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+    """The convolution for one token of each of B sequences.
+
+    Args:
+        x: [B, C] and weight [C, W], as in `short_convolution`.
+        tail: [B, W - 1, C] of x's dtype, contiguous, CHANGED IN PLACE to the tails after the
+            tokens.
+
+    Returns:
+        silu(y) [B, C] in x's dtype, contiguous.
+    """
+    return short_convolution_step_reference(x, weight, tail)
+
+
+def short_convolution_step_reference(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+    """`short_convolution_step` in PyTorch."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    window = torch.cat([tail, x[:, None]], dim=1)
+    tail.copy_(window[:, 1:])
+    return F.silu((window.to(dtype) * weight.T.to(dtype)).sum(1)).to(x.dtype)
