@@ -1,7 +1,6 @@
 """Attention over a shared cache, of one decoded token or of many, and over a sliding window.
 
-Scores are scaled by D^(-1/2). Grouped queries are supported where the cache is read: query head h
-reads key-value head h // (Hq / Hkv).
+Scores are scaled by D^(-1/2). Query head h reads key-value head h // (Hq / Hkv).
 """
 
 from __future__ import annotations
@@ -194,10 +193,11 @@ def sliding_window_attention(
     """Each token attends to itself and the `window` - 1 tokens before it in its sequence.
 
     Args:
-        q, k, v: [T, H, D].
+        q: [T, Hq, D].
+        k, v: [T, Hkv, D].
         window: number of visible tokens, own position included.
         sequences: how the T tokens are packed.
-        past: [m, 2, window - 1, H, D], rotated keys (0) and values (1) of tokens that were fed
+        past: [m, 2, window - 1, Hkv, D], rotated keys (0) and values (1) of tokens that were fed
             before, right-aligned: the last slot is the token just before a sequence that continues
             this state. Slots before a text's first token may be uninitialised. None: every
             sequence begins its text.
@@ -205,7 +205,7 @@ def sliding_window_attention(
         keep: whether to return the past of the tokens that follow.
 
     Returns:
-        The output [T, H, D] and, of the n sequences, the `past` [n, 2, window - 1, H, D] of the
+        The output [T, Hq, D] and, of the n sequences, the `past` [n, 2, window - 1, Hkv, D] of the
         tokens that follow, in new memory, or None.
     """
     if use_triton(q, k, v):
@@ -234,11 +234,11 @@ def sliding_window_attention_reference(
     sources = sequences.sources or tuple(range(len(sequences.lengths)))
 
     out = q.new_empty(q.shape)
-    following = q.new_empty(len(sequences.lengths), 2, window - 1, *q.shape[1:]) if keep else None
+    following = k.new_empty(len(sequences.lengths), 2, window - 1, *k.shape[1:]) if keep else None
     for (length, before), members in batches.items():
         offsets = torch.tensor([sequences.offsets[i] for i in members], device=q.device)
         rows = offsets[:, None] + torch.arange(length, device=q.device)
-        own = torch.stack((k[rows], v[rows]), 1)  # [n, 2, length, H, D]
+        own = torch.stack((k[rows], v[rows]), 1)  # [n, 2, length, Hkv, D]
         if before:
             continued = torch.tensor([sources[i] for i in members], device=q.device)
             own = torch.cat((past[continued, :, window - 1 - before :], own), 2)
@@ -252,25 +252,25 @@ def sliding_window_attention_reference(
 
 
 def _window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """q [n, length, H, D] over k, v [n, total, H, D], whose last `length` are the queries' own.
+    """q [n, length, Hq, D] over k, v [n, total, Hkv, D], whose last `length` are the queries' own.
 
     Each block of queries meets the keys in reach of any of them: length * (block + window) scores
-    in place of length * total.
+    in place of length * total. A group's query heads are queries of one head.
     """
     length, offset = q.shape[1], k.shape[1] - q.shape[1]
+    heads, group = k.shape[2], q.shape[2] // k.shape[2]
     block = max(128, min(window, 512))
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
         reach = slice(max(0, start + offset - window + 1), end + offset)
-        i = torch.arange(start + offset, end + offset, device=q.device)[:, None]
+        i = torch.arange(start + offset, end + offset, device=q.device).repeat(group)[:, None]
         j = torch.arange(reach.start, reach.stop, device=q.device)
         visible = (j <= i) & (j > i - window)
-        blocks = (q[:, start:end], k[:, reach], v[:, reach])
-        out = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in blocks), attn_mask=visible
-        )
-        outputs.append(out.transpose(1, 2))
+        rows = q[:, start:end].transpose(1, 2).unflatten(1, (heads, group)).flatten(2, 3)
+        keys, values = (x[:, reach].transpose(1, 2) for x in (k, v))
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=visible)
+        outputs.append(out.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2))
     return torch.cat(outputs, 1)
 
 
@@ -286,14 +286,15 @@ def window_step(
     """`sliding_window_attention` of one decoded token, in a CUDA graph if need be.
 
     Args:
-        q, k, v: [1, H, D].
-        ring_keys, ring_values: [H, window, D]; token p lies in slot p % window. The token's own
+        q: [1, Hq, D].
+        k, v: [1, Hkv, D].
+        ring_keys, ring_values: [Hkv, window, D]; token p lies in slot p % window. The token's own
             rotated key and value are written to its slot. Slots never written may be uninitialised.
         position: int64 [1], of the token in its text, on q's device.
         angles: cos and sin [1, D / 2] by which q and k are rotated first.
 
     Returns:
-        [1, H, D].
+        [1, Hq, D].
     """
     window = ring_keys.shape[1]
     slot = position % window
@@ -306,11 +307,11 @@ def ring_from_past(past: Tensor, position: int) -> Tensor:
     """What `window_step` needs as ring_keys and ring_values for the token at `position`.
 
     Args:
-        past: [2, window - 1, H, D], one sequence's part of `sliding_window_attention`'s `past`.
+        past: [2, window - 1, Hkv, D], one sequence's part of `sliding_window_attention`'s `past`.
         position: of the token that follows it.
 
     Returns:
-        [2, H, window, D], ring_keys and ring_values; slots of no token are zero.
+        [2, Hkv, window, D], ring_keys and ring_values; slots of no token are zero.
     """
     window = past.shape[1] + 1
     before = min(position, window - 1)

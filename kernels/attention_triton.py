@@ -7,7 +7,7 @@ Bytes and operations, with R = T * Hq rows of queries, and element size e:
   some 100 rows per key-value head the operations are. A walk cut into n pieces writes and reads
   again n * 4 * D bytes per row.
 - Window: 4 * D operations per row and key in reach, R * (window + 1) of them at most, the limit;
-  the pass that rotates and packs keys and values reads and writes each once, 4 * T * H * D * e.
+  the pass that rotates and packs keys and values reads and writes each once, 4 * T * Hkv * D * e.
 """
 
 from __future__ import annotations
@@ -214,14 +214,14 @@ def _merge(partial: Tensor, norms: Tensor, out: Tensor, rows: Tensor, entries: T
     )  # fmt: skip
 
 
-def _query_constants(q: Tensor, keys: Tensor, angles: Angles | None) -> dict:
-    """What the kernels over a cache must know at compile time of q [T, Hq, D]."""
+def _query_constants(q: Tensor, heads: int, angles: Angles | None) -> dict:
+    """What kernels must know at compile time of q [T, Hq, D] over so many key-value heads."""
     dim = q.shape[2]
     return {
         "SCALE": math.log2(math.e) * dim**-0.5,
         "STRIDE": q.stride(0),
-        "HEADS": keys.shape[0],
-        "GROUP": q.shape[1] // keys.shape[0],
+        "HEADS": heads,
+        "GROUP": q.shape[1] // heads,
         "D": dim,
         "D_PAD": padded(dim),
         "ROTATE": angles is not None,
@@ -267,7 +267,7 @@ def cache_attention(
     cos, sin = angles or (q, q)
     _cache_kernel[plan.tasks.shape[0], heads](
         q, cos, sin, keys, values, out, partial, norms, plan.tasks, plan.ranges, _head_slots(keys),
-        BLOCK_M=block_m, **_query_constants(q, keys, angles), **_config(block_m, dim, q.dtype),
+        BLOCK_M=block_m, **_query_constants(q, heads, angles), **_config(block_m, dim, q.dtype),
     )  # fmt: skip
     if plan.slots:
         _merge(partial, norms, out, plan.rows, plan.entries, plan.most)
@@ -546,7 +546,7 @@ def decode_attention(
     partial = _float32(q, pieces, heads, block_m, dim)
     norms = _float32(q, pieces, heads, block_m)
     cos, sin = angles or (q, q)
-    constants = _query_constants(q, keys, angles)
+    constants = _query_constants(q, heads, angles)
     _decode_kernel[pieces, heads](
         q, cos, sin, keys, values, partial, norms, length, _head_slots(keys),
         BLOCK_M=block_m, **constants, **config,
@@ -610,7 +610,7 @@ def sliding_window_attention(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """As `attention.sliding_window_attention`."""
-    _, heads, dim = q.shape
+    _, heads, dim = k.shape
     q, k, v = packed_heads(q), packed_heads(k), packed_heads(v)
     flash = _flash_takes(q) and _has_flash_attn()
     block_m = max(_block_sizes(q.dtype)) if max(sequences.lengths) > 64 else 32
@@ -618,7 +618,7 @@ def sliding_window_attention(
         ("sliding_window", window, past is not None, block_m),
         lambda: _window_plan(sequences, window, past is not None, block_m),
     )
-    # Keys and values [2, P, H, D] of each sequence, those before it and its own, rotated.
+    # Keys and values [2, P, Hkv, D] of each sequence, those before it and its own, rotated.
     packed = torch.empty(2, plan.sources.shape[0], heads, dim, dtype=q.dtype, device=q.device)
     cos, sin = angles or (k, k)
     _pack_kernel[packed.shape[1],](
@@ -646,11 +646,9 @@ def sliding_window_attention(
         )  # fmt: skip
     else:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        _window_kernel[plan.tasks.shape[0], heads](
-            q, cos, sin, packed[0], packed[1], out, plan.tasks,
-            SCALE=math.log2(math.e) * dim**-0.5, WINDOW=window, STRIDE=q.stride(0), HEADS=heads,
-            D=dim, D_PAD=padded(dim), ROTATE=angles is not None, BLOCK_M=block_m,
-            **_config(block_m, dim, q.dtype),
+        _window_kernel[plan.tasks.shape[0], q.shape[1]](
+            q, cos, sin, packed[0], packed[1], out, plan.tasks, WINDOW=window, BLOCK_M=block_m,
+            **_query_constants(q, heads, angles), **_config(block_m, dim, q.dtype),
         )  # fmt: skip
     return out, following
 
@@ -660,7 +658,7 @@ class _WindowPlan(NamedTuple):
 
     Attributes:
         sources: int32 [P], of each packed row: its token; or -1 - r, for row r of `past` seen as
-            [m * 2 * (window - 1), H, D].
+            [m * 2 * (window - 1), Hkv, D].
         tasks: int32 [n, 4]: first token, tokens, first packed row in reach of them, and how many
             keys in reach the first token sees up to its own.
         query_offsets, key_offsets: int32 [n + 1], as flash-attn takes them.
@@ -744,10 +742,10 @@ def _pack_kernel(
 @triton.jit
 def _window_kernel(
     q, cos, sin, keys, values, out, tasks, SCALE: tl.constexpr, WINDOW: tl.constexpr,
-    STRIDE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    ROTATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, ROTATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One task and head: a block of a sequence's tokens over the packed keys in their reach."""
+    """One task and query head: a block of a sequence's tokens over the packed keys in reach."""
     head = tl.program_id(1)
     task = tasks + 4 * tl.program_id(0)
     first_token = tl.load(task)
@@ -760,8 +758,8 @@ def _window_kernel(
     token = first_token + row
     column = row * 0 + head * D
     x = load_rotated(q, cos, sin, token, column, valid, STRIDE, D, D_PAD, ROTATE, BLOCK_M)
-    keys += first_key * (HEADS * D) + head * D
-    values += first_key * (HEADS * D) + head * D
+    keys += first_key * (HEADS * D) + head // GROUP * D
+    values += first_key * (HEADS * D) + head // GROUP * D
     acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -770,4 +768,4 @@ def _window_kernel(
         acc, top, total, x, keys, values, 0, end - WINDOW, seen, end, row + seen, SCALE,
         HEADS * D, D, D_PAD, BLOCK_N, WINDOW,
     )  # fmt: skip
-    _store_output(out, token, column, acc, total, valid, HEADS * D, D, D_PAD)
+    _store_output(out, token, column, acc, total, valid, HEADS * GROUP * D, D, D_PAD)

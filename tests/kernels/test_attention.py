@@ -126,24 +126,31 @@ def test_decode_attention(length):
 
 
 def window_by_definition(q, k, v, window):
-    """One text, [T, H, D]."""
+    """One text, q [T, Hq, D] and k, v [T, Hkv, D]."""
     out = torch.empty_like(q)
+    group = q.shape[1] // k.shape[1]
     for p in range(q.shape[0]):
         for h in range(q.shape[1]):
             seen = slice(max(0, p - window + 1), p + 1)
-            out[p, h] = attend(q[p, h], k[seen, h], v[seen, h])
+            out[p, h] = attend(q[p, h], k[seen, h // group], v[seen, h // group])
     return out
 
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("window", [1, 2, 8, 100])
+def queries_keys_values(length, heads):
+    return tuple(randn(length, n, 8) for n in (heads[0], heads[1], heads[1]))
+
+
+@pytest.mark.parametrize(
+    ("window", "heads"), [(1, (4, 2)), (2, (3, 3)), (8, (3, 3)), (8, (4, 1)), (100, (4, 2))]
+)
 @pytest.mark.parametrize("cuts", [[40], [1] * 40, [7, 7, 26], [39, 1], [8, 8, 8, 8, 8]])
-def test_a_text_may_be_cut_anywhere(window, cuts):
+def test_a_text_may_be_cut_anywhere(window, heads, cuts):
     torch.manual_seed(0)
-    q, k, v = (randn(40, 3, 6) for _ in range(3))
-    angles = rotary_angles(torch.arange(40), 6, 100.0, torch.float64)
+    q, k, v = queries_keys_values(40, heads)
+    angles = rotary_angles(torch.arange(40), 8, 100.0, torch.float64)
     expected = window_by_definition(rotate(q, angles), rotate(k, angles), v, window)
     past, outputs, start = None, [], 0
     for length in cuts:
@@ -162,13 +169,13 @@ def test_packed_sequences_may_continue_one_past():
     """Several texts that branch off two others, and one with nothing before it."""
     torch.manual_seed(0)
     window, texts = 6, [[(0, 9), (1, 4)], [(0, 5), (0, 2), (1, 9), (0, 5)]]
-    trunks = [tuple(randn(length, 2, 8) for _ in range(3)) for _, length in texts[0]]
+    trunks = [queries_keys_values(length, (4, 2)) for _, length in texts[0]]
     q, k, v = (torch.cat(x) for x in zip(*trunks, strict=True))
     out, past = sliding_window_attention_reference(q, k, v, window, Sequences((9, 4), (0, 0), CPU))
     whole = [window_by_definition(*trunk, window) for trunk in trunks]
     torch.testing.assert_close(out, torch.cat(whole))
 
-    branches = [tuple(randn(length, 2, 8) for _ in range(3)) for _, length in texts[1]]
+    branches = [queries_keys_values(length, (4, 2)) for _, length in texts[1]]
     q, k, v = (torch.cat(x) for x in zip(*branches, strict=True))
     sequences = Sequences((5, 2, 9, 5), (9, 9, 4, 9), CPU, sources=(0, 0, 1, 0))
     out, following = sliding_window_attention_reference(q, k, v, window, sequences, past)
@@ -187,10 +194,11 @@ def test_packed_sequences_may_continue_one_past():
 
 @pytest.mark.parametrize("window", [1, 5])
 @pytest.mark.parametrize("prompt", [2, 13])
-def test_window_step_follows_a_prompt(window, prompt):
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1)])
+def test_window_step_follows_a_prompt(window, prompt, heads):
     torch.manual_seed(0)
     total = prompt + 7
-    q, k, v = (randn(total, 2, 8) for _ in range(3))
+    q, k, v = queries_keys_values(total, heads)
     angles = rotary_angles(torch.arange(total), 8, 100.0, torch.float64)
     sequences = Sequences((prompt,), (0,), CPU)
     _, past = sliding_window_attention_reference(
@@ -376,11 +384,13 @@ def test_decoding_in_a_cuda_graph(device):
         )
 
 
-def check_window(kernels, close, window, dim, sequences, past, dtype, device):
-    heads = 3
-    q, k, v = randn(3, sequences.total, heads * dim + 16, dtype=dtype, device=device)[
-        :, :, 8:-8
-    ].unflatten(-1, (heads, dim))
+def check_window(kernels, close, window, dim, sequences, past, dtype, device, heads=(3, 3)):
+    # Views into a wider matrix, as one product of several projections makes.
+    widths = [n * dim for n in (heads[0], heads[1], heads[1])]
+    parts = randn(sequences.total, 8 + sum(widths), dtype=dtype, device=device)[:, 8:].split(
+        widths, 1
+    )
+    q, k, v = (part.unflatten(1, (-1, dim)) for part in parts)
     angles = angles_at(sequences.positions, dim, dtype, device)
     fast = kernels.sliding_window_attention(q, k, v, window, sequences, past, angles)
     wide = [x.double() for x in (q, k, v)]
@@ -421,6 +431,16 @@ def test_triton_sliding_window_head_sizes(dim, dtype, device, close, triton_kern
         pytest.skip("the interpreter is slow")
     sequences = Sequences((100,), (0,), torch.device(device))
     check_window(triton_kernels, close, 30, dim, sequences, None, dtype, device)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (4, 1), (6, 2)])
+def test_triton_sliding_window_groups(heads, dtype, device, close, triton_kernels):
+    if device == "cpu" and dtype != torch.float32:
+        pytest.skip("the interpreter is slow")
+    torch.manual_seed(0)
+    sequences = Sequences((40, 1), (12, 30), torch.device(device), sources=(1, 0))
+    past = randn(2, 2, 18, heads[1], 32, dtype=dtype, device=device)
+    check_window(triton_kernels, close, 19, 32, sequences, past, dtype, device, heads)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="too long for the interpreter")
