@@ -1,11 +1,12 @@
-"""Small models, and a count of live memory, that several tests share."""
+"""What several tests share: small models, a cache of the hub, and a count of live memory."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,6 +42,33 @@ def small_model() -> Yoco:
         max_position_embeddings=512,
     )
     return Yoco(config).requires_grad_(False).eval()
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Puts a folder's files into a cache of the hub's, which is empty and has no network.
+
+    It takes the repository's name, the folder, the commit and, if there is one, the branch, and
+    gives the snapshot's folder.
+    """
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def add(name: str, source: Path, commit: str, branch: str | None = None) -> Path:
+        repository = cache / f"models--{name.replace('/', '--')}"
+        folder = repository / "snapshots" / commit
+        for each in (folder, repository / "blobs", repository / "refs"):
+            each.mkdir(parents=True, exist_ok=True)
+        for file in source.iterdir():
+            blob = f"{commit[:1]}-{file.name}"
+            (repository / "blobs" / blob).write_bytes(file.read_bytes())
+            (folder / file.name).symlink_to(f"../../blobs/{blob}")
+        if branch:
+            (repository / "refs" / branch).write_text(commit)
+        return folder
+
+    return add
 
 
 class Live(TorchDispatchMode):

@@ -81,11 +81,9 @@ def server():
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
+def cache(hub_cache) -> Path:
     """The hub's cache: empty, and without a network."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
+    return Path(constants.HF_HUB_CACHE)
 
 
 @pytest.fixture
@@ -107,19 +105,18 @@ def unreachable(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
 
 
-def snapshot(cache, name, commit, files, branch=None) -> Path:
-    """Files of a repository, as the library lays them out in its cache."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    folder = repository / "snapshots" / commit
-    folder.mkdir(parents=True)
-    (repository / "blobs").mkdir(exist_ok=True)
-    for file in files:
-        (repository / "blobs" / file).write_text(file)
-        (folder / file).symlink_to(f"../../blobs/{file}")
-    if branch:
-        (repository / "refs").mkdir(exist_ok=True)
-        (repository / "refs" / branch).write_text(commit)
-    return folder
+@pytest.fixture
+def cached(hub_cache, tmp_path):
+    """Puts files of these names in the cache, as the main branch of a repository."""
+
+    def add(name, files) -> Path:
+        source = tmp_path / name
+        source.mkdir(parents=True)
+        for file in files:
+            (source / file).write_text(file)
+        return hub_cache(name, source, FIRST, branch="main")
+
+    return add
 
 
 def names(folder: Path) -> list[str]:
@@ -165,8 +162,8 @@ def test_revisions(online):
 
 
 @pytest.mark.parametrize("name, files", [("a/b", NATIVE), ("a/c", ["params.json", "x.pt"])])
-def test_from_the_cache(cache, caplog, monkeypatch, name, files):
-    folder = snapshot(cache, name, FIRST, files, branch="main")
+def test_from_the_cache(cached, caplog, monkeypatch, name, files):
+    folder = cached(name, files)
     with caplog.at_level(logging.INFO, "yoco_eval"):
         assert [hub_folder(name), hub_folder(name, FIRST)] == [folder] * 2
         assert f"{name}: taken from the hub's cache, {folder} (HF_HUB_OFFLINE" in caplog.text
@@ -177,13 +174,13 @@ def test_from_the_cache(cache, caplog, monkeypatch, name, files):
     assert "refused" in caplog.text
 
 
-def test_what_the_hub_no_longer_gives(online, cache, caplog):
-    folder = snapshot(cache, "org/withdrawn", FIRST, NATIVE, branch="main")
+def test_what_the_hub_no_longer_gives(online, cached, caplog):
+    folder = cached("org/withdrawn", NATIVE)
     assert hub_folder("org/withdrawn") == folder and "taken from the hub's cache" in caplog.text
 
 
-def test_what_the_cache_lacks(cache, monkeypatch):
-    snapshot(cache, "org/native", FIRST, ["config.json"], branch="main")
+def test_what_the_cache_lacks(cache, cached, monkeypatch):
+    cached("org/native", ["config.json"])
     assert hub_folder("org/native", weights=False).name == FIRST
     assert "org/native: without its weights in the hub's cache" in fault("org/native")
     message = fault("no/where")
