@@ -14,7 +14,7 @@ from lm_eval.models.gguf import GGUFLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
-from transformers import BloomConfig, BloomForCausalLM, PretrainedConfig
+from transformers import BloomConfig, BloomForCausalLM
 
 import yoco_eval.tasks
 from yoco_eval import registration
@@ -111,17 +111,15 @@ def test_positions_of_the_published_layout(tmp_path, folder):
     assert max_positions({"model": "some-api"}) is None
 
 
-def test_positions_of_a_name_on_the_hub(monkeypatch):
-    configs = {"org/model": {"max_position_embeddings": 4096}}
-
-    def get_config_dict(name, **options):
-        assert options == {"revision": "main", "subfolder": ""}
-        if name not in configs:
-            raise OSError("no such model")
-        return configs[name], {}
-
-    monkeypatch.setattr(PretrainedConfig, "get_config_dict", get_config_dict)
-    assert max_positions({"pretrained": "org/model"}) == 4096
+def test_revisions_of_a_name_on_the_hub(folder, hub_cache, tokenizers):
+    hub_cache("org/model", folder, "1" * 40, branch="main")
+    (folder / "config.json").write_text('{"model_type": "yoco", "max_position_embeddings": 4096}')
+    tokenizers["unigram"].save_pretrained(folder)
+    hub_cache("org/model", folder, "2" * 40, branch="v2")
+    first, second = {"pretrained": "org/model"}, {"pretrained": "org/model", "revision": "v2"}
+    assert [max_positions(first), max_positions(second)] == [777, 4096]
+    assert load_tokenizer(first).get_vocab() == tokenizers["byte-level"].get_vocab()
+    assert load_tokenizer(second).get_vocab() == tokenizers["unigram"].get_vocab()
     assert max_positions({"pretrained": "org/other"}) is None
 
 
