@@ -11,14 +11,8 @@ import logging
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.utils import (
-    GatedRepoError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    validate_repo_id,
-)
+import huggingface_hub  # which imports the rest of itself, in time that shows, when it is used
+from huggingface_hub import constants, utils
 
 from yoco_eval.printable import VALUE, shortened, shown
 
@@ -41,8 +35,8 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 def is_hub_name(name: str) -> bool:
     """Whether it could be a repository's on the hub, `org/name`, wherever no path is meant."""
     try:
-        validate_repo_id(name)
-    except HFValidationError:
+        utils.validate_repo_id(name)
+    except utils.HFValidationError:
         return False
     return "/" in name
 
@@ -51,7 +45,8 @@ def hub_folder(name: str, revision: str | None = None, weights: bool = True) -> 
     """The folder, in the hub's local cache, of those of a repository's files that are read.
 
     What the cache lacks is downloaded. The cache alone counts where HF_HUB_OFFLINE is set, and
-    where the hub gives no access but the cache has the repository; a line of the log says so.
+    where the hub gives no access but the cache has the repository; unless it is asked for a commit,
+    which stays what it is, a line of the log says so.
 
     Args:
         name: `org/name`.
@@ -74,8 +69,10 @@ def hub_folder(name: str, revision: str | None = None, weights: bool = True) -> 
         return _from_cache(name, revision, weights, "HF_HUB_OFFLINE is set")
     if not (revision and _COMMIT.fullmatch(revision) and _cached(name, revision)):
         try:  # first, since a download that fails to begin falls back to the cache in silence
-            HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        except RevisionNotFoundError as error:
+            huggingface_hub.HfApi().model_info(
+                name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
+        except utils.RevisionNotFoundError as error:
             raise CheckpointError(
                 f"{name}: has no revision {shown(revision)} on the hub; name a branch, a tag or a "
                 "commit of it"
@@ -86,7 +83,7 @@ def hub_folder(name: str, revision: str | None = None, weights: bool = True) -> 
         return _download(name, revision, weights)
     except CheckpointError:
         raise
-    except GatedRepoError as error:
+    except utils.GatedRepoError as error:
         raise _no_access(name, error) from error
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
@@ -110,7 +107,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     def fetch(revision: str | None, *patterns: str) -> Path:
         patterns = (*_SMALL, *patterns)
         return Path(
-            snapshot_download(
+            huggingface_hub.snapshot_download(
                 name, revision=revision, allow_patterns=list(patterns), ignore_patterns=_SUBFOLDERS
             )
         )
@@ -129,7 +126,9 @@ def _cached(name: str, revision: str | None) -> Path | None:
     """The folder in the cache, however much of it is there; None if there is none."""
     try:  # of no pattern at all no file is missing: the readers tell what they lack
         return Path(
-            snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[])
+            huggingface_hub.snapshot_download(
+                name, revision=revision, local_files_only=True, allow_patterns=[]
+            )
         )
     except (OSError, ValueError):
         return None
@@ -146,7 +145,7 @@ def _from_cache(name: str, revision: str | None, weights: bool, reason: str | Ex
     if folder is None:
         at = f" at revision {shown(revision)}" if revision else ""
         where = f"not in the hub's cache ({constants.HF_HUB_CACHE}){at}"
-        if isinstance(reason, RepositoryNotFoundError):
+        if isinstance(reason, utils.RepositoryNotFoundError):
             raise _no_access(name, reason) from reason
         if isinstance(reason, str):
             raise CheckpointError(
@@ -162,14 +161,15 @@ def _from_cache(name: str, revision: str | None, weights: bool, reason: str | Ex
             f"{name}: without its weights in the hub's cache ({folder}), and the hub cannot be "
             f"asked ({told}); download it once"
         )
-    level = logging.INFO if isinstance(reason, str) else logging.WARNING
-    logger.log(level, "%s: taken from the hub's cache, %s (%s)", name, folder, told)
+    if revision != folder.name:  # or it is the same as on the hub
+        level = logging.INFO if isinstance(reason, str) else logging.WARNING
+        logger.log(level, "%s: taken from the hub's cache, %s (%s)", name, folder, told)
     return folder
 
 
 def _no_access(name: str, error: Exception) -> CheckpointError:
     mend = "log in with `hf auth login`, or set HF_TOKEN"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, utils.GatedRepoError):
         return CheckpointError(
             f"{name}: a gated repository; ask for access on {constants.ENDPOINT}/{name}, and {mend}"
         )

@@ -60,7 +60,7 @@ def hub_cache(tmp_path, monkeypatch) -> Callable[..., Path]:
         folder = repository / "snapshots" / commit
         for each in (folder, repository / "blobs", repository / "refs"):
             each.mkdir(parents=True, exist_ok=True)
-        for file in source.iterdir():
+        for file in filter(Path.is_file, source.iterdir()):
             blob = f"{commit[:1]}-{file.name}"
             (repository / "blobs" / blob).write_bytes(file.read_bytes())
             (folder / file.name).symlink_to(f"../../blobs/{blob}")
