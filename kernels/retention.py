@@ -31,7 +31,7 @@ from .norm import rms_norm_reference
 from .rotary import rotate
 from .sequences import Sequences
 
-GATE_TEMPERATURE = 16.0
+GATE_TEMPERATURE = 16.0  # YOCO's
 
 
 def gated_retention(
@@ -44,19 +44,24 @@ def gated_retention(
     swish: Tensor | None = None,
     eps: float = 1e-5,
     keep: bool = True,
+    temperature: float = GATE_TEMPERATURE,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated retention of packed sequences, each with its own starting state.
 
     Args:
         q, k, v: [T, H, D], views with any row stride. q and k come rotated; k is scaled by
             D^(-1/2) here.
-        gate: [T, H], the gates' logits: a = logsigmoid(gate) / 16, in float32.
+        gate: [T, H], the gates' logits: a = logsigmoid(gate) / temperature, in float32. A view with
+            any row stride, in q's dtype or float32: [H] expanded to [T, H] is one decay gamma for
+            all tokens, gate = logit(gamma^temperature), as in RetNet's retention
+            (arXiv:2307.08621).
         sequences: which tokens form a sequence, and which state it continues.
         states: [m, H, D, D] float32 (float64 for float64 inputs), of which `sequences.sources`
             picks each sequence's; None stands for zeros. Not changed.
         swish: [T, H, D]: the output is silu(swish) * RMSNorm(o) over each head; None: o itself.
         eps: of that RMSNorm, which has no weight.
         keep: whether the states after the sequences are asked for.
+        temperature: of the gates, above 0.
 
     Returns:
         The output [T, H, D] in q's dtype, contiguous; and the state after each of the n sequences,
@@ -68,9 +73,13 @@ def gated_retention(
         dtype = q.dtype
         if dtype == torch.float16:
             q, k, v, swish = (x if x is None else x.float() for x in (q, k, v, swish))
-        out, last = run_triton(fast, q, k, v, gate, sequences, states, swish, eps, keep)
+        out, last = run_triton(
+            fast, q, k, v, gate, sequences, states, swish, eps, keep, temperature
+        )
         return out.to(dtype), last
-    return gated_retention_reference(q, k, v, gate, sequences, states, swish, eps, keep)
+    return gated_retention_reference(
+        q, k, v, gate, sequences, states, swish, eps, keep, temperature
+    )
 
 
 def gated_retention_reference(
@@ -83,10 +92,11 @@ def gated_retention_reference(
     swish: Tensor | None = None,
     eps: float = 1e-5,
     keep: bool = True,
+    temperature: float = GATE_TEMPERATURE,
 ) -> tuple[Tensor, Tensor | None]:
     """`gated_retention` in PyTorch, on any device and differentiable."""
     k = _wide(k) * q.shape[-1] ** -0.5
-    inputs = (q, k, _wide(v), retention_log_gate(gate))
+    inputs = (q, k, _wide(v), _log_gate(gate, q.dtype, temperature))
     if states is not None and sequences.sources is not None:
         states = states[list(sequences.sources)]
 
@@ -135,6 +145,7 @@ def gated_retention_step(
     angles: tuple[Tensor, Tensor],
     swish: Tensor,
     eps: float = 1e-5,
+    temperature: float = GATE_TEMPERATURE,
 ) -> Tensor:
     """Gated retention of one token of each of B sequences, as decoding asks for it.
 
@@ -145,6 +156,7 @@ def gated_retention_step(
             the states after the tokens.
         angles: cos and sin [B, D / 2] of `rotary_angles`, in q's dtype.
         eps: of the RMSNorm.
+        temperature: of the gates.
 
     Returns:
         silu(swish) * RMSNorm(o), [B, H, D] in q's dtype.
@@ -152,8 +164,8 @@ def gated_retention_step(
     if use_triton(q, k, v, gate):
         from .retention_triton import gated_retention_step as fast
 
-        return run_triton(fast, q, k, v, gate, state, angles, swish, eps)
-    return gated_retention_step_reference(q, k, v, gate, state, angles, swish, eps)
+        return run_triton(fast, q, k, v, gate, state, angles, swish, eps, temperature)
+    return gated_retention_step_reference(q, k, v, gate, state, angles, swish, eps, temperature)
 
 
 def gated_retention_step_reference(
@@ -165,11 +177,12 @@ def gated_retention_step_reference(
     angles: tuple[Tensor, Tensor],
     swish: Tensor,
     eps: float = 1e-5,
+    temperature: float = GATE_TEMPERATURE,
 ) -> Tensor:
     """`gated_retention_step` in PyTorch."""
     q, k = rotate(q, angles), rotate(k, angles)
     k = _wide(k) * q.shape[-1] ** -0.5
-    state *= retention_log_gate(gate).exp()[..., None, None]
+    state *= _log_gate(gate, q.dtype, temperature).exp()[..., None, None]
     state += k[..., :, None] * _wide(v)[..., None, :]
     out = (_wide(q)[..., None, :] @ state).squeeze(-2)
     return _norm_swish(out, swish, eps)
@@ -180,9 +193,14 @@ def _norm_swish(out: Tensor, swish: Tensor, eps: float) -> Tensor:
     return F.silu(swish) * rms_norm_reference(out, eps=eps).to(swish.dtype)
 
 
-def retention_log_gate(gate: Tensor) -> Tensor:
-    """a = logsigmoid(gate) / 16, of the same shape, in float32 (float64 stays float64)."""
-    return F.logsigmoid(_wide(gate)) / GATE_TEMPERATURE
+def retention_log_gate(gate: Tensor, temperature: float = GATE_TEMPERATURE) -> Tensor:
+    """a = logsigmoid(gate) / temperature, of the same shape, in float32 (float64 stays float64)."""
+    return F.logsigmoid(_wide(gate)) / temperature
+
+
+def _log_gate(gate: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    """`retention_log_gate`, in float64 for inputs of that dtype, whatever the gate's is."""
+    return retention_log_gate(gate.to(torch.promote_types(gate.dtype, dtype)), temperature)
 
 
 def retention_parallel(

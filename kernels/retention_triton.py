@@ -52,6 +52,7 @@ def gated_retention(
     swish: Tensor | None,
     eps: float,
     keep: bool,
+    temperature: float,
 ) -> tuple[Tensor, Tensor | None]:
     """`retention.gated_retention` on the GPU.
 
@@ -84,6 +85,7 @@ def gated_retention(
         "UNIT": unit,
         "CHUNK": config.chunk,
         "BLOCK": config.block,
+        "TEMPERATURE": temperature,
     }
     segments = inner + len(sequences.lengths)
     if inner:
@@ -119,6 +121,7 @@ def gated_retention_step(
     angles: tuple[Tensor, Tensor],
     swish: Tensor,
     eps: float,
+    temperature: float,
 ) -> Tensor:
     """`retention.gated_retention_step` on the GPU."""
     batch, heads, dim = q.shape
@@ -130,7 +133,7 @@ def gated_retention_step(
         q, k, v, gate, *angles, swish, state, out,
         q.stride(0), k.stride(0), v.stride(0), swish.stride(0), gate.stride(0), eps,
         HEADS=heads, DIM=dim, PADDED=columns,
-        PAIRS=max(1, min(columns // 2, _STEP_NUMBERS // 2 // columns)),
+        PAIRS=max(1, min(columns // 2, _STEP_NUMBERS // 2 // columns)), TEMPERATURE=temperature,
         num_warps=8 if columns >= 128 else 4,
     )  # fmt: skip
     return out
@@ -190,8 +193,8 @@ def _segments(sequences: Sequences, rows: int, chunk: int) -> tuple[int, int, Te
 
 
 @triton.jit
-def _log_gate(gate):
-    """log2(sigmoid(gate)) / 16, to full relative precision.
+def _log_gate(gate, TEMPERATURE: tl.constexpr):
+    """log2(sigmoid(gate)) / TEMPERATURE, to full relative precision.
 
     log(1 + y) = 2 artanh(z), z = y / (2 + y) <= 1/3: the logarithm itself would lose the gates
     nearest to 1, which decide how far a state reaches.
@@ -202,7 +205,7 @@ def _log_gate(gate):
     series = 1.0 / 13.0 + s * (1.0 / 15.0 + s * (1.0 / 17.0))
     series = 1.0 / 7.0 + s * (1.0 / 9.0 + s * (1.0 / 11.0 + s * series))
     series = 1.0 + s * (1.0 / 3.0 + s * (1.0 / 5.0 + s * series))
-    return (tl.minimum(gate, 0.0) - 2.0 * z * series) * (1.4426950408889634 / 16.0)
+    return (tl.minimum(gate, 0.0) - 2.0 * z * series) * (1.4426950408889634 / TEMPERATURE)
 
 
 @triton.jit
@@ -235,6 +238,7 @@ def _sum_segments(
     UNIT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
 ):
     """What a segment of whole chunks adds to the state.
 
@@ -271,7 +275,7 @@ def _sum_segments(
             start = end - (i + 1) * CHUNK
             k = _head(k_ptr, start, k_row * UNIT, head, rows, k_mask, DIM, PADDED)
             v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
-            log_gate = _log_gate(gate.to(tl.float32))
+            log_gate = _log_gate(gate.to(tl.float32), TEMPERATURE)
             # Loaded one chunk ahead; at the last one, that chunk's own again.
             ahead = tl.maximum(start - CHUNK, first)
             gate = tl.load(gates + ahead * tl.cast(gate_row, tl.int64))
@@ -339,6 +343,7 @@ def _retain(
     UNIT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
 ):
     """The output of a segment, and the state after it where it ends a sequence."""
     TILES: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
@@ -373,7 +378,7 @@ def _retain(
         q = _head(q_ptr, start, q_row * UNIT, head, rows, mask, DIM, PADDED)
         k = _head(k_ptr, start, k_row * UNIT, head, rows, mask, DIM, PADDED)
         v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
-        log_gate = tl.where(present, _log_gate(gate.to(tl.float32)), 0.0)
+        log_gate = tl.where(present, _log_gate(gate.to(tl.float32), TEMPERATURE), 0.0)
         gate = tl.load(  # of the next chunk, ahead of its use
             gates + (start + CHUNK) * tl.cast(gate_row, tl.int64),
             mask=start + CHUNK + rows < end,
@@ -450,6 +455,7 @@ def _step(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     PAIRS: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
 ):
     """One head of one sequence; PAIRS pairs of channels, two rows of the state each, at a time."""
     head = tl.program_id(0) % HEADS
@@ -465,7 +471,7 @@ def _step(
     swish = tl.load(swish_ptr + sequence * swish_row + head * DIM + value, mask=here, other=0.0)
     swish = swish.to(tl.float32)
     gate = tl.load(gate_ptr + sequence * gate_row + head).to(tl.float32)
-    decay = tl.exp2(_log_gate(gate))
+    decay = tl.exp2(_log_gate(gate, TEMPERATURE))
     scale = DIM**-0.5
 
     out = tl.zeros((PADDED,), tl.float32)

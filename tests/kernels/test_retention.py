@@ -105,8 +105,9 @@ def test_computes_in_float32_whatever_comes_in():
 
 def test_log_gate():
     gate = torch.tensor([-30.0, 0.0, 30.0], dtype=torch.float64)
-    expected = torch.log(torch.sigmoid(gate)) / 16
-    torch.testing.assert_close(retention_log_gate(gate), expected)
+    expected = torch.log(torch.sigmoid(gate))
+    torch.testing.assert_close(retention_log_gate(gate), expected / 16)
+    torch.testing.assert_close(retention_log_gate(gate, 3.0), expected / 3)
     assert retention_log_gate(gate.bfloat16()).dtype == torch.float32
 
 
@@ -133,6 +134,7 @@ def packed(
         "swish": swish,
         "eps": 1e-3,
         "keep": True,
+        "temperature": 16.0,
     }
 
 
@@ -147,7 +149,7 @@ def in_float64(args):
     return {name: wide(x) for name, x in args.items()}
 
 
-def one_by_one(q, k, v, gate, sequences, states, swish, eps, keep):
+def one_by_one(q, k, v, gate, sequences, states, swish, eps, keep, temperature):
     """Each sequence by itself, through the recurrence."""
     outputs, lasts = [], []
     for i, (start, end) in enumerate(zip(sequences.offsets, sequences.offsets[1:], strict=False)):
@@ -155,7 +157,7 @@ def one_by_one(q, k, v, gate, sequences, states, swish, eps, keep):
         parts = (x[None, start:end].transpose(1, 2) for x in (q, k / k.shape[-1] ** 0.5, v))
         out, last = retention_recurrent(
             *parts,
-            retention_log_gate(gate[None, start:end].transpose(1, 2)),
+            retention_log_gate(gate[None, start:end].transpose(1, 2), temperature),
             None if states is None else states[source, None],
         )
         outputs.append(out[0].transpose(0, 1))
@@ -176,7 +178,7 @@ def test_packed_sequences_do_not_see_each_other(lengths, given):
 
 
 def test_each_sequence_continues_its_own_state_by_default():
-    args = packed([3, 40, 3], states=3)
+    args = packed([3, 40, 3], states=3) | {"temperature": 3.0}
     for a, e in zip(gated_retention(**args), one_by_one(**args), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-11)
 
@@ -202,19 +204,48 @@ def step_arguments(args):
     """Those of `gated_retention_step`, of sequences of one token."""
     q = args["q"]
     angles = rotary_angles(args["sequences"].positions, q.shape[2], 1e4, q.dtype)
-    return {name: args[name] for name in ("q", "k", "v", "gate", "swish", "eps")} | {
-        "angles": angles
-    }
+    names = ("q", "k", "v", "gate", "swish", "eps", "temperature")
+    return {name: args[name] for name in names} | {"angles": angles}
 
 
-def test_step_changes_its_states_in_place():
-    args = packed([1, 1, 1], states=3)
+@pytest.mark.parametrize("temperature", [16.0, 3.0])
+def test_step_changes_its_states_in_place(temperature):
+    args = packed([1, 1, 1], states=3) | {"temperature": temperature}
     step, state = step_arguments(args), args["states"].clone()
     rotated = {name: rotate(args[name], step["angles"]) for name in ("q", "k")}
     expected, last = one_by_one(**args | rotated)
     out = gated_retention_step(**step, state=state)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(state, last, rtol=0, atol=1e-12)
+
+
+DECAYS = 1 - 2.0 ** (-5 - torch.arange(24, dtype=torch.float64))  # RetNet's, of 24 heads
+
+
+def constant_gate(decays, tokens, device="cpu"):
+    """The gate whose decays these are at each token, in float32: an expanded view."""
+    return (decays**16).logit().float().to(device).expand(tokens, -1)
+
+
+def test_constant_decays_are_right_to_the_slowest():
+    log_gate = retention_log_gate(constant_gate(DECAYS, 2)).double()
+    assert (log_gate / DECAYS.log() - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_constant_gate_is_float32_whatever_the_inputs_are(dtype):
+    limit = 1e-2 if dtype == torch.bfloat16 else 1e-12
+    for lengths in ([70, 3], [1, 1]):
+        args = packed(lengths, 4, dtype=dtype, states=2)
+        args["gate"] = constant_gate(DECAYS[::7], sum(lengths))
+        expected, expected_last = one_by_one(**in_float64(args))
+        out, last = gated_retention(**args)
+        assert (out - expected).norm() < limit * expected.norm() and out.dtype == dtype
+        assert (last - expected_last).norm() < min(limit, 1e-5) * expected_last.norm()
+    step, state = step_arguments(args), args["states"].clone()
+    expected = gated_retention_step_reference(**in_float64(step), state=args["states"].double())
+    out = gated_retention_step(**step, state=state)
+    assert (out - expected).norm() < limit * expected.norm() and out.dtype == dtype
 
 
 # From here on: the Triton kernels, on the GPU or in the interpreter.
@@ -265,7 +296,7 @@ def test_triton(triton_version, close, dtype, device, dim, lengths, given):
     compare(triton_version, close, args)
 
 
-@pytest.mark.parametrize("changes", [{"swish": None}, {"keep": False}], ids=str)
+@pytest.mark.parametrize("changes", [{"swish": None}, {"keep": False, "temperature": 3.0}], ids=str)
 def test_triton_options(triton_version, close, dtype, device, changes):
     compare(triton_version, close, packed([200, 7], 1, 64, dtype, device) | changes)
 
@@ -309,11 +340,41 @@ def test_triton_sums_leave_out_what_has_decayed(triton_version, close, dtype, de
     close(out[1216:], expected[1216:])
 
 
+def test_triton_constant_gate(triton_version, close, dtype, device):
+    args = packed([130], 2, 16, dtype, device, states=1)
+    compare(triton_version, close, args | {"gate": constant_gate(DECAYS[::23], 130, device)})
+
+
+def test_triton_constant_decays_are_right_to_the_slowest(triton_version, device):
+    """What a segment of 64 tokens multiplies a state by, as the kernels pass it on."""
+    args = packed([64], 24, 16, torch.float32, device)
+    k, v, gate = args["k"], args["v"], constant_gate(DECAYS, 64, device)
+    segment = torch.tensor([[0, 64, -1, 0]], dtype=torch.int32, device=device)
+    sums, decays = k.new_empty(1, 24, 16, 16), k.new_empty(1, 24)
+    triton_version._sum_segments[(24,)](
+        k, v, gate, segment, sums, decays, k.stride(0), v.stride(0), gate.stride(0),
+        HEADS=24, DIM=16, PADDED=16, UNIT=1, CHUNK=64, BLOCK=16, TEMPERATURE=16.0,
+    )  # fmt: skip
+    assert gate.stride(0) == 0
+    assert (decays[0].double().cpu() / (64 * DECAYS.log2()) - 1).abs().max() < 1e-6
+
+
+def test_triton_step_takes_a_constant_gate(triton_version, device):
+    args = packed([1] * 3, 4, 8, torch.bfloat16, device, states=3)
+    args["gate"] = constant_gate(DECAYS[::7], 3, device)
+    step, state = step_arguments(args), args["states"]
+    wide_state = state.double()
+    expected = gated_retention_step_reference(**in_float64(step), state=wide_state)
+    out = triton_version.gated_retention_step(**step, state=state)
+    assert (out - expected).norm() < 1e-2 * expected.norm() and out.dtype == torch.bfloat16
+    assert (state - wide_state).norm() < 1e-2 * wide_state.norm()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [4, 8, 32, 48, 64, 96, 128, 256])
-@pytest.mark.parametrize("batch", [1, 5])
-def test_triton_step(triton_version, close, dtype, device, dim, batch):
-    args = packed([1] * batch, 3, dim, dtype, device, states=batch)
+@pytest.mark.parametrize(("batch", "temperature"), [(1, 16.0), (5, 3.0)])
+def test_triton_step(triton_version, close, dtype, device, dim, batch, temperature):
+    args = packed([1] * batch, 3, dim, dtype, device, states=batch) | {"temperature": temperature}
     step, state = step_arguments(args), args["states"]
     wide, wide_state = in_float64(step), state.double()
     out = triton_version.gated_retention_step(**step, state=state)
