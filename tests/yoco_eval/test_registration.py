@@ -44,8 +44,8 @@ class Environment:
 
     def __init__(self, folder, kind):
         source = folder / "source"
-        hidden = shutil.ignore_patterns(".*", "__pycache__", "build", "results", "tests")
-        shutil.copytree(ROOT, source, ignore=hidden)
+        needless = [".venv", ".git", ".*cache", "__pycache__", "build", "results", "tests"]
+        shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*needless))
         self.venv = folder / "venv"
         venv.create(self.venv)
         self.before = files(self.venv)
@@ -120,6 +120,14 @@ def test_package_has_its_code_and_data(environment, part):
     script += f"print(find_spec('yoco_eval.{part}').submodule_search_locations[0])"
     installed = Path(environment.run("-c", script)[0].strip())
     assert needed(installed) == needed(ROOT / part)
+
+
+def test_type_checkers_and_editors_find_every_module(environment):
+    """They look for files below the entries of the path, and run no import hook."""
+    path = environment.evaluate("import json, sys; print(json.dumps(sys.path[1:]))")
+    [package] = (Path(entry, "yoco_eval") for entry in path if Path(entry, "yoco_eval").exists())
+    modules = "cli.py", "kernels/norm.py", "model/cache.py", "reports/runs.py", "tasks/needle.py"
+    assert [name for name in (*modules, "py.typed") if not (package / name).is_file()] == []
 
 
 @pytest.mark.parametrize(
