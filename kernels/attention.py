@@ -98,10 +98,10 @@ def _attend_text(q: Tensor, keys: Tensor, values: Tensor, run: list[Span], spans
         # at hand in another order: one of each group at a time.
         keys, values = keys.transpose(0, 1), values.transpose(0, 1)
         heads_at_hand = (part[None] for part in q.unbind(1))
-        out = [
+        parts = [
             F.scaled_dot_product_attention(part, keys, values, mask)[0] for part in heads_at_hand
         ]
-        out = torch.stack(out, 1)
+        out = torch.stack(parts, 1)
     return out.flatten(0, 1).transpose(0, 1).flip(0)
 
 
@@ -239,15 +239,16 @@ def sliding_window_attention_reference(
         offsets = torch.tensor([sequences.offsets[i] for i in members], device=q.device)
         rows = offsets[:, None] + torch.arange(length, device=q.device)
         own = torch.stack((k[rows], v[rows]), 1)  # [n, 2, length, Hkv, D]
-        if before:
+        if past is not None and before:
             continued = torch.tensor([sources[i] for i in members], device=q.device)
             own = torch.cat((past[continued, :, window - 1 - before :], own), 2)
         out[rows] = _window(q[rows], own[:, 0], own[:, 1], window)
-        if keep:
+        if following is not None:
             last = own[:, :, max(0, before + length - window + 1) :]
             padding = window - 1 - last.shape[2]
-            members = torch.tensor(members, device=q.device)
-            following[members] = F.pad(last, (0, 0, 0, 0, padding, 0))
+            following[torch.tensor(members, device=q.device)] = F.pad(
+                last, (0, 0, 0, 0, padding, 0)
+            )
     return out, following
 
 

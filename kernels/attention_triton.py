@@ -384,14 +384,15 @@ def _plan(
     # The longest first, and neighbours read the same keys.
     tasks.sort(key=lambda task: (-task.keys, task.ranges[0]))
 
-    pieces = cells((task.first, task.end, i) for i, task in enumerate(tasks))
-    slots = {}
-    for _, _, shared in pieces:
+    rows = cells((task.first, task.end, i) for i, task in enumerate(tasks))
+    slots: dict[int, int] = {}
+    for _, _, shared in rows:
         if len(shared) > 1:
             for *_, i in shared:
                 slots.setdefault(i, len(slots))
-    merged, entries = [], []
-    for first, end, shared in pieces:
+    merged: list[tuple[int, int, int, int]] = []
+    entries: list[int] = []
+    for first, end, shared in rows:
         places = [
             slots[i] * heads * block_m - task_first for task_first, _, i in shared if i in slots
         ]
@@ -404,12 +405,12 @@ def _plan(
         for i, task in enumerate(tasks)
     ]
     ranges = [part for task in tasks for part in task.ranges]
-    on_device = _to_device(
+    task_table, range_table, row_table, entry_table = _to_device(
         [torch.tensor(table), torch.tensor(ranges), _rows(merged), torch.tensor(entries).long()],
         device,
     )
     most = max((end - first for *_, first, end in merged), default=0)
-    return _Plan(block_m, *on_device[:2], len(slots), *on_device[2:], most)
+    return _Plan(block_m, task_table, range_table, len(slots), row_table, entry_table, most)
 
 
 def _rows(merged: list[tuple[int, int, int, int]]) -> Tensor:
@@ -432,7 +433,7 @@ def _units(spans: Spans, group: int, block_m: int) -> list[_Unit]:
     than it costs to write and merge the outputs of pieces.
     """
     runs = query_runs(spans)
-    walked = Counter()  # blocks of rows that would read a span, run by run
+    walked: Counter[Span] = Counter()  # blocks of rows that would read a span, run by run
     for first, end, members in runs:
         for span in members:
             walked[span] += -(-(end - first) * group // block_m)
@@ -551,8 +552,8 @@ def decode_attention(
         q, cos, sin, keys, values, partial, norms, length, _head_slots(keys),
         BLOCK_M=block_m, **constants, **config,
     )  # fmt: skip
-    tables = _decode_tables(pieces, heads, constants["GROUP"], block_m, q.device)
-    _merge(partial, norms, out, *tables, pieces)
+    rows, entries = _decode_tables(pieces, heads, constants["GROUP"], block_m, q.device)
+    _merge(partial, norms, out, rows, entries, pieces)
     return out
 
 
@@ -697,8 +698,11 @@ def _window_plan(sequences: Sequences, window: int, has_past: bool, block_m: int
         ends.append((packed, key_offsets[-1]))
     tables = [torch.tensor(x) for x in (tasks, sequences.offsets, key_offsets)]
     on_device = _to_device([torch.cat(sources), *tables], sequences.device)
+    source_table, task_table, queries, keys = on_device
     most_keys = max(end - first for first, end in ends)
-    return _WindowPlan(*on_device, max(sequences.lengths), most_keys, ends)
+    return _WindowPlan(
+        source_table, task_table, queries, keys, max(sequences.lengths), most_keys, ends
+    )
 
 
 def _last_rows(

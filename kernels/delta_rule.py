@@ -100,7 +100,7 @@ def gated_delta_rule_reference(
         by_length.setdefault(length, []).append(i)
     if len(by_length) == 1:
         batches = [x.unflatten(0, (len(sequences.lengths), -1)) for x in inputs]
-        out, last = _batch(*batches, states)
+        out, last = _batch(states, *batches)
         out = out.flatten(0, 1)
     else:
         tokens, outputs, lasts, members = [], [], [], []
@@ -108,7 +108,7 @@ def gated_delta_rule_reference(
         for length, group in by_length.items():
             rows = offsets[group][:, None] + torch.arange(length, device=q.device)
             starts = None if states is None else states[group]
-            out, last = _batch(*(x[rows] for x in inputs), starts)
+            out, last = _batch(starts, *(x[rows] for x in inputs))
             tokens.append(rows.flatten())
             outputs.append(out.flatten(0, 1))
             lasts.append(last)
@@ -120,11 +120,12 @@ def gated_delta_rule_reference(
 
 
 def _batch(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, states: Tensor | None
+    states: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """[n, T, HV, ..] each -> [n, T, HV, Dv] and the states after them."""
     form = delta_rule_recurrent if q.shape[1] == 1 else delta_rule_chunkwise
-    out, states = form(*(x.transpose(1, 2) for x in (q, k, v, log_decay, beta)), states)
+    q, k, v, log_decay, beta = (x.transpose(1, 2) for x in (q, k, v, log_decay, beta))
+    out, states = form(q, k, v, log_decay, beta, states)
     return out.transpose(1, 2).contiguous(), states
 
 

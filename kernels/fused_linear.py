@@ -35,7 +35,7 @@ def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
         [T, F], of x's dtype.
     """
     takes = _described(x, weight) and use_triton(x, weight)
-    if takes and fuses_swiglu(*x.shape, len(weight) // 2, x.dtype, x.device):
+    if takes and fuses_swiglu(len(x), x.shape[1], len(weight) // 2, x.dtype, x.device):
         from .fused_linear_triton import swiglu_linear as fast
 
         return run_triton(fast, x, weight)
@@ -60,7 +60,7 @@ def rotary_linear(
     """
     dim = 2 * angles[0].shape[1]
     takes = _described(x, weight, *angles) and use_triton(x, weight, *angles)
-    if takes and columns and _fuses_rotation(*x.shape, dim, x.dtype, x.device):
+    if takes and columns and _fuses_rotation(len(x), x.shape[1], dim, x.dtype, x.device):
         from .fused_linear_triton import rotary_linear as fast
 
         heads = run_triton(fast, x, weight[:columns], angles)

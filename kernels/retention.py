@@ -72,7 +72,8 @@ def gated_retention(
 
         dtype = q.dtype
         if dtype == torch.float16:
-            q, k, v, swish = (x if x is None else x.float() for x in (q, k, v, swish))
+            q, k, v = q.float(), k.float(), v.float()
+            swish = None if swish is None else swish.float()
         out, last = run_triton(
             fast, q, k, v, gate, sequences, states, swish, eps, keep, temperature
         )
@@ -106,7 +107,7 @@ def gated_retention_reference(
         by_length.setdefault(length, []).append(i)
     if len(by_length) == 1:
         batches = [x.unflatten(0, (len(sequences.lengths), -1)) for x in inputs]
-        out, last = _retain_batch(*batches, states)
+        out, last = _retain_batch(states, *batches)
         out = out.flatten(0, 1)
     else:
         tokens, outputs, lasts, members = [], [], [], []
@@ -114,7 +115,7 @@ def gated_retention_reference(
         for length, group in by_length.items():
             rows = offsets[group][:, None] + torch.arange(length, device=q.device)
             starts = None if states is None else states[group]
-            out, last = _retain_batch(*(x[rows] for x in inputs), starts)
+            out, last = _retain_batch(starts, *(x[rows] for x in inputs))
             tokens.append(rows.flatten())
             outputs.append(out.flatten(0, 1))
             lasts.append(last)
@@ -127,7 +128,7 @@ def gated_retention_reference(
 
 
 def _retain_batch(
-    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, states: Tensor | None
+    states: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor
 ) -> tuple[Tensor, Tensor]:
     """[n, T, H, D] each, log_gate [n, T, H] -> [n, T, H, D] and the states after them."""
     retention = retention_recurrent if q.shape[1] == 1 else retention_chunkwise

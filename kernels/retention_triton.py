@@ -174,7 +174,8 @@ def _segments(sequences: Sequences, rows: int, chunk: int) -> tuple[int, int, Te
           not its last, the state that it continues, 0.
     """
     target = max(MIN_SEGMENT, sequences.total * rows / programs(sequences.device))
-    inner, last, scans = [], [], []
+    inner: list[tuple[int, int, int, int]] = []
+    last, scans = [], []
     for i, length in enumerate(sequences.lengths):
         source = i if sequences.sources is None else sequences.sources[i]
         first, end = sequences.offsets[i], sequences.offsets[i + 1]

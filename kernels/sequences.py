@@ -111,11 +111,13 @@ def cells(intervals: Iterable[tuple]) -> list[tuple[int, int, list[tuple]]]:
     Returns:
         First and end of each piece, in order, and the intervals that it lies in.
     """
-    beginning, bounds = defaultdict(list), set()
+    beginning = defaultdict(list)
+    bounds: set[int] = set()
     for interval in intervals:
         beginning[interval[0]].append(interval)
         bounds.update(interval[:2])
-    pieces, current = [], []
+    pieces = []
+    current: list[tuple] = []
     for first, end in pairwise(sorted(bounds)):
         current = [interval for interval in current if interval[1] > first] + beginning[first]
         pieces.append((first, end, current))
