@@ -1,5 +1,6 @@
 # make demo: evaluate two bundled checkpoints on yoco_needle and compare them on an HTML page.
-# make test: lint and run the tests; make test-fast: without those marked slow, in two minutes.
+# make test: lint, check types, run the tests; make test-fast: without those marked slow, in two
+# minutes.
 # make fuzz CASES=5000 SEED=1: so many damaged files, of which the tests try 600 of seed 0.
 # All create .venv with $(PYTHON), 3.10 or later, and install into it what is missing.
 
@@ -25,6 +26,7 @@ demo: .venv/installed
 test test-fast: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(filter test-fast,$@),-m 'not slow')
 
 fuzz: .venv/installed-test

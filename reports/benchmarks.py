@@ -93,7 +93,7 @@ def compare_benchmarks(checkpoints: Sequence[Checkpoint]) -> list[Benchmark]:
         if metric is None or not any(metric in run.scores for run in there):
             common = (m for m in there[0].scores if all(m in run.scores for run in there))
             metric = next(common, next(iter(there[0].scores)))
-        scores = tuple(run and run.scores.get(metric) for run in runs)
+        scores = tuple(run.scores.get(metric) if run else None for run in runs)
         higher = higher_is_better(there[0], metric)
         comparable = not any(differing(there[0], run, REFUSED) for run in there[1:])
         benchmarks.append(

@@ -378,11 +378,11 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
             values = _values_by_length(metric, runs)
             cut = tuple(_cut(metric, run) for run in runs)
             left_out = tuple(
-                () if one is None else tuple(sorted(run.by_length[metric].keys() - one))
+                tuple(sorted(run.by_length[metric].keys() - one)) if run and one is not None else ()
                 for run, one in zip(runs, values, strict=True)
             )
             effective = tuple(
-                one and ruler_effective_length(below_cut(one, lengths))
+                None if one is None else ruler_effective_length(below_cut(one, lengths))
                 for one, lengths in zip(values, cut, strict=True)
             )
             curves.append(
@@ -414,10 +414,12 @@ def _values_by_length(
     lengths = sorted({length for one in scores if one for length in one})
     before = dict(zip(lengths, [0, *lengths], strict=False))
     return tuple(
-        one and {
+        None
+        if one is None
+        else {
             length: score.value
             for length, score in one.items()
             if metric not in BUCKETS or score.after == before[length]
         }
         for one in scores
-    )  # fmt: skip
+    )

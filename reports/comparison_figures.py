@@ -107,8 +107,8 @@ def curve_panels(comparison: Comparison) -> list[Panel]:
         (CURVES, "curves", CURVES, _curve_plots(comparison)),
         (COSTS, "costs", COSTS, _cost_plots(comparison)),
     ):
-        if plots := list(plots):
-            found.append(_plots(comparison, section, name, title, plots))
+        if drawn := list(plots):
+            found.append(_plots(comparison, section, name, title, drawn))
     return found
 
 
@@ -116,8 +116,10 @@ def stack(figures: Sequence[Panel]) -> Figure:
     """The panels in one figure, one below the other."""
     height = sum(panel.height for panel in figures)
     whole = Figure(figsize=(PAGE_WIDTH, height))
-    parts = whole.subfigures(len(figures), 1, height_ratios=[p.height for p in figures], hspace=0)
-    for panel, part in zip(figures, [parts] if len(figures) == 1 else parts, strict=True):
+    parts = whole.subfigures(
+        len(figures), 1, squeeze=False, height_ratios=[p.height for p in figures], hspace=0
+    )
+    for panel, part in zip(figures, parts[:, 0], strict=True):
         part.set_facecolor("none")
         panel.draw(part)
     return whole
@@ -156,9 +158,8 @@ def _draw_heatmaps(
         figure.text(0.5, 0.06 / height, f"{CUT}: {_CUT}", size=FONT - 1, ha="center", va="bottom")
     width, rows = _map_width(columns), grid_height(len(task.depths))
     names = _short_names(comparison.names)
-    there = [i for i, result in enumerate(task.results) if result]
-    for place, index in enumerate(there):
-        result = task.results[index]
+    there = [(name, one) for name, one in zip(names, task.results, strict=True) if one]
+    for place, (name, result) in enumerate(there):
         row, column = divmod(place, columns)
         top = _TITLE + row * (_CAPTION + rows + _BELOW) + _CAPTION
         left = _LEFT + column * (width + _GAP)
@@ -168,7 +169,7 @@ def _draw_heatmaps(
             ax.set_ylabel("")
             ax.set_yticks([])
         facts = f"mean {result.run.accuracy:.2f}, effective {effective_text(result)}"
-        _caption(ax, names[index], facts)
+        _caption(ax, name, facts)
         if column == columns - 1 or place == len(there) - 1:
             bar = _add_axes(figure, left + width + 0.08, top, 0.09, rows, height)
             add_color_bar(figure, bar)
@@ -182,7 +183,7 @@ def _caption(ax: Axes, name: str, facts: str) -> None:
             size=size, weight=weight, ha="center", va="bottom", annotation_clip=False,
         )  # fmt: skip
         room = ax.get_window_extent().width
-        drawn.set_size(max(SMALL_FONT, size * min(1, room / drawn.get_window_extent().width)))
+        drawn.set_fontsize(max(SMALL_FONT, size * min(1, room / drawn.get_window_extent().width)))
         letters = len(text)
         while drawn.get_window_extent().width > room and letters > 8:
             letters -= 1
@@ -191,7 +192,7 @@ def _caption(ax: Axes, name: str, facts: str) -> None:
 
 def _needle_plots(comparison: Comparison) -> Iterator[_Plot]:
     for task in comparison.needles:
-        by_length = [result.by_length if result else () for result in task.results]
+        by_length = [result.by_length if result else [] for result in task.results]
         yield _Plot(
             f"{task.task}: accuracy",
             [{one.context_length: one.accuracy for one in ones} or None for ones in by_length],
@@ -272,7 +273,7 @@ def _draw_plots(
     figure.legend(
         handles=handles,
         loc="upper center", bbox_to_anchor=(0.5, 1 - (_TITLE - 0.08) / height), borderaxespad=0,
-        ncols=_legend_columns([handle.get_label() for handle in handles]), frameon=False,
+        ncols=_legend_columns([str(handle.get_label()) for handle in handles]), frameon=False,
         fontsize=FONT,
     )  # fmt: skip
     columns = min(len(plots), _PLOT_COLUMNS)
@@ -287,12 +288,12 @@ def _draw_plots(
 def _draw_plot(plot: _Plot, ax: Axes) -> None:
     title = ax.set_title(one_line(plot.title, _TITLE_LETTERS), size=FONT, pad=4)
     room = 1.1 * ax.get_window_extent().width
-    title.set_size(max(SMALL_FONT, FONT * min(1, room / title.get_window_extent().width)))
+    title.set_fontsize(max(SMALL_FONT, FONT * min(1, room / title.get_window_extent().width)))
     lengths = sorted({length for curve in plot.curves for length in curve or ()})
-    there = [i for i, curve in enumerate(plot.curves) if curve]
+    there = [(i, curve) for i, curve in enumerate(plot.curves) if curve]
     step = min(_DODGE / len(there), 0.05) * spacing(lengths)
-    for place, index in enumerate(there):
-        curve, style = plot.curves[index], series(index)
+    for place, (index, curve) in enumerate(there):
+        style = series(index)
         shift = step * (place - (len(there) - 1) / 2) if plot.bounds else 0
         xs = [math.log2(length) + shift for length in sorted(curve)]
         ys = [curve[length] for length in sorted(curve)]

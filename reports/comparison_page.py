@@ -89,7 +89,7 @@ def html(comparison: Comparison) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
     )
     environment.filters["key"] = _sort_key
-    parts = environment.get_template("parts.html").module
+    parts = vars(environment.get_template("parts.html").module)
     with figure_style(**{"axes.facecolor": "none"}, **dict.fromkeys(_INKED, _INK)):
         curves = curve_panels(comparison)
         shown = [_show(comparison, section, curves) for section in sections(comparison)]
@@ -108,8 +108,8 @@ def html(comparison: Comparison) -> str:
                 "colors": _COLORS | {"--ink": "#000000"},  # of figures that are saved
             }
         ),
-        figure=parts.figure,
-        table=parts.table,
+        figure=parts["figure"],
+        table=parts["table"],
     )
 
 
@@ -135,7 +135,8 @@ def _show(comparison: Comparison, section: Section, curves: Sequence[Panel]) -> 
 
 
 def _effective(comparison: Comparison) -> Table:
-    rows, notes = [], []
+    rows = []
+    notes: list[str] = []
     for task in comparison.needles:
         cells = [
             Cell(effective_text(result), value=result.effective_length or 0)
@@ -147,10 +148,12 @@ def _effective(comparison: Comparison) -> Table:
         notes += incomparable(comparison, task.task)
         if any(result and result.gaps for result in task.results) and GAPS not in notes:
             notes.append(GAPS)
-        for note in cut_note(comparison, [result and result.cut for result in task.results]):
+        cut = [result.cut if result else None for result in task.results]
+        for note in cut_note(comparison, cut):
             notes += [note] * (note not in notes)
-    notes = (*notes, effective_note(comparison))
-    return Table("Effective context length", ("task", *comparison.names), tuple(rows), notes=notes)
+    notes.append(effective_note(comparison))
+    header = ("task", *comparison.names)
+    return Table("Effective context length", header, tuple(rows), notes=tuple(notes))
 
 
 def _heatmaps(comparison: Comparison, place: int) -> Iterator[_Drawn]:

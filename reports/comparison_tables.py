@@ -208,7 +208,7 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Table:
         )
     if any(result and result.gaps for result in task.results):
         notes.append(GAPS)
-    notes += cut_note(comparison, [result and result.cut for result in task.results])
+    notes += cut_note(comparison, [result.cut if result else None for result in task.results])
     sources = dict.fromkeys((row.source, row.context_length) for row in task.published)
     for source, length in sources:
         models = ", ".join(
@@ -225,8 +225,7 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Table:
 
 
 def _accuracy(result: NeedleResult | None, length: int, threshold: float) -> Cell:
-    found = result and result.at(length)
-    if not found:
+    if not result or not (found := result.at(length)):
         return Cell(NOTHING)
     low, high = found.interval
     detail = f"{_apart(low, threshold)}–{high:.2f}"
@@ -334,10 +333,10 @@ def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
         )
         for n in curves.context_lengths
     ]
-    foot = ()
+    foot: tuple[Cell, ...] = ()
     if curves.effective_lengths:
         shown = [
-            NOTHING if n is None else _effective(n, values, cut)
+            NOTHING if n is None else _effective(n, values or (), cut)
             for n, values, cut in zip(
                 curves.effective_lengths, curves.values, curves.cut, strict=True
             )
@@ -412,8 +411,8 @@ def _caveats(comparison: Comparison) -> Iterable[str]:
     for (reason, first, second), concerned in tasks.items():
         pair = f"{comparison.names[first]} and {comparison.names[second]}"
         pairs.setdefault((reason, tuple(concerned)), []).append(pair)
-    for (reason, concerned), alike in pairs.items():
-        yield f"{listed(alike, between='; ')} ({listed(concerned)}): {reason}"
+    for (reason, of_tasks), alike in pairs.items():
+        yield f"{listed(alike, between='; ')} ({listed(of_tasks)}): {reason}"
 
 
 def _sources(comparison: Comparison) -> Iterable[str]:

@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -101,7 +101,7 @@ def _label_width(console: Console) -> int:
 def _rich_table(table: Table, columns: list[int], console: Console) -> RichTable:
     drawn = RichTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for column in (0, *columns):
-        justify = "right" if column else "left"
+        justify: JustifyMethod = "right" if column else "left"
         header = Text(printable(table.header[column]), justify=justify)
         drawn.add_column(
             header, justify=justify, overflow="fold", vertical="bottom",

@@ -166,8 +166,8 @@ def benchmark_tests(
     tests, caveats = [], []
     for benchmark in benchmarks:
         key = benchmark.task, benchmark.n_shot
-        there = [i for i, score in enumerate(benchmark.scores) if score]
-        for i, j in combinations(there, 2):
+        there = [(i, score) for i, score in enumerate(benchmark.scores) if score]
+        for (i, a), (j, b) in combinations(there, 2):
             runs = checkpoints[i].tasks[key], checkpoints[j].tasks[key]
             if refused := differing(*runs, REFUSED):
                 reason = f"not compared: another {_listed(refused)}"
@@ -175,11 +175,10 @@ def benchmark_tests(
                 continue
             if {"limit", "documents"} & set(differing(*runs, MARKED)):
                 caveats.append(Caveat(benchmark.task, i, j, False, "not of the same documents"))
-            a, b = benchmark.scores[i], benchmark.scores[j]
-            if reason := _untestable((a, b), list(map(_documents, runs))):
-                caveats.append(Caveat(benchmark.task, i, j, False, f"not tested: {reason}"))
+            if obstacle := _untestable((a, b), list(map(_documents, runs))):
+                caveats.append(Caveat(benchmark.task, i, j, False, f"not tested: {obstacle}"))
             else:
-                p = z_test((a.value, a.error), (b.value, b.error))
+                p = z_test(_mean(a), _mean(b))
                 tests.append(
                     PairTest(
                         benchmark.task, i, j, MEANS, (a.value, b.value), p, n_shot=benchmark.n_shot,
@@ -201,8 +200,8 @@ def curve_tests(
     for task, n_shot, metric in curves:
         there = [i for i, one in enumerate(checkpoints) if (task, n_shot) in one.tasks]
         for i, j in combinations(there, 2):
-            runs = tuple(checkpoints[k].tasks[task, n_shot] for k in (i, j))
-            scores = tuple(run.by_length.get(metric, {}) for run in runs)
+            runs = checkpoints[i].tasks[task, n_shot], checkpoints[j].tasks[task, n_shot]
+            scores = [run.by_length.get(metric, {}) for run in runs]
             evaluated = sorted({*scores[0], *scores[1]})
             lengths = [
                 n for n in evaluated
@@ -219,11 +218,11 @@ def curve_tests(
             for length in lengths:
                 pair = scores[0][length], scores[1][length]
                 documents = [_documents_of(*one) for one in zip(runs, pair, strict=True)]
-                if reason := _untestable(pair, documents):
-                    untested.setdefault(reason, []).append(length)
+                if obstacle := _untestable(pair, documents):
+                    untested.setdefault(obstacle, []).append(length)
                     continue
                 others |= documents[0] != documents[1]
-                p = z_test(*((score.value, score.error) for score in pair))
+                p = z_test(_mean(pair[0]), _mean(pair[1]))
                 tests.append(
                     PairTest(
                         task, i, j, MEANS, (pair[0].value, pair[1].value), p, n_shot=n_shot,
@@ -246,6 +245,12 @@ def _untestable(scores: Sequence[Score], documents: Sequence[int]) -> str | None
     if min(documents) < _FEWEST_DOCUMENTS:
         return f"fewer than {_FEWEST_DOCUMENTS} documents"
     return None
+
+
+def _mean(score: Score) -> tuple[float, float]:
+    """With its standard error, which there is."""
+    assert score.error is not None
+    return score.value, score.error
 
 
 def correct(tests: Sequence[PairTest]) -> list[PairTest]:
@@ -398,11 +403,11 @@ def _test(
     total = [sum(grid[cell].samples for cell in cells) for grid in grids]
     if fisher((total[0], total[0]), (0, total[1])) >= LEVEL:
         return None
-    by_sample = [clusters(told[cell] for cell in cells) for told in answers]
-    if None in by_sample:
+    first, second = (clusters(told[cell] for cell in cells) for told in answers)
+    if first is None or second is None:
         method, p = INDEPENDENT, fisher((right[0], total[0]), (right[1], total[1]))
     else:
-        method, p = UNPAIRED, unpaired_test(*by_sample)
+        method, p = UNPAIRED, unpaired_test(first, second)
     scores = right[0] / total[0], right[1] / total[1]
     return method, {"scores": scores, "p": p, "prompts": tuple(total)}
 
@@ -411,9 +416,9 @@ def _paired(cells: Iterable[Cell], answers: tuple[Answers, Answers]) -> dict | N
     first, second = answers
     pairs: dict[int, list[tuple[bool, bool]]] = {}  # by sample
     for cell in cells:
-        for sample in first[cell].keys() & second[cell].keys():
-            pair = first[cell][sample].right, second[cell][sample].right
-            pairs.setdefault(sample, []).append(pair)
+        one, other = first[cell] or {}, second[cell] or {}
+        for sample in one.keys() & other.keys():
+            pairs.setdefault(sample, []).append((one[sample].right, other[sample].right))
     every = [pair for of_sample in pairs.values() for pair in of_sample]
     if mcnemar(len(every), 0) >= LEVEL:
         return None

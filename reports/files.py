@@ -21,7 +21,7 @@ from .results import ResultsError
 try:
     import fcntl
 except ImportError:  # Windows, where a file that is open can neither be removed nor replaced
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module's name
 
 FIGURES = (".png", ".svg", ".pdf")
 _TEMPORARY = (".yoco-eval-", ".tmp")  # the names of files that are being written

@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -108,7 +109,7 @@ def heatmap_figure(
         for line in lines:
             text = figure.text(0.5, y, line, size=size, weight=weight, ha="center", va="top")
             room = 0.96 * figure.bbox.width / text.get_window_extent().width
-            text.set_size(size * min(1, room))  # wide letters
+            text.set_fontsize(size * min(1, room))  # wide letters
             y -= (1.3 if weight == "bold" else 1.4) * size / 72 / total
     return figure
 
@@ -278,7 +279,9 @@ def _labels(run: NeedleRun, lengths: Iterable[int]) -> list[str]:
 def _label_lengths(ax: Axes, labels: list[str], cell_width: float) -> None:
     slanted = text_width(labels, FONT) > 0.9 * 72 * cell_width
     step = math.ceil(1.1 * FONT / (72 * cell_width))
-    style = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    style: dict[str, Any] = {}
+    if slanted:
+        style = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     ticks = range(0, len(labels), step)
     ax.set_xticks([i + 0.5 for i in ticks], labels[::step], size=FONT, **style)
     ax.set_xlabel("Context length (tokens)", size=FONT)

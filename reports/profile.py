@@ -6,11 +6,12 @@ measured, for want of memory or patience, is said where its figure would stand.
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -69,7 +70,7 @@ class ProfileRow:
     prefill_seconds: float | None = None
     decode_tokens_per_second: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, "model", _is_text)
         _check(self, "length", _is_count)
         _check(self, "outcome", (MEASURED, OUT_OF_MEMORY, OUT_OF_PATIENCE).__contains__)
@@ -83,8 +84,10 @@ class ProfileRow:
     @property
     def parts(self) -> list[int | None]:
         """Bytes of weights, of the cache, and of all else at the peak."""
-        weights, cache = self.weights_bytes, self.cache_bytes
-        return [weights, cache, self.peak_bytes and self.peak_bytes - weights - cache]
+        weights, cache, peak = self.weights_bytes, self.cache_bytes, self.peak_bytes
+        if peak is None or weights is None or cache is None:
+            return [weights, cache, None]
+        return [weights, cache, peak - weights - cache]
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Profile:
     seed: int
     rows: tuple[ProfileRow, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("name", "dtype", "device"):
             _check(self, name, _is_text)
         for name in ("prefill_chunk", "decode_steps"):
@@ -147,10 +150,8 @@ class Profile:
 
         quantity: "peak_bytes", "prefill_seconds" or "decode_tokens_per_second".
         """
-        values = []
-        for model in self.models[:2]:
-            row = self.row(model, length)
-            values.append(row and getattr(row, quantity))
+        rows = [self.row(model, length) for model in self.models[:2]]
+        values: list[Any] = [getattr(row, quantity) if row else None for row in rows]
         if len(values) < 2 or not all(values):
             return None
         first, second = values
@@ -290,7 +291,13 @@ def print_profile(profile: Profile, console: Console) -> None:
         console.print(Text(explain_gain(profile)))
 
 
-def _print_table(profile: Profile, console: Console, columns, cells, gains) -> None:
+def _print_table(
+    profile: Profile,
+    console: Console,
+    columns: Sequence[tuple[str, int]],
+    cells: Callable[[ProfileRow], Sequence[str]],
+    gains: Sequence[tuple[str, str]],
+) -> None:
     """A line per length. `cells` gives a row's texts, of which the last one may be wider."""
     gains = gains if len(profile.models) > 1 else []
     width = sum(width for _, width in columns)
@@ -333,7 +340,7 @@ def profile_figure(profile: Profile) -> Figure:
         axes, ("peak_bytes", "prefill_seconds", "decode_tokens_per_second"), strict=True
     ):
         _label_lengths(profile, ax, quantity)
-    handles = [
+    handles: list[Artist] = [
         Line2D([], [], label=one_line(model, _LONGEST), **series(index))
         for index, model in enumerate(profile.models)
     ]
@@ -373,8 +380,10 @@ def _draw_memory(profile: Profile, ax: Axes) -> None:
                     bottom += height
             elif row.weights_bytes is not None and row.cache_bytes is not None:
                 bottom = (row.weights_bytes + row.cache_bytes) / unit
-                style = {"fill": False, "edgecolor": hue, "linestyle": ":", "linewidth": 0.8}
-                ax.bar(x, bottom, 0.94 * width, **style)
+                ax.bar(
+                    x, bottom, 0.94 * width,
+                    fill=False, edgecolor=hue, linestyle=":", linewidth=0.8,
+                )  # fmt: skip
             if row.outcome != MEASURED:
                 ax.annotate(
                     row.outcome,
@@ -482,6 +491,7 @@ def _gain(value: float | None) -> str:
     return f"{value:.{2 if value < 1 else 1}f}x"
 
 
-def _tint(color: str, strength: float) -> tuple[float, ...]:
+def _tint(color: str, strength: float) -> tuple[float, float, float]:
     """The colour mixed with white: all of it at strength 1."""
-    return tuple(1 - strength * (1 - channel) for channel in to_rgb(color))
+    red, green, blue = (1 - strength * (1 - channel) for channel in to_rgb(color))
+    return red, green, blue

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from yoco_eval.printable import shown
 
@@ -85,7 +85,7 @@ class NeedleCell:
     source: Path | None = field(default=None, compare=False)
     cut_to: int | None = field(default=None, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("context_length", "samples", "correct"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -102,7 +102,7 @@ class NeedleCell:
             raise ResultsError(f"correct {self.correct} is outside 0..{self.samples} (its samples)")
         if (self.right is None) != (self.wrong is None):
             raise ResultsError("right and wrong must both be given, or neither")
-        if self.right is not None:
+        if self.right is not None and self.wrong is not None:
             self._check_answers(self.right, self.wrong)
         if self.prompts is not None:
             if self.right is None or len(self.prompts) != self.samples:
@@ -236,7 +236,7 @@ def parse_cells(raw: list, file: ResultsFile | None = None) -> tuple[NeedleCell,
     return tuple(sorted(cells.values()))
 
 
-def _answers(entry: dict) -> dict[str, tuple]:
+def _answers(entry: dict) -> dict[str, Any]:
     told = ("right", "wrong", "prompts")
     return {name: tuple(entry[name]) for name in told if entry.get(name) is not None}
 
@@ -259,6 +259,6 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value of a results file is a figure: lm-eval writes "N/A" where there is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

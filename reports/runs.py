@@ -66,11 +66,11 @@ def load_checkpoints(
     Raises ResultsError: a path is not there, is given twice or holds no results; names that do not
     fit.
     """
-    paths = [Path(path) for path in paths]
-    for path in paths:
+    places = [Path(path) for path in paths]
+    for path in places:
         _check_there(path)
-    names = _check_names(names, len(paths)) if names else _names(paths)
-    checkpoints = [_load(path, name) for path, name in zip(paths, names, strict=True)]
+    names = _check_names(names, len(places)) if names else _names(places)
+    checkpoints = [_load(path, name) for path, name in zip(places, names, strict=True)]
     _check_apart(checkpoints)
     return checkpoints
 
@@ -167,7 +167,8 @@ def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
     path = Path(path)
     _check_there(path)
     if path.is_file():
-        files, skipped = _named([read_results(path)]), []
+        files = _named([read_results(path)])
+        skipped: list[Skipped] = []
     else:
         files, _, skipped = _read_files(path)
     files = [file for file in files if file.needle_cells()]

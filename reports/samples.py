@@ -72,10 +72,11 @@ def answers(run: NeedleRun, logged: Sequence[NeedleSample]) -> Answers:
 
 
 def _answers(cell: NeedleCell, logged: dict[int, Answer]) -> dict[int, Answer] | None:
-    if cell.right is None:
+    if cell.right is None or cell.wrong is None:
         right = sum(answer.right for answer in logged.values())
         return logged if (right, len(logged)) == (cell.correct, cell.samples) else None
     told = dict.fromkeys(cell.right, True) | dict.fromkeys(cell.wrong, False)
+    prompts: dict[int, str | None]
     if cell.prompts is not None:
         prompts = dict(zip(sorted(told), cell.prompts, strict=True))
     elif {sample: answer.right for sample, answer in logged.items()} == told:

@@ -65,11 +65,11 @@ def find_differences(
     found: dict[tuple[str, tuple[str | None, ...]], list[str]] = {}
     for key in tasks:
         runs = [checkpoint.tasks.get(key) for checkpoint in checkpoints]
-        settings = [run and setup(run) for run in runs]
+        settings = [setup(run) if run else None for run in runs]
         names = dict.fromkeys(name for one in settings if one for name in one)
         for name in names:
             missing = "not told" if name in _ALWAYS else _NOT_SET.get(name, "default")
-            values = tuple(one and one.get(name, missing) for one in settings)
+            values = tuple(one.get(name, missing) if one else None for one in settings)
             if len({value for value in values if value is not None}) > 1:
                 found.setdefault((name, values), []).append(key[0])
     differences = [
@@ -149,7 +149,7 @@ def common(values: Sequence[Any]) -> Any:
     return ", ".join(dict.fromkeys(map(str, told)))
 
 
-def _text(name: str, value: object) -> str:
+def _text(name: str, value: Any) -> str:
     try:
         if name == "context lengths":
             return ", ".join(format_length(length) for length in value)

@@ -112,10 +112,10 @@ def unpaired_test(
 
 def _share(right: Sequence[int], total: Sequence[int]) -> tuple[float, float]:
     """A share of right answers and its variance, as two or more clusters show it."""
-    right, total = np.asarray(right, dtype=float), np.asarray(total, dtype=float)
-    share, clusters = right.sum() / total.sum(), len(total)
-    squares = np.sum((right - total * share) ** 2)
-    return float(share), float(clusters / (clusters - 1) * squares / total.sum() ** 2)
+    hits, sizes = np.asarray(right, dtype=float), np.asarray(total, dtype=float)
+    share, clusters = hits.sum() / sizes.sum(), len(sizes)
+    squares = np.sum((hits - sizes * share) ** 2)
+    return float(share), float(clusters / (clusters - 1) * squares / sizes.sum() ** 2)
 
 
 def _t_test(difference: float, error: float, freedom: float) -> float:

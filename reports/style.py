@@ -21,7 +21,7 @@ FONT, TITLE_FONT, SMALL_FONT = 7, 8.5, 5.5  # points
 GRID = "#e6e6e6"  # lines behind curves
 # Names may need letters that the first font lacks. Fonts that are not there would be warned of.
 _FONTS = ("DejaVu Sans", "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei")
-_RC = {
+_RC: dict[Any, Any] = {
     "font.family": [name for name in _FONTS if name in fontManager.get_font_names()],
     "font.size": FONT,
     "axes.linewidth": 0.6,

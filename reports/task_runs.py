@@ -137,8 +137,9 @@ def _by_length(run: TaskRun, tasks: Mapping[str, TaskRun]) -> TaskRun:
         lengths = [_babilong_length(run.file, leaf) for leaf in leaves]
         if None not in lengths:
             score = scores.pop("acc,none")
-            if len(set(lengths)) == 1:  # a mean over several is of no length
-                values["acc"] = {lengths[0]: score}
+            [length, *others] = set(lengths)
+            if length is not None and not others:  # a mean over several is of no length
+                values["acc"] = {length: score}
     by_length = {
         metric: _with_sources(found, run.file) for metric, found in values.items() if found
     }

@@ -44,11 +44,13 @@ def unite(runs: Sequence[TaskRun]) -> tuple[TaskRun, list[LeftOut]]:
     """
     newest, *older = runs
     if not newest.context_lengths:
-        reason = f"not united with {newest.file.path.name}: nothing is by context length there"
-        return newest, [LeftOut(run, reason) for run in older if run.context_lengths]
-    joined, left_out = [newest], []
+        why = f"not united with {newest.file.path.name}: nothing is by context length there"
+        return newest, [LeftOut(run, why) for run in older if run.context_lengths]
+    joined = [newest]
+    left_out: list[LeftOut] = []
     for run in older:
-        reason, other = _obstacle(newest, run), newest
+        other: TaskRun | None = newest
+        reason = _obstacle(newest, run)
         if reason is None:
             # One that is not the newest may be, too, whose prompts at a common length are others.
             other = next((one for one in joined if _other_prompts(one, run)), None)
@@ -94,12 +96,8 @@ def _values(metric: str, runs: Sequence[dict[int, Score]]) -> dict[int, Score]:
     values = {}
     for before, length in zip([0, *lengths], lengths, strict=False):
         found = [run[length] for run in runs if length in run]
-        values[length] = min(  # the first of those that are best
-            found,
-            key=lambda score, before=before: (
-                metric in BUCKETS and score.after != before, score.cut_to is not None
-            ),
-        )  # fmt: skip
+        flaws = [(metric in BUCKETS and s.after != before, s.cut_to is not None) for s in found]
+        values[length] = found[flaws.index(min(flaws))]  # the first of those that are best
     return values
 
 
@@ -163,9 +161,9 @@ def _limited_nothing(run: TaskRun) -> bool:
 
 def _other_prompts(newer: TaskRun, run: TaskRun) -> bool:
     """Whether the digests of their prompts differ where both have results."""
-    theirs = {(cell.context_length, cell.depth): cell for cell in run.cells}
+    cells = {(cell.context_length, cell.depth): cell for cell in run.cells}
     for cell in newer.cells:
-        other = theirs.get((cell.context_length, cell.depth))
+        other = cells.get((cell.context_length, cell.depth))
         if other and any(
             prompt != _prompts(other).get(sample, prompt)
             for sample, prompt in _prompts(cell).items()
@@ -183,7 +181,7 @@ def _other_prompts(newer: TaskRun, run: TaskRun) -> bool:
 
 def _prompts(cell: NeedleCell) -> dict[int, str]:
     """The digests by number of the sample, where they are told."""
-    if cell.prompts is None:
+    if cell.prompts is None or cell.right is None or cell.wrong is None:
         return {}
     return dict(zip(sorted((*cell.right, *cell.wrong)), cell.prompts, strict=True))
 

@@ -27,7 +27,7 @@ def books(task: str, data: str | None, longest: int) -> Iterator[tuple[str, str]
     Raises:
         ValueError: there is no such source; the error names it.
     """
-    if _holds_data_set(data, task):
+    if data is None or _holds_data_set(data, task):
         for row in _rows(BOOKS, None, task, data):
             yield row["short_book_title"], row["text"]
         return
@@ -48,7 +48,7 @@ def code(task: str, data: str | None, longest: int) -> Iterator[tuple[str, str]]
 
     Arguments and errors as for `books`; `longest` decides between large and huge repositories.
     """
-    if _holds_data_set(data, task):
+    if data is None or _holds_data_set(data, task):
         # The huge ones fill longer contexts, but come in gigabytes.
         size = "large_context" if longest <= 2**16 else "huge_context"
         seen = set()
@@ -68,8 +68,8 @@ def code(task: str, data: str | None, longest: int) -> Iterator[tuple[str, str]]
         yield folder.name, repositories.join(contents)
 
 
-def _holds_data_set(data: str | None, task: str) -> bool:
-    return data is None or Path(data, task).expanduser().is_dir()
+def _holds_data_set(data: str, task: str) -> bool:
+    return Path(data, task).expanduser().is_dir()
 
 
 def _rows(path: str, name: str | None, task: str, data: str | None, **options: Any) -> Iterable:

@@ -206,8 +206,9 @@ def _stated_positions(config: Mapping[str, Any]) -> int | None:
 
 def _bundled() -> Path:
     """The folder of the bundled checkpoints, found without importing the model's code."""
-    [folder] = find_spec("yoco_eval.model").submodule_search_locations
-    return Path(folder, "checkpoints")
+    spec = find_spec("yoco_eval.model")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0], "checkpoints")
 
 
 def _locate(name: Any) -> Path | str:

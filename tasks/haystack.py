@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -184,7 +184,7 @@ class TextHaystack:
         return self._text if start == 0 else f"{self._text[start:].rstrip()}\n{self._text[:start]}"
 
 
-def sentence_starts(text: str) -> list[int]:
+def sentence_starts(text: str) -> Sequence[int]:
     """Positions in `text`, ascending from 0, at which a sentence or a line begins."""
     ends = re.finditer(r"[.!?]['\"”’)\]]*\s+|[。！？][”’」』）]*\s*|\n\s*", text)
     return [0] + [end.end() for end in ends if end.end() < len(text)]

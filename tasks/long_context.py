@@ -37,7 +37,7 @@ class LongContextTask(ConfigurableTask):
         settings: one of these.
     """
 
-    Settings: type
+    Settings: type[Any]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         metadata = dict(config.get("metadata") or {})
@@ -117,10 +117,11 @@ class LongContextGroup(Group):
     """
 
     Task: type[LongContextTask]
+    aggregate_metric_list: list[AggMetricConfig]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         metadata = config["metadata"]
-        self.lengths = read_settings(self.Task.Settings, metadata).context_lengths
+        self.lengths: list[int] = read_settings(self.Task.Settings, metadata).context_lengths
         metrics = ["acc", *(metric_at("acc", length) for length in self.lengths)]
         means = [AggMetricConfig(metric, ["none"], weight_by_size=False) for metric in metrics]
         super().__init__(config["task"], aggregate_metric_list=means, metadata=metadata)

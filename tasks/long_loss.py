@@ -61,14 +61,20 @@ class Document(NamedTuple):
 
 
 class LongLoss(ConfigurableTask):
-    """lm-eval's task with documents, requests and metrics of its own; see the classes below."""
+    """lm-eval's task with documents, requests and metrics of its own; see the classes below.
+
+    Attributes:
+        ends: where buckets end, in tokens.
+    """
 
     source: Callable[[str, str | None, int], Iterator[tuple[str, str]]]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         metadata = dict(config.get("metadata") or {})
         self.settings = read_settings(Settings, metadata)
-        ends = bucket_ends(self.settings.context_lengths, max_positions(metadata, scored=True))
+        self.ends = ends = bucket_ends(
+            self.settings.context_lengths, max_positions(metadata, scored=True)
+        )
         check_positions(ends, metadata, scored=True)
         self.settings = replace(self.settings, context_lengths=ends)
         losses = ["loss", *(metric_at(name, end) for name in ("loss", "loss_to") for end in ends)]
@@ -92,7 +98,7 @@ class LongLoss(ConfigurableTask):
             ValueError: the source cannot be read, or holds too few long documents.
         """
         task, wanted = self.config.task, self.settings.samples
-        ends, data = self.settings.context_lengths, self.settings.data
+        ends, data = self.ends, self.settings.data
         counter = token_counter(self.config.metadata)
         self._documents: list[Document] = []
         too_short: list[int] = []
@@ -107,7 +113,9 @@ class LongLoss(ConfigurableTask):
                 if len(self._documents) == wanted:
                     break
         if len(self._documents) < wanted:
-            raise ValueError(_too_few(self.settings, len(self._documents), too_short))
+            raise ValueError(
+                _too_few(self.settings, self.ends[-1], len(self._documents), too_short)
+            )
         self.dataset = {
             "test": datasets.Dataset.from_list(
                 [
@@ -134,7 +142,7 @@ class LongLoss(ConfigurableTask):
 
         The results file gets digests of the requests of each context length.
         """
-        check_positions(self.settings.context_lengths, self.config.metadata, scored=True)
+        check_positions(self.ends, self.config.metadata, scored=True)
         super().build_all_requests(**{**options, "cache_requests": False})
         # Of the whole run, of which this process may have a share only.
         asked = self.doc_iterator(limit=options.get("limit"), samples=options.get("samples"))
@@ -142,9 +150,7 @@ class LongLoss(ConfigurableTask):
         self.config.metadata["prompts"] = digests_by_length(
             (end, digest(document.text[:begin], document.text[begin:stop]))
             for document in documents
-            for end, (begin, stop) in zip(
-                self.settings.context_lengths, pairwise(document.cuts), strict=True
-            )
+            for end, (begin, stop) in zip(self.ends, pairwise(document.cuts), strict=True)
         )
 
     def construct_requests(
@@ -172,7 +178,7 @@ class LongLoss(ConfigurableTask):
         nats, tokens = [-logprob for logprob, _ in results], doc["tokens"]
         totals = list(zip(accumulate(nats), accumulate(tokens), strict=True))
         scores = {"loss": totals[-1], "bits_per_byte": (-totals[-1][0], doc["bytes"])}
-        for i, end in enumerate(self.settings.context_lengths):
+        for i, end in enumerate(self.ends):
             scores[metric_at("loss", end)] = nats[i], tokens[i]
             scores[metric_at("loss_to", end)] = totals[i]
         return scores
@@ -248,13 +254,13 @@ def bucket_ends(given: list[int] | None, positions: int | None) -> list[int]:
     return given
 
 
-def _too_few(settings: Settings, found: int, too_short: Sequence[int]) -> str:
+def _too_few(settings: Settings, longest: int, found: int, too_short: Sequence[int]) -> str:
     others = ""
     if too_short:
         most = max(too_short)
         others = f" and {len(too_short)} too short to be cut, the longest of {most} tokens"
     return (
-        f"{settings.samples} documents of {settings.context_lengths[-1]} tokens are needed, and "
+        f"{settings.samples} documents of {longest} tokens are needed, and "
         f"{settings.data or 'the data set'} holds {found}{others}; give shorter context_lengths, "
         "fewer samples, or longer texts with --metadata data=FOLDER"
     )

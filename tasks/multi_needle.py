@@ -49,6 +49,7 @@ class MultiNeedle(Needle):
     """A task whose YAML has a key `needles` of its own hides so many, and refuses other numbers."""
 
     settings_class = MultiSettings
+    settings: MultiSettings
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         config = dict(config)

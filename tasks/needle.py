@@ -26,6 +26,7 @@ class Settings(GridSettings):
 
 class Needle(NeedleGrid):
     settings_class: type[Settings] = Settings
+    settings: Settings
     introduction = INTRODUCTION
     answer_start = ANSWER
 

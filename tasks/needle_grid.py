@@ -273,7 +273,7 @@ class NeedleGrid(ConfigurableTask):
         except Exception:  # templates raise whatever they do where a turn stays open
             return False
         # Servers get a chat as JSON, and take each turn in it for a finished one.
-        return isinstance(context, str) and context.endswith(self.doc_to_prefix(shortest))
+        return isinstance(context, str) and context.endswith(self.answer_start.format(**shortest))
 
     def _context(self, doc: Mapping[str, Any]) -> Any:
         """What the model gets, system instruction and chat template included."""

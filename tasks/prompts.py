@@ -116,7 +116,7 @@ class Notes:
             size = size * needed // len(self._ends)
         self._begin = len(introduction)
         self._starts = np.array(starts(self._text[self._begin :]), dtype=np.int64) + self._begin
-        self._tokens_at_starts = self._kept(self._starts)
+        self._tokens_at_starts = np.searchsorted(self._ends, self._starts, side="right")
 
     @property
     def tokens(self) -> int:
@@ -191,9 +191,9 @@ class Notes:
             parts[-1] = parts[-1].removesuffix(self._around[1])
         return "".join([*parts, self._text[begin:end]])
 
-    def _kept(self, position):
-        """The number of tokens that end at or before the position(s)."""
-        return np.searchsorted(self._ends, position, side="right")
+    def _kept(self, position: int) -> int:
+        """The number of tokens that end at or before the position."""
+        return int(np.searchsorted(self._ends, position, side="right"))
 
     def _cut(self, tokens: int, whole_words: bool) -> int:
         """Where to end the notes after about so many tokens of introduction and haystack."""
@@ -224,7 +224,8 @@ class Notes:
 
     def _count(self, cut: int, edits: Sequence[_Edit], questions: Sequence[str]) -> list[int]:
         """The tokens of the prompt with each of the questions, special ones included."""
-        count, tokens, near = self._counter.count, self._counter.special, []
+        count, tokens = self._counter.count, self._counter.special
+        near: list[_Edit] = []
         # Edits near each other, or near the question, are counted together.
         for edit in [*edits, _Edit(cut, cut, 1, "")]:
             if near and edit.begin - near[-1].end > 2 * _NEAR:
@@ -246,4 +247,4 @@ class Notes:
         if begin == 0:
             return 0
         end = self._word_end(self._kept(begin + _NEAR // 2))
-        return int(self._kept(end)) - self._counter.count(self._text[begin:end])
+        return self._kept(end) - self._counter.count(self._text[begin:end])

@@ -8,14 +8,17 @@ from dataclasses import field, fields
 from difflib import get_close_matches
 from functools import cache
 from reprlib import repr as short_repr
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from yoco_eval import registration
 from yoco_eval.lengths import parse_length
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 # All settings of all tasks. The tasks of a run share one --metadata, so that each must know the
 # others' names to tell them from slips.
@@ -40,7 +43,7 @@ def setting(read: Callable[[str, Any], Any], default: Any) -> Any:
     return field(default=default, metadata={"read": read})
 
 
-def read_settings(kind: type[T], metadata: Mapping[str, Any]) -> T:
+def read_settings(kind: type[Settings], metadata: Mapping[str, Any]) -> Settings:
     """An object of the dataclass `kind`, whose fields `setting` made, from a task's metadata.
 
     `max_seq_lengths`, the name that lm-eval's own long-context tasks use, may stand for

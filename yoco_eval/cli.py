@@ -511,7 +511,9 @@ def _add_where(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _command(commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, examples: str
+) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
         help=summary,

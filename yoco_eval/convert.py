@@ -60,7 +60,7 @@ def convert(
         raise CheckpointError(f"max_length={max_length}: give a positive number of tokens")
     chosen = None if tokenizer is None else load_tokenizer(tokenizer)
 
-    config, weights = load_checkpoint(src, DTYPES.get(dtype))
+    config, weights = load_checkpoint(src, None if dtype is None else DTYPES[dtype])
     if chosen is None:
         chosen = checkpoint_tokenizer(resolve_checkpoint(src), config.vocab_size)
     else:

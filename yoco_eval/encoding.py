@@ -117,7 +117,10 @@ class Encoder:
     def ends(self, text: str) -> np.ndarray:
         """For each token of a text, the position of the character after it: int64, ascending."""
         [(cuts, pieces)] = self._encode([text], ends=True)
-        ends = [cut + piece.ends.astype(np.int64) for cut, piece in zip(cuts, pieces, strict=False)]
+        ends = []
+        for cut, piece in zip(cuts, pieces, strict=False):
+            assert piece.ends is not None
+            ends.append(cut + piece.ends.astype(np.int64))
         return np.maximum.accumulate(np.concatenate(ends))
 
     def _encode(self, texts: Sequence[str], ends: bool) -> list[tuple[list[int], list[_Piece]]]:
@@ -204,10 +207,10 @@ class Encoder:
         """
         if cut == 0:
             return 0, None
-        index = bisect_left(range(len(ids)), cut, key=lambda i: encoding.token_to_chars(i)[0])
+        index = bisect_left(range(len(ids)), cut, key=lambda i: _chars(encoding, i)[0])
         if not _AGREEING <= index <= len(ids) - _AGREEING:
             return index, None
-        if encoding.token_to_chars(index - 1)[1] > cut:
+        if _chars(encoding, index - 1)[1] > cut:
             return index, None
         around = range(index - _AGREEING, index + _AGREEING)
         words = [encoding.token_to_word(i) for i in around]
@@ -217,8 +220,16 @@ class Encoder:
         return index, (*ids[around.start : around.stop].tolist(), *new)
 
 
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    """The characters, first and end, that a token of a text stands for."""
+    found = encoding.token_to_chars(token)
+    assert found is not None  # only special tokens that were added stand for none
+    return found
+
+
 def _batches(cutouts: Iterable[_Cutout]) -> Iterator[list[_Cutout]]:
-    batch, size = [], 0
+    batch: list[_Cutout] = []
+    size = 0
     for cutout in cutouts:
         if batch and size + len(cutout.text) > _BATCH:
             yield batch

@@ -13,24 +13,33 @@ included; importing wrapt, which offers post-import hooks ready-made, costs 60 m
 
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
 # Names of what the user gave with metadata, and with the model's arguments alone. lm-eval mixes
 # both, and a task could not tell its settings, and slips in them, from arguments of a backend.
-given_metadata = given_model_args = frozenset()
+given_metadata: frozenset[str] = frozenset()
+given_model_args: frozenset[str] = frozenset()
 # While `simple_evaluate` or `evaluate` runs: a list of the model that it evaluates, empty until
 # lm-eval has made it. Tasks size their prompts by it.
-evaluated = None
+evaluated: "list[Any] | None" = None
 
-_mixed = None  # the command line's metadata, in which lm-eval has put the model's arguments, too
+# The command line's metadata, in which lm-eval has put the model's arguments, too.
+_mixed: object = None
 
 
-def _note_metadata(module):
+def _note_metadata(module: "Any") -> None:
     """Have the command line's configuration leave the names behind, before it mixes them."""
     from functools import wraps
 
     process = module.EvaluatorConfig._process_arguments
 
     @wraps(process)
-    def process_noting(config):
+    def process_noting(config: "Any") -> "Any":
         global given_metadata, given_model_args, _mixed
         given_metadata = frozenset(config.metadata or {})
         given_model_args = frozenset(config.model_args or {}) - given_metadata
@@ -41,7 +50,7 @@ def _note_metadata(module):
     module.EvaluatorConfig._process_arguments = process_noting
 
 
-def _watch_runs(evaluator):
+def _watch_runs(evaluator: "Any") -> None:
     """Have lm-eval's Python functions leave the model behind, and the names that they are given.
 
     A backend that can tell refuses a run's tasks before the first request is computed.
@@ -51,11 +60,11 @@ def _watch_runs(evaluator):
 
     from lm_eval.utils import simple_parse_args_string
 
-    def watched(evaluate):
+    def watched(evaluate: "Callable[..., Any]") -> "Callable[..., Any]":
         parameters = signature(evaluate)
 
         @wraps(evaluate)
-        def evaluate_watched(*args, **options):
+        def evaluate_watched(*args: "Any", **options: "Any") -> "Any":
             global given_metadata, given_model_args, evaluated
             before = given_metadata, given_model_args, evaluated
             given = parameters.bind_partial(*args, **options).arguments
@@ -80,33 +89,35 @@ def _watch_runs(evaluator):
     evaluator.evaluate = watched(evaluator.evaluate)
 
 
-def _names(given, parse):
+def _names(
+    given: "Mapping[str, Any]", parse: "Callable[[str], Mapping[str, Any]]"
+) -> tuple[frozenset[str], frozenset[str]]:
     """What `given_metadata` and `given_model_args` are for arguments of `simple_evaluate`."""
     # Of a manager of tasks that is the user's own, lm-eval asks for no other metadata.
     manager = given.get("task_manager")
     metadata = given.get("metadata") if manager is None else getattr(manager, "metadata", None)
-    metadata = frozenset(metadata or {})
-    arguments = given.get("model_args") or {}
-    arguments = frozenset(parse(arguments) if isinstance(arguments, str) else arguments)
-    return metadata if manager is None else metadata - arguments, arguments - metadata
+    names = frozenset(metadata or {})
+    model_args = given.get("model_args") or {}
+    arguments = frozenset(parse(model_args) if isinstance(model_args, str) else model_args)
+    return names if manager is None else names - arguments, arguments - names
 
 
-def _note_model(module):
+def _note_model(module: "Any") -> None:
     """Have the model that `simple_evaluate` makes of a name be known before it loads the tasks."""
     from functools import wraps
 
     make = module.LM.__init__
 
     @wraps(make)
-    def make_noting(model, *args, **options):
+    def make_noting(model: "Any", *args: "Any", **options: "Any") -> None:
         make(model, *args, **options)
-        if evaluated == []:
+        if evaluated is not None and not evaluated:
             evaluated.append(model)
 
     module.LM.__init__ = make_noting
 
 
-def _add_backend(models):
+def _add_backend(models: "Any") -> None:
     """Make `--model yoco` known, as lazily as the built-in backends are."""
     from lm_eval.api import registry
 
@@ -116,18 +127,20 @@ def _add_backend(models):
         registry.model_registry.register("yoco", target="yoco_eval.lm:YocoLM")
 
 
-def _add_tasks(index):
+def _add_tasks(index: "Any") -> None:
     """Have the task index scan `yoco_eval.tasks` wherever it scans the built-in tasks."""
     from functools import wraps
     from importlib.util import find_spec
     from pathlib import Path
 
     built_in = Path(index.__file__).parent
-    ours = Path(find_spec("yoco_eval.tasks").submodule_search_locations[0])
+    spec = find_spec("yoco_eval.tasks")
+    assert spec is not None and spec.submodule_search_locations
+    ours = Path(spec.submodule_search_locations[0])
     build = index.TaskIndex.build
 
     @wraps(build)
-    def build_with_ours(paths, *args, **kwargs):
+    def build_with_ours(paths: "Any", *args: "Any", **kwargs: "Any") -> "Any":
         paths = list(paths)
         if built_in in paths and ours not in paths:
             paths.insert(paths.index(built_in) + 1, ours)
@@ -145,7 +158,7 @@ _HOOKS = {
 }
 
 
-def _run_hook(module):
+def _run_hook(module: "ModuleType") -> None:
     try:
         _HOOKS[module.__name__](module)
     except Exception as error:  # whatever is wrong here, lm-eval itself must go on working
@@ -162,13 +175,13 @@ def _run_hook(module):
 class _Loader:
     """Stands in for a module's own loader until the module has run, then calls the hook."""
 
-    def __init__(self, loader):
+    def __init__(self, loader: "Any") -> None:
         self._loader = loader
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> "Any":
         return getattr(self._loader, name)
 
-    def exec_module(self, module):
+    def exec_module(self, module: "Any") -> None:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         _run_hook(module)
@@ -178,18 +191,21 @@ class _Finder:
     """Finds the hooked modules through the finders after it, and nothing else."""
 
     @classmethod
-    def find_spec(cls, name, path=None, target=None):
+    def find_spec(
+        cls, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if name not in _HOOKS:
             return None
         for finder in sys.meta_path[sys.meta_path.index(cls) + 1 :]:
             spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
             if spec is not None:
-                spec.loader = _Loader(spec.loader)
+                # A loader in all but its base class, the import of which takes time.
+                spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
                 return spec
         return None
 
 
-def install():
+def install() -> None:
     """Start waiting for lm-eval; what it has already imported is extended at once."""
     if _Finder in sys.meta_path:
         return

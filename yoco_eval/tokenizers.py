@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
@@ -326,7 +326,7 @@ def from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
         return _convert_sentencepiece(proto, path)
 
 
-def _convert_sentencepiece(proto, path: Path) -> PreTrainedTokenizerFast:
+def _convert_sentencepiece(proto: Any, path: Path) -> PreTrainedTokenizerFast:
     spec, rules = proto.trainer_spec, proto.normalizer_spec
     if spec.treat_whitespace_as_suffix or any(
         piece.type in (piece.USER_DEFINED, piece.UNUSED) for piece in proto.pieces
@@ -335,6 +335,7 @@ def _convert_sentencepiece(proto, path: Path) -> PreTrainedTokenizerFast:
             f"{path}: has user-defined or unused pieces, or whitespace as suffix, which cannot be "
             "converted exactly; give the folder of its Hugging Face tokenizer instead"
         )
+    model: BPE | Unigram
     # Only these may be found in a text: not <s>, nor <0x41>, which stands for a byte.
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
     if spec.model_type == spec.BPE:
@@ -398,7 +399,7 @@ def _wrap(
     return wrapped
 
 
-def _sentencepiece_rules(rules) -> Iterable[normalizers.Normalizer]:
+def _sentencepiece_rules(rules: Any) -> Iterable[normalizers.Normalizer]:
     """SentencePiece's treatment of a text before it is cut, in its order."""
     if rules.precompiled_charsmap:
         yield normalizers.Precompiled(rules.precompiled_charsmap)
@@ -410,7 +411,8 @@ def _sentencepiece_rules(rules) -> Iterable[normalizers.Normalizer]:
     yield normalizers.Replace(" ", "▁")
 
 
-def _read_sentencepiece(path: Path):
+def _read_sentencepiece(path: Path) -> Any:
+    """A `ModelProto` of the package that is there."""
     try:
         proto = import_protobuf().ModelProto()
     except ImportError as error:
