@@ -171,7 +171,7 @@ def add_color_bar(figure: FigureBase, ax: Axes) -> None:
     bar.set_label("Accuracy", size=FONT, labelpad=3)
     bar.ax.set_yticks(bar.get_ticks(), ["0", "0.25", "0.5", "0.75", "1"], size=FONT)
     bar.ax.tick_params(length=2, width=0.6, pad=2)
-    bar.outline.set_visible(False)
+    bar.ax.spines["outline"].set_visible(False)
 
 
 def print_heatmap(run: NeedleRun, console: Console, title: str | None = None) -> None:
