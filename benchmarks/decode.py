@@ -17,8 +17,8 @@ import torch
 from common import copy_bandwidth, environment, lengths, report, require_gpu, seconds
 
 from yoco_eval.lengths import format_length
-from yoco_eval.model import SelfState, Yoco
-from yoco_eval.model.footprint import decode_bytes
+from yoco_eval.model import Yoco
+from yoco_eval.model.cache import SelfState
 from yoco_eval.model.shapes import SHAPES, set_random_weights
 
 STEPS = 32
@@ -42,11 +42,9 @@ def main() -> None:
         cache = model.new_cache(length + 2 * STEPS)
         cache.keys.normal_()
         cache.values.normal_()
+        heads, dim = config.self_decoder.n_self_heads, config.self_decoder.head_dim(config.dim)
         states = tuple(
-            torch.randn(
-                1, config.n_self_heads, config.self_head_dim, config.self_head_dim, device=device
-            )
-            for _ in range(config.n_layers // 2)
+            torch.randn(1, heads, dim, dim, device=device) for _ in range(config.self_layers)
         )
         cache.restore(SelfState((length,), states))
         decoder = model.decoder(cache)
@@ -54,7 +52,7 @@ def main() -> None:
         decoder.step()
         step = seconds(lambda d=decoder: [d.step() for _ in range(STEPS)]) / STEPS
         bandwidth = copy_bandwidth()
-        moved = decode_bytes(config, torch.bfloat16, length)
+        moved = model.costs.decode_bytes(torch.bfloat16, length)
         rows.append(
             {
                 "tokens": format_length(length),

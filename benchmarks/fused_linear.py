@@ -65,12 +65,13 @@ def swiglu_forms(kernels: ModuleType, tokens: int, device: torch.device) -> Form
 
 def rotation_forms(kernels: ModuleType, tokens: int, device: torch.device) -> Forms:
     config = SHAPES["3b"]
+    dim = config.self_decoder.head_dim(config.dim)
     x, weight = operands(tokens, 2 * config.dim, device)
     positions = torch.arange(tokens, device=device)
-    angles = rotary_angles(positions, config.self_head_dim, config.rope_theta, x.dtype)
+    angles = rotary_angles(positions, dim, config.rope_theta, x.dtype)
 
     def apart() -> Tensor:
-        heads = F.linear(x, weight).unflatten(1, (-1, config.self_head_dim))
+        heads = F.linear(x, weight).unflatten(1, (-1, dim))
         return rotate(heads, angles, in_place=True)
 
     return {

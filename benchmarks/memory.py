@@ -30,7 +30,7 @@ from common import lengths, report
 from yoco_eval.engine import Engine, ScoreRequest
 from yoco_eval.lengths import format_length
 from yoco_eval.memory import fit
-from yoco_eval.model import Yoco
+from yoco_eval.model import load
 from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT
 
 CPU = torch.device("cpu")
@@ -67,10 +67,10 @@ def main() -> None:
 def measure(pretrained: str, name: str, length: int) -> dict[str, str | float | None]:
     """A row, of a process that has done nothing else yet."""
     dtype = DTYPES[name]
-    model = Yoco.from_pretrained(pretrained, CPU, dtype)
+    model = load(pretrained, CPU, dtype)
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=length + 1)
     request = ScoreRequest(tokens[:1], tokens[1:])
-    planned = fit(model.config, dtype, CPU, length, loaded=True, tokens=length).need
+    planned = fit(model.costs, dtype, CPU, length, loaded=True, tokens=length).need
     loaded = psutil.Process().memory_info().rss
     start = time.perf_counter()
     list(Engine(model).score([request], lambda count: None, lambda count: None))

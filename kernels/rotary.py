@@ -12,28 +12,37 @@ from .dispatch import run_triton, use_triton
 Angles = tuple[Tensor, Tensor]  # cosines and sines of `rotary_angles`
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Angles:
-    """Cosines and sines of p * theta^(-j / (head_dim / 2 - 1)) for pair j of position p.
-
-    The exponent reaches exactly 1 at the last pair, unlike the usual j / (head_dim / 2).
+def rotary_angles(
+    positions: Tensor,
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    endpoint: bool = True,
+) -> Angles:
+    """Cosines and sines of p * theta^(-e_j) for pair j of position p.
 
     Args:
         positions: [T], integers.
         head_dim: even.
         theta: base of the frequencies.
         dtype: of the result. Angles are float32 whatever it is, except float64 for float64.
+        endpoint: whether the exponents e_j = j / (head_dim / 2 - 1) reach exactly 1 at the last
+            pair, as in the published YOCO; or are the usual j / (head_dim / 2) (RoFormer,
+            arXiv:2104.09864).
 
     Returns:
         cos, sin: [T, head_dim / 2] each, of `dtype`.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    frequencies = _frequencies(head_dim, theta, wide, positions.device)
+    frequencies = _frequencies(head_dim, theta, wide, positions.device, endpoint)
     angles = positions.to(wide)[:, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @cache
-def _frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _frequencies(
+    head_dim: int, theta: float, dtype: torch.dtype, device: torch.device, endpoint: bool
+) -> Tensor:
     """Of each pair, [head_dim / 2]; kept, so that only the first call copies to the device.
 
     A CUDA graph may hold `rotary_angles`, therefore, once it has been called outside the graph.
@@ -41,7 +50,8 @@ def _frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.
     pairs = head_dim // 2
     # In Python floats, so that every device starts from the same frequencies: at position one
     # million, the last bit of a float32 frequency turns a pair by a visible angle.
-    frequencies = [theta ** (-j / max(pairs - 1, 1)) for j in range(pairs)]
+    last = max(pairs - 1, 1) if endpoint else pairs
+    frequencies = [theta ** (-j / last) for j in range(pairs)]
     return torch.tensor(frequencies, dtype=dtype, device=device)
 
 

@@ -56,6 +56,11 @@ class Sequences(Packing):
         """T, the tokens of all sequences."""
         return sum(self.lengths)
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Of each, how many tokens of its text there are with it."""
+        return tuple(map(sum, zip(self.starts, self.lengths, strict=True)))
+
     @cached_property
     def positions(self) -> Tensor:
         """int64 [T], position of each token in its text."""
@@ -74,6 +79,18 @@ class Sequences(Packing):
         for length in self.lengths:
             ends.append(ends[-1] + length)
         return tuple(ends)
+
+
+@dataclass(frozen=True, eq=False)
+class Step(Packing):
+    """One token of each of B texts, as decoding feeds them.
+
+    Attributes:
+        positions: int64 [B], of each token in its text, on the device: a CUDA graph's replays find
+            others there.
+    """
+
+    positions: Tensor
 
 
 class Span(NamedTuple):

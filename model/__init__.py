@@ -1,24 +1,40 @@
-"""The YOCO model: configuration, layers, caches, checkpoints in and out."""
+"""The models: what they have in common, YOCO and its self-decoders, checkpoints in and out."""
 
 from yoco_eval.kernels.sequences import Sequences, Span, Spans, to_device
 
-from .cache import Cache, SelfState
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    save,
+    save_checkpoint,
+)
 from .config import YocoConfig
 from .decoder import Decoder
+from .families import load, open_checkpoint
+from .interface import Blueprint, Cache, Costs, Model, Rows, State
+from .mixers import GatedRetentionSettings, SlidingWindowSettings
 from .yoco import Yoco
 
 __all__ = [
+    "Blueprint",
     "Cache",
     "CheckpointError",
+    "Costs",
     "Decoder",
-    "SelfState",
+    "GatedRetentionSettings",
+    "Model",
+    "Rows",
     "Sequences",
+    "SlidingWindowSettings",
     "Span",
     "Spans",
+    "State",
     "Yoco",
     "YocoConfig",
+    "load",
     "load_checkpoint",
+    "open_checkpoint",
+    "save",
     "save_checkpoint",
     "to_device",
 ]

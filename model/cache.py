@@ -1,35 +1,29 @@
-"""What a YOCO model remembers of a text: the self-decoder's states and the shared cache.
+"""Keys and values of a text's tokens, in buffers that are filled from the front.
 
-The self-decoder's states are never changed in place, so holding on to one is a snapshot of it;
-the shared cache only grows at its end, so going back to a snapshot merely shortens it.
+States are never changed in place, so holding on to one is a snapshot of it; the buffers only grow
+at their end, so going back to a snapshot merely shortens them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
-from torch import Tensor
 
-from .config import YocoConfig
+from .interface import S
+from .mixers import MixerState
 
 
 @dataclass(frozen=True)
 class SelfState:
-    """States of the self-decoder after `lengths` tokens of n texts.
+    """States of a self-decoder after `lengths` tokens of n texts.
 
-    `layers` holds, per layer: None before the first token; states [n, H, D, D] of gated retention;
-    or the rotated keys and values [n, 2, window - 1, H, D] of sliding-window attention, the newest
-    last, of which as many are valid as there were tokens.
+    `layers` holds those of the layers' mixers; None before the first token.
     """
 
     lengths: tuple[int, ...]
-    layers: tuple[Tensor | None, ...]
-
-    @classmethod
-    def initial(cls, config: YocoConfig) -> SelfState:
-        """Of one text, before its first token."""
-        return cls((0,), (None,) * (config.n_layers // 2))
+    layers: tuple[MixerState | None, ...]
 
     @property
     def length(self) -> int:
@@ -38,29 +32,30 @@ class SelfState:
         return length
 
 
-class Cache:
-    """Shared keys and values of up to `capacity` tokens, and the self-decoder's state of one text.
+class KeyValueCache(Generic[S]):
+    """Room for the keys and values of tokens, and the state of one text.
 
-    It takes 2 * n_attn_kv_heads * head_dim numbers per token, whatever the number of layers.
+    Args:
+        shape: of the keys and of the values, [..., capacity, head_dim].
+        state: before the text's first token.
 
     Attributes:
-        keys, values: [n_attn_kv_heads, capacity, head_dim], keys rotated; filled from the front.
+        keys, values: of that shape, keys rotated.
         filled: number of tokens in them.
         state: of the text that the first `state.length` of them are.
     """
 
     def __init__(
-        self, config: YocoConfig, capacity: int, dtype: torch.dtype, device: torch.device
+        self, shape: tuple[int, ...], state: S, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.n_attn_kv_heads, capacity, config.attn_head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.filled = 0
-        self.state = SelfState.initial(config)
+        self.state = state
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[1]
+        return self.keys.shape[-2]
 
     def extend(self, count: int) -> int:
         """Claims the next `count` places and returns the first.
@@ -74,7 +69,7 @@ class Cache:
         self.filled = end
         return first
 
-    def restore(self, snapshot: SelfState) -> None:
+    def restore(self, snapshot: S) -> None:
         """Goes back to a state that this cache had; the tokens since are forgotten."""
         self.state = snapshot
         self.filled = snapshot.length

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from torch import Tensor
 
 from yoco_eval.printable import VALUE, listed, message, shortened, shown
 
-from .config import YocoConfig
+from .config import SETTINGS, YocoConfig
+from .interface import Blueprint
 from .yoco import Yoco
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 DEFAULT_CHECKPOINT = (BUNDLED / "DEFAULT").read_text(encoding="utf-8").strip()
 
+MODEL_TYPE = "yoco"
 _PARAMS = "params.json"
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -95,6 +97,25 @@ def resolve_checkpoint(name: str | Path) -> Path:
     )
 
 
+def open_yoco(path: Path) -> Blueprint | None:
+    """The model of a checkpoint of any layout of YOCO's, whose weights are read when it is made.
+
+    Returns:
+        None where it is a Hugging Face folder of another type of models.
+
+    Raises:
+        CheckpointError: as `load_config`; and when it is made, as `load_checkpoint`.
+    """
+    if _is_native(path) and _read_json(path / _CONFIG).get("model_type") != MODEL_TYPE:
+        return None
+    config = load_config(path)
+
+    def make(device: torch.device, dtype: torch.dtype) -> Yoco:
+        return Yoco.of_weights(*load_checkpoint(path, dtype), device, dtype)
+
+    return Blueprint(config, Yoco.costs_of(config), make)
+
+
 def load_config(path: str | Path) -> YocoConfig:
     """Reads the configuration of a checkpoint of any layout alone.
 
@@ -147,8 +168,8 @@ def save_checkpoint(path: str | Path, config: YocoConfig, weights: Mapping[str, 
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    settings = {"model_type": "yoco", "architectures": ["Yoco"]}
-    settings |= {key: value for key, value in asdict(config).items() if value is not None}
+    settings = {"model_type": MODEL_TYPE, "architectures": ["Yoco"]}
+    settings |= config.to_dict()
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, weight in weights.items():  # safetensors knows no tensors that share their memory
@@ -170,6 +191,11 @@ def save_checkpoint(path: str | Path, config: YocoConfig, weights: Mapping[str, 
         os.replace(Path(temporary, _CONFIG), path / _CONFIG)
 
 
+def save(model: Yoco, path: str | Path) -> None:
+    """`save_checkpoint` of a model."""
+    save_checkpoint(path, model.config, dict(model.named_parameters()))
+
+
 def _is_native(path: Path) -> bool:
     return path.is_dir() and (path / _CONFIG).exists()
 
@@ -177,7 +203,7 @@ def _is_native(path: Path) -> bool:
 def _native_config(folder: Path) -> YocoConfig:
     file = folder / _CONFIG
     settings = _read_json(file)
-    if settings.get("model_type") != "yoco":
+    if settings.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"{file}: says model_type {shown(settings.get('model_type'))}, not 'yoco'; "
             "evaluate other models with lm-eval's own backends, such as --model hf"
@@ -188,8 +214,7 @@ def _native_config(folder: Path) -> YocoConfig:
             f"{file}: is of another project's models of model_type 'yoco' ({writer}: with "
             "hidden_size in place of dim), which are not read; evaluate it with that project"
         )
-    known = {field.name for field in fields(YocoConfig)}
-    return _config(file, {k: v for k, v in settings.items() if k in known})
+    return _config(file, {k: v for k, v in settings.items() if k in SETTINGS})
 
 
 def _config(file: Path, settings: dict[str, Any]) -> YocoConfig:
@@ -277,7 +302,7 @@ def _training_settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
     cfg = _as_dict(content.get("cfg"))
     model = _as_dict(cfg.get("model")) or _as_dict(content.get("args"))
     task = _as_dict(cfg.get("task"))
-    settings = {f.name: _plain(model[f.name]) for f in fields(YocoConfig) if f.name in model}
+    settings = {name: _plain(model[name]) for name in SETTINGS if name in model}
     lengths = (group.get("tokens_per_sample") for group in (model, task))
     length = next((length for length in lengths if isinstance(length, int)), None)
     return {**settings, "max_seq_len": length} if settings and length is not None else settings
@@ -376,12 +401,13 @@ def _check_names(path: Path, config: YocoConfig, weights: Mapping[str, Tensor]) 
 def _expected_shapes(config: YocoConfig) -> dict[str, torch.Size]:
     """Of every parameter. All layers of a decoder are alike, so that one of each is made."""
     with torch.device("meta"):
-        two = Yoco(replace(config, n_layers=2)).state_dict()
+        two = Yoco(replace(config, n_layers=2, n_self_layers=1))
+    layers = {"self_decoder": config.self_layers, "cross_decoder": config.cross_layers}
     first = ".layers.0."
     return {
-        name.replace(first, f".layers.{layer}."): shape
-        for name, shape in ((name, weight.shape) for name, weight in two.items())
-        for layer in range(config.n_layers // 2 if first in name else 1)
+        name.replace(first, f".layers.{layer}."): weight.shape
+        for name, weight in two.named_parameters()
+        for layer in range(layers[name.partition(".")[0]] if first in name else 1)
     }
 
 

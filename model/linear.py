@@ -24,9 +24,9 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
-def linear(inputs: int, outputs: int) -> Linear:
-    """A linear map without bias; nothing in the model has one."""
-    return Linear(inputs, outputs, bias=False)
+def linear(inputs: int, outputs: int, bias: bool = False) -> Linear:
+    """A linear map. A bias is added by whoever multiplies with the weight."""
+    return Linear(inputs, outputs, bias)
 
 
 class Stack(nn.Module):

@@ -1,21 +1,29 @@
-"""Shapes of models by name, and random weights, for measuring cost without a checkpoint."""
+"""Models by shape, with random weights, for measuring cost without a checkpoint."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .config import YocoConfig
+from .interface import Blueprint
+from .mixers import GatedRetentionSettings
+from .transformer import Transformer, TransformerConfig
+from .yoco import Yoco
+
+SEED = 0  # of the weights
 
 SHAPES = {
     "3b": YocoConfig(
         dim=3072,
         n_layers=26,
         hidden_dim=8192,
-        n_self_heads=24,
         n_attn_heads=24,
         n_attn_kv_heads=8,
         vocab_size=100288,
+        self_decoder=GatedRetentionSettings(n_self_heads=24, self_rope_theta=8e7),
         rope_theta=8e7,
         max_position_embeddings=2**20,
     ),
@@ -31,6 +39,28 @@ def find_shape(name: str) -> YocoConfig:
     if name not in SHAPES:
         raise ValueError(f"shape {name!r} is unknown; choose from {', '.join(sorted(SHAPES))}")
     return SHAPES[name]
+
+
+def with_random_weights(config: YocoConfig) -> Blueprint:
+    """A YOCO model of this shape."""
+    return Blueprint(config, Yoco.costs_of(config), _maker(Yoco, config))
+
+
+def transformer_beside(config: YocoConfig) -> Blueprint:
+    """The Transformer that a YOCO model is compared with: as wide and deep, random weights."""
+    plain = TransformerConfig.like(config)
+    return Blueprint(plain, Transformer.costs_of(plain), _maker(Transformer, plain))
+
+
+def _maker(
+    kind: type[Yoco] | type[Transformer], config: YocoConfig | TransformerConfig
+) -> Callable[[torch.device, torch.dtype], Yoco | Transformer]:
+    def make(device: torch.device, dtype: torch.dtype) -> Yoco | Transformer:
+        model = kind.empty(config, device, dtype)
+        set_random_weights(model, SEED)
+        return model
+
+    return make
 
 
 def set_random_weights(model: nn.Module, seed: int) -> None:

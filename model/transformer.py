@@ -1,15 +1,18 @@
-"""A plain Transformer with YOCO's interface, as a yardstick: what caching once is compared with.
+"""A plain Transformer, as a yardstick: what caching once is compared with.
 
 RMSNorm, rotary embedding, grouped queries and SwiGLU, in all layers alike, on YOCO's kernels where
 YOCO has the same part. It keeps keys and values of every layer, and every prompt token passes
-through all of them.
+through all of them: only the output projection is left to the tokens whose prediction is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +22,20 @@ from torch.nn.attention.bias import causal_lower_right
 
 from yoco_eval.kernels.attention import cache_attention, decode_attention
 from yoco_eval.kernels.cache import store_keys_values
-from yoco_eval.kernels.dispatch import use_triton
+from yoco_eval.kernels.dispatch import triton_takes, use_triton
 from yoco_eval.kernels.matvec import linear_add, norm_linear
-from yoco_eval.kernels.rotary import rotary_angles, rotate
-from yoco_eval.kernels.sequences import Span, Spans
+from yoco_eval.kernels.norm import rms_norm
+from yoco_eval.kernels.rotary import Angles, rotate
+from yoco_eval.kernels.sequences import Sequences, Span, Spans
 
+from . import costs
+from .cache import KeyValueCache
 from .config import YocoConfig
 from .decoder import Decoder
+from .interface import count
+from .layers import DecoderLayer, RMSNorm
 from .linear import Embedding, Stack, allocate, linear
-from .yoco import Angles, DecoderLayer, RMSNorm
+from .rotary import Rotary
 
 _MANY_QUERIES = 1024  # from here on the library's attention is the faster one
 # Past keys are read in pieces of one size: cuDNN prepares anew, for about 0.1 s, for every shape.
@@ -46,10 +54,14 @@ class TransformerConfig:
     vocab_size: int
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    max_position_embeddings: int | None = None
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
     @classmethod
     def like(cls, config: YocoConfig) -> TransformerConfig:
@@ -63,29 +75,84 @@ class TransformerConfig:
             vocab_size=config.vocab_size,
             rope_theta=config.rope_theta,
             norm_eps=config.norm_eps,
+            max_position_embeddings=config.max_position_embeddings,
         )
 
 
-class TransformerCache:
-    """Keys and values of up to `capacity` tokens of one text, in every layer.
+@dataclass(frozen=True)
+class TransformerCosts:
+    """`interface.Costs` of a Transformer."""
 
-    Attributes:
-        keys, values: [n_layers, n_kv_heads, capacity, head_dim], keys rotated; filled from the
-            front.
-        length: number of tokens in them.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (config.n_layers, config.n_kv_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
+    config: TransformerConfig
 
     @property
-    def capacity(self) -> int:
-        return self.keys.shape[2]
+    def typical_product(self) -> tuple[int, int]:
+        return self.config.dim, 2 * self.config.hidden_dim
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        embeddings = 2 * self.config.vocab_size * self.config.dim
+        layers = self.config.n_layers * count(_layer(self.config, torch.device("meta")))
+        return (layers + embeddings + self.config.dim) * dtype.itemsize
+
+    def cache_bytes(self, dtype: torch.dtype, length: int) -> int:
+        return 2 * self.config.n_layers * self._width * length * dtype.itemsize
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        return 0  # all that it remembers is in the cache
+
+    def passing_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
+        return 0
+
+    def activation_bytes(
+        self, dtype: torch.dtype, length: int, chunk: int, logits: int, device: torch.device
+    ) -> int:
+        config, fast = self.config, triton_takes(device, dtype)
+        attention = costs.Attention(config.n_heads, config.n_kv_heads, config.head_dim)
+        # Beside what the attention takes, the projections that it reads.
+        mixing = attention.numbers(dtype) + config.dim + 2 * self._width
+        layers = costs.layer_bytes(
+            config.dim, config.hidden_dim, mixing, config.head_dim, dtype, chunk, device
+        )
+        reading = attention.bytes(dtype, length, chunk, fast)
+        reading += chunk * (config.dim + 2 * self._width) * dtype.itemsize
+        return max(layers, reading, costs.logit_bytes(dtype, logits)) + costs.OVERHEAD
+
+    def prefill_operations(self, length: int) -> int:
+        """Of the matrix products with weights, and of attention: every token to those before it."""
+        config = self.config
+        layer = 2 * config.dim * (config.dim + self._width) + 3 * config.dim * config.hidden_dim
+        return config.n_layers * (2 * length * layer + 2 * length * (length + 1) * config.dim)
+
+    def decode_bytes(self, dtype: torch.dtype, length: int) -> int:
+        embedding = (self.config.vocab_size - 1) * self.config.dim * dtype.itemsize
+        return self.weight_bytes(dtype) - embedding + self.cache_bytes(dtype, length)
+
+    @property
+    def _width(self) -> int:
+        """Channels of a layer's keys, and of its values."""
+        return self.config.n_kv_heads * self.config.head_dim
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a Transformer remembers of n texts: where in the cache their tokens lie.
+
+    Attributes:
+        lengths: tokens of each.
+        spans: of each, the stretches (first, end) of the cache, in the order of its tokens.
+    """
+
+    lengths: tuple[int, ...]
+    spans: tuple[tuple[tuple[int, int], ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the only text."""
+        (length,) = self.lengths
+        return length
+
+
+Cache = KeyValueCache[Places]
 
 
 class Attention(nn.Module):
@@ -108,18 +175,24 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Transformer language model for evaluation, of the interface of `Yoco`."""
+    """A Transformer language model for evaluation, as `interface.Model` has it."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, Attention(config)) for _ in range(config.n_layers)
-        )
+        self.layers = nn.ModuleList(_layer(config) for _ in range(config.n_layers))
         self.layer_norm = RMSNorm(config.dim)
         self.output_projection = linear(config.dim, config.vocab_size)
-        self._angles = partial(rotary_angles, head_dim=config.head_dim, theta=config.rope_theta)
+        self.rotary = Rotary(config.head_dim, config.rope_theta)
+
+    @staticmethod
+    def costs_of(config: TransformerConfig) -> TransformerCosts:
+        return TransformerCosts(config)
+
+    @property
+    def costs(self) -> TransformerCosts:
+        return self.costs_of(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,79 +212,119 @@ class Transformer(nn.Module):
         allocate(model, device, dtype)
         return model.requires_grad_(False).eval()
 
-    def new_cache(self, capacity: int) -> TransformerCache:
-        """An empty cache for a text of up to `capacity` tokens."""
-        return TransformerCache(self.config, capacity, self.dtype, self.device)
+    def new_cache(self, capacity: int) -> Cache:
+        """Keys and values of every layer: [n_layers, n_kv_heads, capacity, head_dim] each."""
+        shape = (self.config.n_layers, self.config.n_kv_heads, capacity, self.config.head_dim)
+        return KeyValueCache(shape, Places((0,), ((),)), self.dtype, self.device)
 
-    def prefill(self, input_ids: Tensor, cache: TransformerCache) -> Tensor:
-        """Feeds tokens [T] that follow those in the cache.
-
-        Returns:
-            The last layer's output [T, dim].
-
-        Raises:
-            ValueError: the cache has no room for them.
-        """
-        first, end = cache.length, cache.length + len(input_ids)
-        if end > cache.capacity:
-            raise ValueError(f"the cache has room for {cache.capacity} tokens, not for {end}")
+    def feed(
+        self,
+        input_ids: Tensor,
+        sequences: Sequences,
+        state: Places,
+        cache: Cache,
+        keep: bool = True,
+    ) -> tuple[Tensor, Places | None]:
+        """Runs packed tokens [T] through all layers, to the last one's output [T, dim]."""
+        first = cache.extend(len(input_ids))
+        sources = sequences.sources or range(len(sequences.lengths))
+        own = [(first + a, first + b) for a, b in pairwise(sequences.offsets)]
+        places = tuple(
+            _joined((*state.spans[source], place))
+            for source, place in zip(sources, own, strict=True)
+        )
+        spans = Spans(tuple(_readings(places, sequences.offsets)))
         x = self.embed_tokens(input_ids)
-        angles = self._angles(torch.arange(first, end, device=x.device), dtype=x.dtype)
-        spans = Spans((Span(0, end - first, 0, end, causal=True),))
+        angles = self.rotary.of(sequences, x.dtype)
 
         def attend(keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             store_keys_values(k, v, angles, keys, values, first)
-            return _causal_attention(q, keys, values, spans, angles)
+            return _attention(q, keys, values, spans, angles)
 
         x = self._run(x, cache, attend)
-        cache.length = end
+        return x, Places(sequences.ends, places) if keep else None
+
+    def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """Feeds tokens [T] that follow those in the cache, to the last layer's output [T, dim]."""
+        sequences = Sequences((len(input_ids),), (cache.state.length,), input_ids.device)
+        x, cache.state = self.feed(input_ids, sequences, cache.state, cache)
         return x
 
-    def predict_last(self, x: Tensor, cache: TransformerCache) -> Tensor:
-        """Logits [vocab_size] after the last token that was fed, whose output x [1, dim] is."""
-        weight = self.output_projection.weight
-        return norm_linear(x, self.layer_norm.weight, weight, self.config.norm_eps)[0]
+    def predict(self, x: Tensor, positions: Tensor, cache: Cache, spans: Spans) -> Tensor:
+        """The normalised output [T, dim]; what there is to read has been read."""
+        return rms_norm(x, self.layer_norm.weight, self.config.norm_eps)
 
-    def decoder(self, cache: TransformerCache) -> Decoder:
+    def logits(self, output: Tensor) -> Tensor:
+        """[T, vocab_size]"""
+        return self.output_projection(output)
+
+    def decoder(self, cache: Cache) -> Decoder:
         """Decodes after the text in the cache, in whose buffers the new keys and values go."""
         return Decoder(
-            lambda: cache.length,
+            lambda: cache.state.length,
             partial(self._step, cache=cache),
             cache.capacity,
             self.device,
             graph=use_triton(cache.keys, self.embed_tokens.weight),
         )
 
-    def _step(self, token: Tensor, position: Tensor, cache: TransformerCache) -> Tensor:
+    def _step(self, token: Tensor, position: Tensor, cache: Cache) -> Tensor:
         """Logits [vocab_size] after a token [1] at a position [1] of the cache's text."""
         x = self.embed_tokens(token)
-        angles = self._angles(position, dtype=x.dtype)
+        angles = self.rotary.at(position, x.dtype)
         length = position + 1
 
         def attend(keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             store_keys_values(k, v, angles, keys, values, position)
             return decode_attention(q, keys, values, length, angles)
 
-        return self.predict_last(self._run(x, cache, attend), cache)
+        x = self._run(x, cache, attend)
+        return norm_linear(
+            x, self.layer_norm.weight, self.output_projection.weight, self.config.norm_eps
+        )[0]
 
-    def _run(self, x: Tensor, cache: TransformerCache, attend: Callable[..., Tensor]) -> Tensor:
+    def _run(self, x: Tensor, cache: Cache, attend: Callable[..., Tensor]) -> Tensor:
         """x [T, dim] through all layers; `attend` takes a layer's keys and values, q, k and v."""
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = layer.feed_forward(layer.mix(x, partial(attend, keys, values)))
         return x
 
 
-def _causal_attention(
-    q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: Angles
-) -> Tensor:
-    """`cache_attention` of the one causal span whose queries are the last tokens of a text.
+def _layer(config: TransformerConfig, device: torch.device | None = None) -> DecoderLayer:
+    with device or nullcontext():
+        return DecoderLayer(config.dim, config.hidden_dim, config.norm_eps, Attention(config))
 
-    For many queries it is PyTorch's: on cuDNN where that is to be had, being the fastest there is
-    on present cards, else on what PyTorch chooses.
+
+def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Stretches that lie one behind the other as one."""
+    joined: list[tuple[int, int]] = []
+    for first, end in spans:
+        if joined and joined[-1][1] == first:
+            first = joined.pop()[0]
+        joined.append((first, end))
+    return tuple(joined)
+
+
+def _readings(
+    places: Sequence[tuple[tuple[int, int], ...]], offsets: Sequence[int]
+) -> Iterator[Span]:
+    """Who reads what: of each text, the queries are its last tokens."""
+    for spans, (query, end_query) in zip(places, pairwise(offsets), strict=True):
+        *before, (first, end) = spans
+        yield Span(query, end_query, first, end, causal=True)
+        for first, end in before:
+            yield Span(query, end_query, first, end, causal=False)
+
+
+def _attention(q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: Angles) -> Tensor:
+    """`cache_attention`. Many queries that are the last tokens of the one text in a cache are left
+    to PyTorch: on cuDNN where that is to be had, being the fastest there is on present cards, else
+    on what PyTorch chooses.
     """
-    (span,) = spans.spans
+    span = spans.spans[0]
+    alone = len(spans.spans) == 1 and span.first_key == 0
     many = len(q) >= _MANY_QUERIES and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    if not many:
+    if not (alone and many):
         return cache_attention(q, keys, values, spans, angles)
     # As PyTorch has it: [1, H, T, D]
     q = rotate(q, angles).transpose(0, 1)[None]

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from yoco_eval.model import Yoco, YocoConfig
+from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig, load
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
 
@@ -24,7 +24,7 @@ def published(request) -> Path:
 @pytest.fixture
 def exact(published) -> Yoco:
     """The same model in float64, where two ways to the same number agree almost to the last bit."""
-    return Yoco.from_pretrained(published, device="cpu", dtype=torch.float64)
+    return load(published, device="cpu", dtype=torch.float64)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def small_model() -> Yoco:
         dim=32,
         n_layers=4,
         hidden_dim=48,
-        n_self_heads=2,
+        self_decoder=GatedRetentionSettings(n_self_heads=2),
         n_attn_heads=4,
         n_attn_kv_heads=2,
         vocab_size=2048,

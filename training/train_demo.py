@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast
 
-from yoco_eval.model import Yoco, YocoConfig, save_checkpoint
+from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig, save_checkpoint
 from yoco_eval.tasks.haystack import SyntheticHaystack, sentence_starts
 from yoco_eval.tasks.wording import (
     CITIES,
@@ -89,7 +89,7 @@ class Recipe:
             dim=self.dim,
             n_layers=self.n_layers,
             hidden_dim=self.hidden_dim,
-            n_self_heads=self.dim // 64,
+            self_decoder=GatedRetentionSettings(n_self_heads=self.dim // 64),
             n_attn_heads=self.dim // 64,
             n_attn_kv_heads=self.dim // 128,
             vocab_size=self.vocab_size,
@@ -408,10 +408,8 @@ def _recompute_activations(model: Yoco) -> None:
 
 def _extend(model: Yoco, stage: Stage) -> None:
     """Gives the model the stage's context length and rotary base; its parameters stay."""
-    model.config = replace(
-        model.config, rope_theta=stage.rope_theta, max_position_embeddings=stage.context
-    )
-    model.self_decoder.theta = model.cross_decoder.theta = stage.rope_theta
+    model.set_rope_theta(stage.rope_theta)
+    model.config = replace(model.config, max_position_embeddings=stage.context)
 
 
 def save(model: Yoco, tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: Recipe) -> None:

@@ -240,14 +240,18 @@ def _profile(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from yoco_eval.devices import find_device, find_dtype
     from yoco_eval.estimate import estimate, print_estimate
-    from yoco_eval.model.checkpoint import load_config
-    from yoco_eval.model.shapes import find_shape
+    from yoco_eval.model import open_checkpoint
+    from yoco_eval.model.shapes import find_shape, with_random_weights
 
     try:
         device = find_device(args.device)
         dtype = find_dtype(args.dtype, device)
-        config = find_shape(args.shape) if args.shape else load_config(args.pretrained)
-        result = estimate(config, dtype, device, args.length, args.prefill_chunk)
+        blueprint = (
+            with_random_weights(find_shape(args.shape))
+            if args.shape
+            else open_checkpoint(args.pretrained)
+        )
+        result = estimate(blueprint.costs, dtype, device, args.length, args.prefill_chunk)
     except ValueError as error:
         raise UserError(error) from error
     print_estimate(result, args.shape or args.pretrained, dtype, device, _console())

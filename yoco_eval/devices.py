@@ -37,7 +37,7 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     import torch
 
-    from yoco_eval.model.yoco import default_dtype
+    from yoco_eval.model.interface import default_dtype
 
     if name == "auto":
         return default_dtype(device)

@@ -1,8 +1,9 @@
 """The engine: token ids in, log-probabilities or new tokens out. It knows no text.
 
-A prompt is fed in chunks through the self-decoder alone (early exit); only positions whose
-prediction is asked for enter the cross-decoder and the output projection. Sequences that share a
-prefix share its prefill, and so does a batch of them: its members read one cache.
+A prompt is fed in chunks, without predictions (early exit: what a model computes for these alone is
+left out); predictions are made of the positions that are asked for. Sequences that share a prefix
+share its prefill, and so does a batch of them: its members read one cache. Which model it is, only
+the model knows: what is asked of it is in `yoco_eval.model.interface`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yoco_eval.model import Decoder, SelfState, Sequences, Span, Spans, Yoco, to_device
-from yoco_eval.model.footprint import state_bytes
+from yoco_eval.model import Decoder, Model, Rows, Sequences, Span, Spans, State, to_device
+from yoco_eval.model.interface import concatenate, split, take
 
 from .memory import Fit, fit
 from .prefixes import Item, Limits, Node, Step, merge, nest, plan
@@ -110,7 +111,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Yoco, batch_size: int | None = 1, prefill_chunk: int | None = None
+        self, model: Model, batch_size: int | None = 1, prefill_chunk: int | None = None
     ) -> None:
         for name, number in (("batch_size", batch_size), ("prefill_chunk", prefill_chunk)):
             if number is not None and number < 1:
@@ -135,7 +136,7 @@ class Engine:
         items = nest(merge(sequences, [len(request.context) - 1 for _, request in asked]))
         lengths = [len(item.tokens) for item in items]
         fitted = self._fit(max(lengths, default=0), sum(lengths))
-        limits = fitted.limits(self.batch_size, self.model.config, self.model.dtype)
+        limits = fitted.limits(self.batch_size, self.model.costs, self.model.dtype)
         steps = self._plan(items, limits, fitted)
         begin(sum(step.tokens for step in steps))
         with fitted.watch():
@@ -202,8 +203,8 @@ class Engine:
 
     def _fit(self, length: int, tokens: int | None = None) -> Fit:
         """Refuses contexts of up to `length` tokens, of `tokens` in all, that do not fit."""
-        config, dtype, device = self.model.config, self.model.dtype, self.model.device
-        fitted = fit(config, dtype, device, length, self.prefill_chunk, loaded=True, tokens=tokens)
+        costs, dtype, device = self.model.costs, self.model.dtype, self.model.device
+        fitted = fit(costs, dtype, device, length, self.prefill_chunk, loaded=True, tokens=tokens)
         fitted.check()
         return fitted
 
@@ -211,7 +212,7 @@ class Engine:
         """Refuses what branches so often that its snapshots do not fit."""
         steps = plan(items, limits)
         kept = max((step.kept for step in steps), default=0)
-        size = state_bytes(self.model.config, self.model.dtype)
+        size = self.model.costs.state_bytes(self.model.dtype)
         fitted.check_snapshots(kept * size, limits.room)
         return steps
 
@@ -235,58 +236,58 @@ class Engine:
         walk.feed(item, item.first)
         for start in range(item.first, len(item.tokens), walk.chunk):
             ids = walk.ids(item.tokens[start : start + walk.chunk])
-            x = self.model.prefill(ids, walk.cache)
+            rows = self.model.prefill(ids, walk.cache)
             count = len(ids)
-            positions = torch.arange(start, start + count, device=x.device)
+            positions = torch.arange(start, start + count, device=ids.device)
             causal = Spans((Span(0, count, 0, start + count, causal=True),))
-            yield self.model.predict(x, positions, walk.cache, causal)
+            yield self.model.predict(rows, positions, walk.cache, causal)
             progress(count)
 
     def _outputs_packed(self, step: Step, walk: _Walk, progress: Progress) -> Iterator[Tensor]:
         """The model's output for the asked positions of all items of a step: one [T, dim]."""
-        places, outputs = self._feed_levels(step, walk)
+        places, asked = self._feed_levels(step, walk)
         leaves = [leaf for node in step.nodes for leaf in node.leaves()]
         positions = np.concatenate([np.arange(leaf.item.first, leaf.end) for leaf in leaves])
-        x = torch.cat([outputs[leaf] for leaf in leaves])
-        del outputs
+        rows = concatenate([asked[leaf] for leaf in leaves])
+        del asked
         spans = Spans(tuple(_spans(step, places)))
-        yield self.model.predict(x, walk.ids(positions), walk.cache, spans)
+        yield self.model.predict(rows, walk.ids(positions), walk.cache, spans)
         progress(step.tokens)
 
-    def _feed_levels(self, step: Step, walk: _Walk) -> tuple[dict[Node, int], dict[Node, Tensor]]:
+    def _feed_levels(self, step: Step, walk: _Walk) -> tuple[dict[Node, int], dict[Node, Rows]]:
         """Feeds a step's trees level by level.
 
         The inner nodes of a level are one packed batch, whose states the nodes below start from;
         its leaves are another.
 
         Returns:
-            Of each node, where its first token lies in the cache; and of each leaf, the
-            self-decoder's output for its asked positions.
+            Of each node, where its first token lies in the cache; and of each leaf, the rows of its
+            asked positions.
         """
         places: dict[Node, int] = {}
-        outputs: dict[Node, Tensor] = {}
+        asked: dict[Node, Rows] = {}
         state, level = walk.cache.state, [(node, 0) for node in step.nodes]
         while level:
             inner = [pair for pair in level if pair[0].children]
             leaves = [pair for pair in level if not pair[0].children]
             if leaves:
-                x, _ = self._feed_packed(leaves, state, walk, places, keep=False)
-                parts = x.split([leaf.end - leaf.start for leaf, _ in leaves])
+                rows, _ = self._feed_packed(leaves, state, walk, places, keep=False)
+                parts = split(rows, [leaf.end - leaf.start for leaf, _ in leaves])
                 for (leaf, _), part in zip(leaves, parts, strict=True):
-                    outputs[leaf] = part[leaf.item.first - leaf.start :]
+                    asked[leaf] = take(part, slice(leaf.item.first - leaf.start, None))
             if inner:
                 _, state = self._feed_packed(inner, state, walk, places, keep=True)
             level = [(child, i) for i, (node, _) in enumerate(inner) for child in node.children]
-        return places, outputs
+        return places, asked
 
     def _feed_packed(
         self,
         level: Sequence[tuple[Node, int]],
-        state: SelfState,
+        state: State,
         walk: _Walk,
         places: dict[Node, int],
         keep: bool,
-    ) -> tuple[Tensor, SelfState | None]:
+    ) -> tuple[Rows, State | None]:
         """Feeds nodes, each from the state whose index stands beside it, and notes their places."""
         nodes, sources = zip(*level, strict=True)
         sequences = Sequences(
@@ -344,7 +345,7 @@ class _Scores:
 
     def __init__(
         self,
-        model: Yoco,
+        model: Model,
         answers: Sequence[tuple[int, int, TokenIds]],
         outputs: Iterator[Tensor],
         most: int,
@@ -377,7 +378,7 @@ class _Scores:
 
 
 def _gather(
-    model: Yoco, positions: np.ndarray, tokens: np.ndarray, outputs: Iterator[Tensor], most: int
+    model: Model, positions: np.ndarray, tokens: np.ndarray, outputs: Iterator[Tensor], most: int
 ) -> Tensor:
     """Log-probabilities of tokens at positions, and 1 where another token is likelier.
 
@@ -396,7 +397,7 @@ def _gather(
     pairs = to_device(torch.from_numpy(np.stack((positions, tokens))), model.device)
     for output in outputs:
         for block in output.split(rows):
-            logits = model.output_projection(block)
+            logits = model.logits(block)
             logits = logits if logits.dtype == torch.float64 else logits.float()
             begin, end = np.searchsorted(positions, (start, start + len(block)))
             row, token = pairs[0, begin:end] - start, pairs[1, begin:end]
@@ -449,7 +450,7 @@ def _check_number(number: float, dtype: torch.dtype) -> None:
 class _Walk:
     """The cache on its way through the tree of prefixes, with snapshots along the present path."""
 
-    def __init__(self, model: Yoco, capacity: int, chunk: int, progress: Progress) -> None:
+    def __init__(self, model: Model, capacity: int, chunk: int, progress: Progress) -> None:
         self.cache = model.new_cache(capacity)
         self.chunk = chunk
         self._model, self._progress = model, progress

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from yoco_eval.model import YocoConfig
-from yoco_eval.model.footprint import decode_bytes, prefill_operations
+from yoco_eval.model import Costs
 
 from .lengths import format_length
 from .memory import Fit, fit, out_of_memory
@@ -42,19 +41,19 @@ class Estimate:
 
 
 def estimate(
-    config: YocoConfig,
+    costs: Costs,
     dtype: torch.dtype,
     device: torch.device,
     length: int,
     chunk: int | None = None,
 ) -> Estimate:
     """Nothing is run but a matrix product and a copy, whose speeds on the device are measured."""
-    fitted = fit(config, dtype, device, length, chunk)
+    fitted = fit(costs, dtype, device, length, chunk)
     prefill = decode = None
     try:
-        rate = _product_rate(config, dtype, device, min(fitted.chunk, _TOKENS))
-        prefill = prefill_operations(config, length) / rate
-        decode = _copy_rate(device) / decode_bytes(config, dtype, length)
+        rate = _product_rate(costs, dtype, device, min(fitted.chunk, _TOKENS))
+        prefill = costs.prefill_operations(length) / rate
+        decode = _copy_rate(device) / costs.decode_bytes(dtype, length)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -105,12 +104,11 @@ def _three_digits(number: float) -> str:
     return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
 
 
-def _product_rate(
-    config: YocoConfig, dtype: torch.dtype, device: torch.device, tokens: int
-) -> float:
-    """Operations per second of a feed-forward layer's first product."""
-    x = torch.randn(tokens, config.dim, dtype=dtype, device=device)
-    weight = torch.randn(2 * config.hidden_dim, config.dim, dtype=dtype, device=device)
+def _product_rate(costs: Costs, dtype: torch.dtype, device: torch.device, tokens: int) -> float:
+    """Operations per second of a linear map that much of the work is like."""
+    inputs, outputs = costs.typical_product
+    x = torch.randn(tokens, inputs, dtype=dtype, device=device)
+    weight = torch.randn(outputs, inputs, dtype=dtype, device=device)
     seconds = _seconds(lambda: torch.nn.functional.linear(x, weight), device)
     return 2 * tokens * weight.numel() / seconds
 

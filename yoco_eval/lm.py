@@ -23,8 +23,8 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
-from yoco_eval.model import Yoco
-from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, load_config, resolve_checkpoint
+from yoco_eval.model import open_checkpoint
+from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
 
 from .chat import ChatTemplate
 from .devices import find_device, find_dtype
@@ -132,12 +132,13 @@ class YocoLM(TemplateLM):
 
         self._name = DEFAULT_CHECKPOINT if pretrained is None else str(pretrained)
         path = resolve_checkpoint(self._name)
-        config = load_config(path)
+        blueprint = open_checkpoint(path)
+        vocabulary = blueprint.config.vocab_size
         if tokenizer is None:
-            self.tokenizer = checkpoint_tokenizer(path, config.vocab_size)
+            self.tokenizer = checkpoint_tokenizer(path, vocabulary)
         else:
             self.tokenizer = load_tokenizer(str(tokenizer))
-            check_vocabulary(self.tokenizer, config.vocab_size)
+            check_vocabulary(self.tokenizer, vocabulary)
         # Lengths are this backend's business; transformers would warn of every long prompt.
         self.tokenizer.model_max_length = sys.maxsize
         check_ends(self.tokenizer)
@@ -146,8 +147,8 @@ class YocoLM(TemplateLM):
                 "%s: does not say which token ends a text: only stop strings and max_gen_toks end "
                 "a generation", self.tokenizer.name_or_path,
             )  # fmt: skip
-        with loading_weights(config, kind, where):
-            model = Yoco.from_pretrained(path, where, kind)
+        with loading_weights(blueprint.costs, kind, where):
+            model = blueprint.make(where, kind)
         self._device, self.model = model.device, model
         self.batch_size = batch_size
         self.max_length: int = (

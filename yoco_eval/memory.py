@@ -11,15 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from yoco_eval.model import YocoConfig
-from yoco_eval.model.footprint import (
-    Footprint,
-    cache_bytes,
-    footprint,
-    passing_bytes,
-    state_bytes,
-    weight_bytes,
-)
+from yoco_eval.model import Costs
+from yoco_eval.model.footprint import Footprint, footprint
 
 from .lengths import format_length
 from .prefixes import Limits
@@ -65,14 +58,14 @@ class Fit:
     def fits(self) -> bool:
         return self.need <= self.free
 
-    def limits(self, items: int | None, config: YocoConfig, dtype: torch.dtype) -> Limits:
+    def limits(self, items: int | None, costs: Costs, dtype: torch.dtype) -> Limits:
         """Of packed batches of up to `items` sequences: half of what is left is for snapshots."""
         return Limits(
             items=items or self.chunk,
             tokens=self.chunk,
             room=(self.free - self.need) // 2,
-            state=state_bytes(config, dtype),
-            passing=passing_bytes(config, dtype, self.device),
+            state=costs.state_bytes(dtype),
+            passing=costs.passing_bytes(dtype, self.device),
         )
 
     def check(self) -> None:
@@ -113,7 +106,7 @@ class Fit:
 
 
 def fit(
-    config: YocoConfig,
+    costs: Costs,
     dtype: torch.dtype,
     device: torch.device,
     length: int,
@@ -124,6 +117,7 @@ def fit(
     """Fits a run into the free memory as well as possible.
 
     Args:
+        costs: of the model.
         length: tokens of the longest context, with what is generated after it.
         chunk: tokens to feed at a time; None: as many as pay and fit.
         loaded: whether the weights are on the device already.
@@ -137,14 +131,14 @@ def fit(
         size = max(1, min(most, total))
         # A packed batch of a chunk's size may lie behind what its texts share.
         capacity = min(length + size, total)
-        memory = footprint(config, dtype, capacity, size, size * _LOGITS, device)
+        memory = footprint(costs, dtype, capacity, size, size * _LOGITS, device)
         return size, memory, memory.total - (memory.weights if loaded else 0)
 
     for most in (chunk,) if chunk else chunk_sizes(device):
         size, memory, need = needs(length, most)
         if need <= free:
             break
-    beyond = range(1, max(0, free) // cache_bytes(config, dtype, 1) + 2)
+    beyond = range(1, max(0, free) // costs.cache_bytes(dtype, 1) + 2)
     longest = bisect_right(beyond, free, key=lambda length: needs(length, most)[2])
     return Fit(length, chunk, size, size * _LOGITS, memory, need, free, longest, device)
 
@@ -154,13 +148,13 @@ def chunk_sizes(device: torch.device) -> tuple[int, ...]:
     return CHUNKS.get(device.type, CHUNKS["cpu"])
 
 
-def check_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) -> None:
+def check_weights(costs: Costs, dtype: torch.dtype, device: torch.device) -> None:
     """Says so if a model's weights do not fit, before they are loaded.
 
     Raises:
         ValueError: with the figures.
     """
-    need, free = weight_bytes(config, dtype), free_bytes(device)
+    need, free = costs.weight_bytes(dtype), free_bytes(device)
     if need > free:
         raise ValueError(
             f"the weights take {gib(need)} in {str(dtype).removeprefix('torch.')}, and "
@@ -169,10 +163,10 @@ def check_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) 
 
 
 @contextmanager
-def loading_weights(config: YocoConfig, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def loading_weights(costs: Costs, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """`check_weights`; and what is then allocated for them may raise OutOfMemory."""
-    check_weights(config, dtype, device)
-    planned = f"the weights take {gib(weight_bytes(config, dtype))}"
+    check_weights(costs, dtype, device)
+    planned = f"the weights take {gib(costs.weight_bytes(dtype))}"
     with allocating(device, planned, "take a smaller dtype, or a device with more memory"):
         yield
 

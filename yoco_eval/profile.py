@@ -11,21 +11,16 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from yoco_eval import __version__
-from yoco_eval.model import Yoco, YocoConfig
-from yoco_eval.model.checkpoint import load_config
-from yoco_eval.model.decoder import Decoder
-from yoco_eval.model.footprint import count_parameters
-from yoco_eval.model.shapes import find_shape, set_random_weights
-from yoco_eval.model.transformer import Transformer, TransformerConfig
+from yoco_eval.model import Blueprint, Cache, Model, Rows, Span, Spans, open_checkpoint
+from yoco_eval.model.interface import take
+from yoco_eval.model.shapes import SEED, find_shape, transformer_beside, with_random_weights
 from yoco_eval.reports.profile import (
     MEASURED,
     OUT_OF_MEMORY,
@@ -40,26 +35,10 @@ from .memory import chunk_sizes, free_bytes, out_of_memory
 # Fed before the clock starts: kernels are compiled and chosen meanwhile.
 WARM_UP_TOKENS = {"cpu": 64, "cuda": 65536}
 WARM_UP_STEPS, DECODE_STEPS = 4, 16
-SEED = 0
 
 
 class ProfileError(ValueError):
     """A profile cannot be made as it was asked for; the message is one line."""
-
-
-class Model(Protocol):
-    """What `Yoco` and `Transformer` have in common. x: [T, dim], the output for T tokens."""
-
-    config: YocoConfig | TransformerConfig
-    device: torch.device
-
-    def new_cache(self, capacity: int): ...
-
-    def prefill(self, input_ids: Tensor, cache) -> Tensor: ...
-
-    def predict_last(self, x: Tensor, cache) -> Tensor: ...
-
-    def decoder(self, cache) -> Decoder: ...
 
 
 class _OutOfPatience(Exception):
@@ -95,23 +74,16 @@ def run_profile(
     try:
         where = find_device(device)
         kind = find_dtype(dtype, where)
-        config = load_config(pretrained) if shape is None else find_shape(shape)
+        yoco = (
+            open_checkpoint(pretrained) if shape is None else with_random_weights(find_shape(shape))
+        )
     except ValueError as error:
         raise ProfileError(error) from error
     on_gpu = where.type == "cuda"
 
-    def yoco() -> Yoco:
-        if shape is None:
-            _check_room(Yoco, config, where, kind)
-            return Yoco.from_pretrained(pretrained, where, kind)
-        return _random(Yoco, config, where, kind)
-
-    builders: dict[str, Callable[[], Model]] = {"YOCO": yoco}
-    shapes = {"YOCO": asdict(config)}
+    blueprints = {"YOCO": yoco}
     if against == "transformer":
-        plain = TransformerConfig.like(config)
-        builders["Transformer"] = lambda: _random(Transformer, plain, where, kind)
-        shapes["Transformer"] = asdict(plain)
+        blueprints["Transformer"] = transformer_beside(yoco.config)
 
     if on_gpu:
         torch.cuda.set_device(where)  # where kernels are launched and events recorded
@@ -119,7 +91,7 @@ def run_profile(
     known = partial(
         Profile,
         name=str(pretrained) if shape is None else f"YOCO-{shape.upper()}, random weights",
-        shapes=shapes,
+        shapes={name: blueprint.config.to_dict() for name, blueprint in blueprints.items()},
         dtype=str(kind).removeprefix("torch."),
         device=torch.cuda.get_device_name(where) if on_gpu else f"{platform.machine()} CPU",
         device_bytes=torch.cuda.get_device_properties(where).total_memory if on_gpu else None,
@@ -130,7 +102,7 @@ def run_profile(
         seed=SEED,
     )
     rows: list[ProfileRow] = []
-    for row in profile(builders, lengths, where, patience, chunk):
+    for row in profile(blueprints, lengths, where, kind, patience, chunk):
         rows.append(row)
         report(known(rows=tuple(rows)))
     return known(rows=tuple(rows))
@@ -138,33 +110,40 @@ def run_profile(
 
 @torch.inference_mode()
 def profile(
-    builders: Mapping[str, Callable[[], Model]],
+    blueprints: Mapping[str, Blueprint],
     lengths: Sequence[int],
     device: torch.device,
+    dtype: torch.dtype,
     patience: float,
     chunk: int,
 ) -> Iterator[ProfileRow]:
     """Yields a row per model and length, each as soon as it is known.
 
     Args:
-        builders: make the models. One model exists at a time.
+        blueprints: of the models, by name. One model exists at a time.
         lengths: in tokens, ascending. Once a model is out of memory or patience, the longer ones
             are not tried.
-        device: of the models.
+        device, dtype: of the models.
         patience: the seconds that one prefill may take; a longer one is given up.
         chunk: how many tokens are fed at a time.
     """
-    for name, build in builders.items():
+    for name, blueprint in blueprints.items():
         outcome, model = MEASURED, None
+        weights = blueprint.costs.weight_bytes(dtype)
         try:
-            model = build()
+            # To be asked first: memory that a CPU does not have can be allocated there, and using
+            # it ends the process.
+            if weights > free_bytes(device):
+                raise MemoryError
+            model = blueprint.make(device, dtype)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             outcome = OUT_OF_MEMORY
         for length in lengths:
-            sizes = _sizes(model, length) if model is not None else {}
-            if sizes and sizes["cache_bytes"] > free_bytes(device):
+            cache = blueprint.costs.cache_bytes(dtype, _capacity(length))
+            sizes = {"weights_bytes": weights, "cache_bytes": cache}
+            if outcome == MEASURED and cache > free_bytes(device):
                 outcome = OUT_OF_MEMORY
             row = None
             if outcome == MEASURED:
@@ -218,10 +197,10 @@ def _run(
     """
     cache = model.new_cache(_capacity(length))
     fed: list[torch.cuda.Event] = []
-    last = None
+    last: Rows | None = None
     for part in ids.split(chunk):
         last = None  # not two chunks' outputs at a time
-        last = model.prefill(part, cache)[-1:]
+        last = take(model.prefill(part, cache), slice(-1, None))
         # The clock is looked at one chunk behind, so that the GPU never waits for the host.
         if model.device.type == "cuda":
             fed.append(torch.cuda.Event())
@@ -230,7 +209,7 @@ def _run(
                 fed[-2].synchronize()
         if time.perf_counter() > deadline:
             raise _OutOfPatience
-    token = int(model.predict_last(last, cache).argmax())  # waits for the device
+    token = int(_predict(model, last, cache).argmax())  # waits for the device
     prefilled = time.perf_counter()
 
     decoder = model.decoder(cache)
@@ -245,39 +224,16 @@ def _run(
     return prefilled, time.perf_counter() - start
 
 
+def _predict(model: Model, last: Rows, cache: Cache) -> Tensor:
+    """Logits [1, vocab_size] after the text in the cache, of whose last token the rows are."""
+    length = cache.state.length
+    position = torch.tensor([length - 1], device=model.device)
+    spans = Spans((Span(0, 1, 0, length, causal=True),))
+    return model.logits(model.predict(last, position, cache, spans))
+
+
 def _capacity(length: int) -> int:
     return length + WARM_UP_STEPS + DECODE_STEPS
-
-
-def _sizes(model: Model, length: int) -> dict[str, int]:
-    """A row's weights_bytes and cache_bytes, without allocating that cache."""
-    storages = {
-        weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes()
-        for weight in model.parameters()
-    }
-    cache = model.new_cache(1)
-    per_token = cache.keys.nbytes + cache.values.nbytes
-    return {
-        "weights_bytes": sum(storages.values()),
-        "cache_bytes": per_token * _capacity(length),
-    }
-
-
-def _random(model_class, config, device: torch.device, dtype: torch.dtype) -> Model:
-    _check_room(model_class, config, device, dtype)
-    model = model_class.empty(config, device, dtype)
-    set_random_weights(model, SEED)
-    return model
-
-
-def _check_room(model_class, config, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises MemoryError if the weights do not fit.
-
-    To be asked first: memory that a CPU does not have can be allocated there, and using it ends
-    the process.
-    """
-    if count_parameters(model_class, config) * dtype.itemsize > free_bytes(device):
-        raise MemoryError
 
 
 def _versions(on_gpu: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from yoco_eval.model import Yoco, YocoConfig
+from yoco_eval.model import GatedRetentionSettings, SlidingWindowSettings, Yoco, YocoConfig, save
 from yoco_eval.model import checkpoint as checkpoints
 from yoco_eval.reports.profile import Profile, ProfileRow, save_profile
 from yoco_eval.tokenizers import save_tokenizer
@@ -34,11 +34,10 @@ def make_files(folder: Path) -> None:
             dim=16,
             n_layers=4,
             hidden_dim=24,
-            n_self_heads=2,
+            self_decoder=SlidingWindowSettings(2, window) if window else GatedRetentionSettings(2),
             n_attn_heads=4,
             n_attn_kv_heads=2,
             vocab_size=VOCABULARY,
-            sliding_window=window,
             max_position_embeddings=512,
         )
         model = Yoco(config).requires_grad_(False)
@@ -50,15 +49,15 @@ def make_files(folder: Path) -> None:
 
 def _checkpoints(folder: Path, model: Yoco, kind: str) -> None:
     native, sharded = folder / f"native-{kind}", folder / f"sharded-{kind}"
-    model.save_pretrained(native)
+    save(model, native)
     whole = checkpoints.save_torch_state_dict
     checkpoints.save_torch_state_dict = lambda *args: whole(*args, max_shard_size=20_000)
     try:
-        model.save_pretrained(sharded)
+        save(model, sharded)
     finally:
         checkpoints.save_torch_state_dict = whole
     weights = dict(model.state_dict())
-    settings = {k: v for k, v in vars(model.config).items() if v is not None}
+    settings = model.config.to_dict()
     params = {k: v for k, v in settings.items() if k != "max_position_embeddings"}
     for zipped in (True, False):
         published = folder / f"published-{kind}-{'zip' if zipped else 'legacy'}"

@@ -17,9 +17,10 @@ import torch
 
 from yoco_eval.model import (
     CheckpointError,
-    Yoco,
     YocoConfig,
+    load,
     load_checkpoint,
+    save,
     save_checkpoint,
 )
 from yoco_eval.model import checkpoint as module
@@ -132,7 +133,7 @@ def test_other_objects_of_a_training_checkpoint(params, weights, tmp_path, monke
         },
     }
     torch.save(content, tmp_path / "checkpoint.pt")
-    assert load_checkpoint(tmp_path)[0] == YocoConfig(**params)
+    assert load_checkpoint(tmp_path)[0] == YocoConfig.from_dict(params)
 
 
 def test_fairseq_checkpoint(params, weights, tmp_path):
@@ -149,7 +150,7 @@ def test_fairseq_checkpoint(params, weights, tmp_path):
     torch.save(content, tmp_path / "checkpoint_last.pt")
     for path in (tmp_path, tmp_path / "checkpoint_last.pt"):
         config, loaded = load_checkpoint(path)
-        assert config == YocoConfig(**params, max_position_embeddings=4096)
+        assert config == YocoConfig.from_dict({**params, "max_position_embeddings": 4096})
         assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
@@ -182,7 +183,7 @@ def test_nothing_is_executed(published, weights, tmp_path, zipped):
 def test_truncated(published, tmp_path, name):
     folder = copy(published, tmp_path)
     if name == "model.safetensors":
-        Yoco.from_pretrained(folder, device="cpu").save_pretrained(folder)
+        save(load(folder, device="cpu"), folder)
     file = folder / name
     file.write_bytes(file.read_bytes()[:-1000])
     message = fault(folder)
@@ -249,10 +250,10 @@ def test_weights_that_a_narrower_dtype_makes_infinite(published, weights, tmp_pa
     torch.save(weights, folder / "checkpoint.pth")
     load_checkpoint(folder, torch.bfloat16)
     with pytest.raises(CheckpointError, match="too large for float16.* in layer_norm.weight"):
-        Yoco.from_pretrained(folder, "cpu", torch.float16)
+        load(folder, "cpu", torch.float16)
     weights["layer_norm.weight"][3] = 65519.0  # rounds to float16's largest
     torch.save(weights, folder / "checkpoint.pth")
-    Yoco.from_pretrained(folder, "cpu", torch.float16)
+    load(folder, "cpu", torch.float16)
 
 
 def test_weights_that_are_no_floating_point_numbers(published, weights, tmp_path):
@@ -273,7 +274,7 @@ def test_tensors_that_claim_more_numbers_than_there_are(published, weights, tmp_
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/dev/zero", "..", "", 3, "a\0b"])
 def test_an_index_names_files_beside_it(published, tmp_path, file):
-    Yoco.from_pretrained(published, device="cpu").save_pretrained(tmp_path / "a")
+    save(load(published, device="cpu"), tmp_path / "a")
     index = tmp_path / "a" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"layer_norm.weight": file}}))
     shutil.copy(tmp_path / "a" / "model.safetensors", tmp_path)
@@ -283,13 +284,13 @@ def test_an_index_names_files_beside_it(published, tmp_path, file):
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": [1]}', '{"weight_map": {}}'])
 def test_bad_index(published, tmp_path, content):
-    Yoco.from_pretrained(published, device="cpu").save_pretrained(tmp_path)
+    save(load(published, device="cpu"), tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(content)
     assert "has no weight_map" in fault(tmp_path)
 
 
 def test_a_file_of_a_native_folder(published, tmp_path):
-    Yoco.from_pretrained(published, device="cpu").save_pretrained(tmp_path)
+    save(load(published, device="cpu"), tmp_path)
     assert "name its folder" in fault(tmp_path / "model.safetensors")
 
 
@@ -297,7 +298,7 @@ def test_a_file_of_a_native_folder(published, tmp_path):
 def test_pipes_and_devices_are_not_waited_for(published, tmp_path, name):
     folder = tmp_path / "copy"
     if name in ("config.json", "model.safetensors"):
-        Yoco.from_pretrained(published, device="cpu").save_pretrained(folder)
+        save(load(published, device="cpu"), folder)
     else:
         folder.mkdir()
     (folder / name).unlink(missing_ok=True)
@@ -313,7 +314,7 @@ def test_pipes_and_devices_are_not_waited_for(published, tmp_path, name):
 def test_json_nested_without_end(published, tmp_path, name):
     folder = copy(published, tmp_path)
     if name != "params.json":
-        Yoco.from_pretrained(published, device="cpu").save_pretrained(folder)
+        save(load(published, device="cpu"), folder)
     levels = 10**5  # beyond what any Python's reader takes
     (folder / name).write_text('{"dim": ' + "[" * levels + "]" * levels + "}")
     assert f"{folder / name}: not valid JSON" in fault(folder)
@@ -396,7 +397,7 @@ def test_bad_settings(published, params, tmp_path, change, message):
 
 def test_settings_of_the_published_code(params):
     extra = {"max_batch_size": 4, "max_seq_len": -1, "model_parallel_size": 1}
-    assert YocoConfig.from_dict({**params, **extra}) == YocoConfig(**params)
+    assert YocoConfig.from_dict({**params, **extra}) == YocoConfig.from_dict(params)
 
 
 def test_settings_of_a_training_checkpoint_may_be_anything(params, weights, tmp_path):

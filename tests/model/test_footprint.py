@@ -8,32 +8,25 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from yoco_eval.kernels.sequences import Span, Spans
-from yoco_eval.model import Yoco
-from yoco_eval.model import footprint as module
-from yoco_eval.model.footprint import (
-    OVERHEAD,
-    cache_bytes,
-    decode_bytes,
-    footprint,
-    prefill_operations,
-    state_bytes,
-    weight_bytes,
-)
+from yoco_eval.model import GatedRetentionSettings, SlidingWindowSettings, Yoco, load
+from yoco_eval.model import costs as module
+from yoco_eval.model.costs import OVERHEAD, YocoCosts
+from yoco_eval.model.footprint import footprint
 from yoco_eval.model.shapes import SHAPES, set_random_weights
 
 
 @pytest.fixture
 def model(published):
-    return Yoco.from_pretrained(published, device="cpu", dtype=torch.float32)
+    return load(published, device="cpu", dtype=torch.float32)
 
 
 def test_parts_are_those_of_a_real_model(model):
-    config = model.config
-    assert weight_bytes(config, torch.float32) == sum(p.nbytes for p in model.parameters())
+    costs = model.costs
+    assert costs.weight_bytes(torch.float32) == sum(p.nbytes for p in model.parameters())
     cache = model.new_cache(50)
-    assert cache_bytes(config, torch.float32, 50) == cache.keys.nbytes + cache.values.nbytes
+    assert costs.cache_bytes(torch.float32, 50) == cache.keys.nbytes + cache.values.nbytes
     model.prefill(torch.arange(20), cache)
-    assert state_bytes(config, torch.float32) == sum(s.nbytes for s in cache.state.layers)
+    assert costs.state_bytes(torch.float32) == sum(s.nbytes for s in cache.state.layers)
 
 
 def test_operations_are_those_of_the_matrix_products(model):
@@ -45,24 +38,24 @@ def test_operations_are_those_of_the_matrix_products(model):
     products = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm_"))
     # The stacked projections are padded to a multiple of 8 rows.
     padding = 2 * 20 * 8 * model.config.dim * model.config.n_layers // 2
-    assert 0 <= products - prefill_operations(model.config, 20) <= padding
+    assert 0 <= products - model.costs.prefill_operations(20) <= padding
 
 
 def test_decoding_reads_the_cache_once_for_each_cross_decoder_layer(published):
-    config = Yoco.from_pretrained(published, device="cpu").config
-    more = decode_bytes(config, torch.bfloat16, 101) - decode_bytes(config, torch.bfloat16, 100)
-    assert more == config.n_layers // 2 * cache_bytes(config, torch.bfloat16, 1)
+    costs = load(published, device="cpu").costs
+    more = costs.decode_bytes(torch.bfloat16, 101) - costs.decode_bytes(torch.bfloat16, 100)
+    assert more == costs.config.cross_layers * costs.cache_bytes(torch.bfloat16, 1)
 
 
 def test_memory_grows_with_length_by_the_cache_alone(published):
-    config = Yoco.from_pretrained(published, device="cpu").config
-    short, long = (footprint(config, torch.bfloat16, n, 64) for n in (100, 1000))
-    assert long.total - short.total == cache_bytes(config, torch.bfloat16, 900)
+    costs = load(published, device="cpu").costs
+    short, long = (footprint(costs, torch.bfloat16, n, 64) for n in (100, 1000))
+    assert long.total - short.total == costs.cache_bytes(torch.bfloat16, 900)
 
 
 def test_what_is_fused_takes_less_but_not_a_text_s_last_tokens(monkeypatch):
     def activations(chunk):
-        return footprint(SHAPES["3b"], torch.bfloat16, 2**20, chunk).activations
+        return footprint(YocoCosts(SHAPES["3b"]), torch.bfloat16, 2**20, chunk).activations
 
     monkeypatch.setattr(module, "triton_takes", lambda device, dtype: True)
     monkeypatch.setattr(module, "fuses_swiglu", lambda *shape: False)
@@ -82,11 +75,10 @@ def test_activations_on_a_cpu(window, dtype, live_bytes):
         dim=1024,
         n_layers=2,
         hidden_dim=1408,
-        n_self_heads=8,
+        self_decoder=SlidingWindowSettings(8, window) if window else GatedRetentionSettings(8),
         n_attn_heads=1,
         n_attn_kv_heads=1,
         vocab_size=100,
-        sliding_window=window,
     )
     model = Yoco(config).to(dtype).requires_grad_(False)
     ids = torch.randint(100, (1000,))
@@ -96,7 +88,7 @@ def test_activations_on_a_cpu(window, dtype, live_bytes):
         weights = [*model.parameters(), cache.keys, cache.values]
         with live_bytes(besides=weights) as live:
             model.prefill(ids[1:], cache)
-    memory = footprint(config, dtype, len(ids), len(ids), device=torch.device("cpu"))
+    memory = footprint(YocoCosts(config), dtype, len(ids), len(ids), device=torch.device("cpu"))
     assert live.peak < memory.activations + memory.states - OVERHEAD
 
 
@@ -109,7 +101,7 @@ def test_attention_on_a_cpu(gap, dtype, live_bytes):
         dim=256,
         n_layers=2,
         hidden_dim=64,
-        n_self_heads=2,
+        self_decoder=GatedRetentionSettings(2),
         n_attn_heads=4,
         n_attn_kv_heads=2,
         vocab_size=100,
@@ -127,7 +119,7 @@ def test_attention_on_a_cpu(gap, dtype, live_bytes):
         model.predict(x[:1], positions[:1], cache, Spans((Span(0, 1, 0, 1, True),)))
         with live_bytes(besides=[*model.parameters(), cache.keys, cache.values]) as live:
             model.predict(x, positions, cache, spans)
-    memory = footprint(config, dtype, length, chunk, device=torch.device("cpu"))
+    memory = footprint(YocoCosts(config), dtype, length, chunk, device=torch.device("cpu"))
     assert live.peak < memory.activations - OVERHEAD
 
 
@@ -137,7 +129,9 @@ def test_attention_on_a_cpu(gap, dtype, live_bytes):
 def test_activations_on_a_gpu(window, chunk):
     """Not more than estimated, and not much less, of a chunk and of fewer tokens than are fused."""
     device = torch.device("cuda")
-    config = replace(SHAPES["3b"], n_layers=2, vocab_size=1000, sliding_window=window)
+    config = replace(SHAPES["3b"], n_layers=2, vocab_size=1000)
+    if window:
+        config = replace(config, self_decoder=SlidingWindowSettings(24, window))
     gc.collect()  # what is freed meanwhile would be missed
     model = Yoco.empty(config, device, torch.bfloat16)
     set_random_weights(model, 0)
@@ -150,7 +144,7 @@ def test_activations_on_a_gpu(window, chunk):
             before = torch.cuda.memory_allocated()
             model.prefill(ids, cache)
             extra.append(torch.cuda.max_memory_allocated() - before)
-    memory = footprint(config, torch.bfloat16, chunk, chunk)
+    memory = footprint(YocoCosts(config), torch.bfloat16, chunk, chunk)
     assert 0.6 * memory.activations < max(extra) < memory.activations + memory.states
 
 
@@ -172,4 +166,6 @@ def test_the_peak_on_a_gpu(length):
         decoder.start(0)
         decoder.step()
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak == pytest.approx(footprint(config, torch.bfloat16, length, chunk).total, rel=0.1)
+    assert peak == pytest.approx(
+        footprint(YocoCosts(config), torch.bfloat16, length, chunk).total, rel=0.1
+    )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from yoco_eval.model import Sequences, Span, Spans, Yoco
+from yoco_eval.model import Sequences, Span, Spans, load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -13,8 +13,8 @@ LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def pair(published, request):
     """A model on the GPU and what it is compared with: itself in float64 on the CPU."""
-    fast = Yoco.from_pretrained(published, device="cuda", dtype=request.param)
-    exact = Yoco.from_pretrained(published, device="cpu", dtype=request.param).double()
+    fast = load(published, device="cuda", dtype=request.param)
+    exact = load(published, device="cpu", dtype=request.param).double()
     return fast, exact
 
 
@@ -101,8 +101,8 @@ def test_packed_sequences(pair):
 @torch.inference_mode()
 def test_float64_runs_the_references(published, ids):
     """Which read lengths on the host, so that no graph can hold them."""
-    exact = Yoco.from_pretrained(published, device="cpu", dtype=torch.float64)
-    model = Yoco.from_pretrained(published, device="cuda", dtype=torch.float64)
+    exact = load(published, device="cpu", dtype=torch.float64)
+    model = load(published, device="cuda", dtype=torch.float64)
     cache, logits = model.new_cache(len(ids)), []
     model.prefill(ids[:200].cuda(), cache)
     decoder = model.decoder(cache)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from yoco_eval.model import Yoco, YocoConfig
+from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig
 from yoco_eval.model.shapes import SHAPES, find_shape, set_random_weights
 
 
@@ -14,7 +14,7 @@ def test_the_published_size():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_weights(dtype):
-    config = YocoConfig(64, 2, 32, 2, 2, 1, 128)
+    config = YocoConfig(64, 2, 32, 2, 1, 128, GatedRetentionSettings(2))
     models = [Yoco.empty(config, torch.device("cpu"), dtype) for _ in range(3)]
     for model, seed in zip(models, (3, 3, 4), strict=True):
         set_random_weights(model, seed)

@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.utils.flop_counter import FlopCounterMode
 
+from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest
 from yoco_eval.kernels.sequences import Span, Spans
 from yoco_eval.model import transformer
 from yoco_eval.model.shapes import SHAPES, set_random_weights
@@ -64,14 +67,23 @@ def expected(model):
     return norm(x, "layer_norm") @ w["output_projection.weight"].T
 
 
+def predictions(model, x, cache):
+    """Logits of the cache's last tokens, whose rows x are."""
+    end = cache.state.length
+    positions = torch.arange(end - len(x), end, device=x.device)
+    spans = Spans((Span(0, len(x), 0, end, causal=True),))
+    return model.logits(model.predict(x, positions, cache, spans))
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 50])
 def test_prefill_in_chunks(model, expected, chunk):
     cache = model.new_cache(50)
     for start in range(0, 50, chunk):
         x = model.prefill(IDS[start : start + chunk], cache)
         for _ in range(2):  # asking changes nothing
-            logits = model.predict_last(x[-1:], cache)
-            torch.testing.assert_close(logits, expected[cache.length - 1], rtol=0, atol=1e-9)
+            logits = predictions(model, x, cache)
+            now = expected[start : cache.state.length]
+            torch.testing.assert_close(logits, now, rtol=0, atol=1e-9)
     assert expected.std() > 0.1  # else the comparison says little
 
 
@@ -101,9 +113,24 @@ def test_cache_keeps_every_layer(model):
 
 def test_as_large_as_a_yoco_model():
     config = TransformerConfig.like(SHAPES["3b"])
-    assert config == TransformerConfig(3072, 26, 8192, 24, 8, 100288, 8e7)
+    assert config == TransformerConfig(3072, 26, 8192, 24, 8, 100288, 8e7, 1e-5, 2**20)
     model = Transformer.empty(config, torch.device("meta"), torch.bfloat16)
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(3.2e9, rel=0.02)
+
+
+def test_costs_are_those_of_a_real_model(model):
+    costs = model.costs
+    assert costs.weight_bytes(torch.float64) == sum(p.nbytes for p in model.parameters())
+    cache = model.new_cache(30)
+    assert costs.cache_bytes(torch.float64, 30) == cache.keys.nbytes + cache.values.nbytes
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        model.prefill(IDS[:30], cache)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "mm" in str(op))
+    attended = 4 * CONFIG.n_layers * CONFIG.dim * 30 * 31 // 2
+    padding = 2 * 30 * 8 * CONFIG.dim * CONFIG.n_layers
+    assert 0 <= products + attended - costs.prefill_operations(30) <= padding
 
 
 def plain_attention(q, keys, values, bias, lse, dropout, causal):
@@ -153,7 +180,7 @@ def test_attention_on_the_card(cudnn, length, past, monkeypatch):
     monkeypatch.setattr(transformer, "can_use_cudnn_attention", lambda parameters: cudnn)
     unturned = (torch.ones(length, 64, **options), torch.zeros(length, 64, **options))
     spans = Spans((Span(0, length, 0, total, True),))
-    out = transformer._causal_attention(q, keys, values, spans, unturned)
+    out = transformer._attention(q, keys, values, spans, unturned)
     q, keys, values = q.transpose(0, 1)[None].double(), keys[None].double(), values[None].double()
     reference = lower_right(q, keys[:, :, :total], values[:, :, :total])[0].transpose(0, 1)
     assert (out.double() - reference).norm() / reference.norm() < 1e-2
@@ -172,12 +199,54 @@ def test_on_the_card():
     x = exact.prefill(ids[:3000], wide)
     for chunk in ids[:3000].cuda().split(1500):
         y = model.prefill(chunk, narrow)
-    reference, logits = exact.predict_last(x[-1:], wide), model.predict_last(y[-1:], narrow)
+    reference, logits = predictions(exact, x[-1:], wide)[0], predictions(model, y[-1:], narrow)[0]
     assert (logits.cpu().double() - reference).norm() / reference.norm() < 3e-2
     decoder = model.decoder(narrow)
     decoder.start(int(ids[3000]))
     for token in ids[3000:]:
         decoder.token.fill_(token)
         decoder.step()
-        reference = exact.predict_last(exact.prefill(token[None], wide), wide)
+        (reference,) = predictions(exact, exact.prefill(token[None], wide), wide)
         assert (decoder.logits.cpu().double() - reference).norm() / reference.norm() < 3e-2
+
+
+def through_the_engine(model, **options):
+    """An engine for texts that share stems and branch, and requests of both kinds."""
+    random = np.random.default_rng(0)
+    stem, other = random.integers(64, size=(2, 30))
+    contexts = [stem, other, stem[:12], np.append(stem, other[:9]), np.append(stem, other[:9])]
+    ends = random.integers(64, size=(5, 7))
+    scored = [
+        ScoreRequest(context, end[:length])
+        for context, end in zip(contexts, ends, strict=True)
+        for length in (1, 2, 7)
+    ]
+    return Engine(model, **options), scored, [GenerateRequest(context, 5) for context in contexts]
+
+
+def full_pass(model, ids):
+    """Logits [T, vocab_size] of a text fed as a whole."""
+    cache = model.new_cache(len(ids))
+    return predictions(model, model.prefill(torch.as_tensor(ids), cache), cache)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prefill_chunk": 9}, {"batch_size": None}, {"batch_size": 3}], ids=str
+)
+def test_the_engine_runs_it_as_any_model(model, options):
+    engine, scored, generated = through_the_engine(model, **options)
+    quiet = {"begin": lambda count: None, "progress": lambda count: None}
+    for index, score in engine.score(scored, **quiet):
+        request = scored[index]
+        ids = np.append(request.context, request.continuation)
+        rows = full_pass(model, ids)[len(request.context) - 1 : -1].log_softmax(-1)
+        targets = torch.as_tensor(request.continuation)
+        expected = rows.gather(1, targets[:, None]).sum().item()
+        assert score.logprob == pytest.approx(expected, abs=1e-9)
+        assert score.greedy == bool((rows.argmax(-1) == targets).all())
+    for index, tokens in engine.generate(generated, **quiet):
+        ids = list(generated[index].context)
+        for token in tokens:
+            assert token == int(full_pass(model, ids)[-1].argmax())
+            ids.append(token)
+        assert len(tokens) == 5

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import yoco_eval.tasks
 from yoco_eval.lm import YocoLM
-from yoco_eval.model import Yoco, YocoConfig
+from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig, load, save
 from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
 from yoco_eval.tokenizers import load_tokenizer
 
@@ -185,10 +185,16 @@ def small_yoco(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("yoco")
     config = YocoConfig(
-        dim=32, n_layers=2, hidden_dim=48, n_self_heads=2, n_attn_heads=4, n_attn_kv_heads=2,
-        vocab_size=2048, max_position_embeddings=4096,
-    )  # fmt: skip
-    Yoco(config).save_pretrained(folder)
+        dim=32,
+        n_layers=2,
+        hidden_dim=48,
+        n_attn_heads=4,
+        n_attn_kv_heads=2,
+        vocab_size=2048,
+        self_decoder=GatedRetentionSettings(2),
+        max_position_embeddings=4096,
+    )
+    save(Yoco(config), folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUNDLED / DEFAULT_CHECKPOINT / name, folder)
     return YocoLM(pretrained=str(folder), device="cpu", batch_size=8)
@@ -221,7 +227,7 @@ def evaluate(task, model, data, limit=None, **options):
 def zero_shot(data):
     """What this project's backend and lm-eval's give of the demo's weights, in float64."""
     ours = YocoLM(device="cpu", dtype="float64", batch_size=8)
-    model = HuggingFaceYoco(Yoco.from_pretrained(DEFAULT_CHECKPOINT, "cpu", torch.float64))
+    model = HuggingFaceYoco(load(DEFAULT_CHECKPOINT, "cpu", torch.float64))
     tokenizer = load_tokenizer(BUNDLED / DEFAULT_CHECKPOINT)
     theirs = HFLM(model, "causal", tokenizer=tokenizer, max_length=4096, batch_size=4)
     return evaluate("yoco_zero_shot", ours, data), evaluate("yoco_zero_shot", theirs, data)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from yoco_eval.model import Yoco
+from yoco_eval.model import Yoco, load
 from yoco_eval.tasks.haystack import SyntheticHaystack
 from yoco_eval.tasks.wording import (
     PASSKEY_FILLER,
@@ -55,7 +55,7 @@ def test_the_loss_falls(trained):
 def test_every_stage_is_a_checkpoint(trained):
     _, out = trained
     for name, context, theta in (("short", 256, 1e4), ("long", 512, 2e4)):
-        config = Yoco.from_pretrained(out / name, device="cpu").config
+        config = load(out / name, device="cpu").config
         assert (config.max_position_embeddings, config.rope_theta) == (context, theta)
         tokenizer = AutoTokenizer.from_pretrained(out / name)
         assert tokenizer.model_max_length == context and len(tokenizer) <= config.vocab_size

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from yoco_eval import convert as module
 from yoco_eval.convert import convert
 from yoco_eval.lm import YocoLM
-from yoco_eval.model import Yoco, YocoConfig
+from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig, load, save
 from yoco_eval.model.checkpoint import CheckpointError, load_checkpoint
 from yoco_eval.tokenizers import TokenizerError, checkpoint_tokenizer, save_tokenizer
 
@@ -57,7 +57,7 @@ def test_published_checkpoints(kind, small, tmp_path):
     assert all(torch.equal(new_weights[name], weights[name]) for name in weights)
 
     expected = torch.load(source / "expected.pt", weights_only=True)
-    model = Yoco.from_pretrained(dst)
+    model = load(dst)
     with torch.inference_mode():
         torch.testing.assert_close(
             model(expected["input_ids"]), expected["logits"], atol=1e-4, rtol=0
@@ -117,12 +117,12 @@ def test_a_vocabulary_of_the_published_size_needs_no_network(tmp_path, monkeypat
         dim=8,
         n_layers=2,
         hidden_dim=8,
-        n_self_heads=1,
+        self_decoder=GatedRetentionSettings(n_self_heads=1),
         n_attn_heads=1,
         n_attn_kv_heads=1,
         vocab_size=100288,
     )
-    Yoco(config).save_pretrained(tmp_path)
+    save(Yoco(config), tmp_path)
     dst = convert(tmp_path, tmp_path / "dst")
     lm = YocoLM(pretrained=str(dst), device="cpu")
     text = "a <filename> b <jupyter_code>"

@@ -10,7 +10,7 @@ import torch
 from yoco_eval import engine as module
 from yoco_eval.engine import Engine, GenerateRequest, Sampling, ScoreRequest
 from yoco_eval.memory import fit
-from yoco_eval.model import Yoco, YocoConfig
+from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig, load
 
 
 def collect(method, requests):
@@ -132,7 +132,7 @@ def test_scoring_a_long_text_takes_little_more_memory_than_its_prefill():
         dim=1024,
         n_layers=8,
         hidden_dim=2816,
-        n_self_heads=8,
+        self_decoder=GatedRetentionSettings(n_self_heads=8),
         n_attn_heads=8,
         n_attn_kv_heads=4,
         vocab_size=100288,
@@ -277,7 +277,7 @@ def test_refused_arguments(make, said, exact):
 @pytest.mark.parametrize("name", ["embed_tokens", "output_projection"])
 def test_predictions_that_are_no_numbers_are_refused(published, name, temperature):
     """Each weight is finite; what is computed with it is not."""
-    model = Yoco.from_pretrained(published, device="cpu", dtype=torch.float32)
+    model = load(published, device="cpu", dtype=torch.float32)
     getattr(model, name).weight[7:] = 3e38
     engine = Engine(model)
     with pytest.raises(ValueError, match="predictions are nan: .* overflow in float32"):
@@ -291,7 +291,7 @@ def test_predictions_that_are_no_numbers_are_refused(published, name, temperatur
 
 def test_one_prediction_that_overflows_is_refused_whatever_follows(published):
     """A logit that is infinite makes its token certain, and others impossible, where it occurs."""
-    model = Yoco.from_pretrained(published, device="cpu", dtype=torch.float32)
+    model = load(published, device="cpu", dtype=torch.float32)
     model.layer_norm.weight[0] = 100  # which decides by its sign whether token 7 overflows
     model.output_projection.weight[7] = 0
     model.output_projection.weight[7, 0] = 3e38

@@ -8,9 +8,11 @@ from yoco_eval import estimate as module
 from yoco_eval import memory
 from yoco_eval.cli import main
 from yoco_eval.estimate import estimate, print_estimate
+from yoco_eval.model.costs import YocoCosts
 from yoco_eval.model.shapes import SHAPES
 
 CPU = torch.device("cpu")
+COSTS = YocoCosts(SHAPES["3b"])
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def free(monkeypatch):
 
 def test_figures_follow_from_the_shape(free):
     free(10**12)
-    result = estimate(SHAPES["3b"], torch.bfloat16, CPU, 2**20)
+    result = estimate(COSTS, torch.bfloat16, CPU, 2**20)
     assert result.fit.fits
     # 1.6e9 weights multiply every token; 2 operations each.
     assert result.prefill_seconds == pytest.approx(2 * 1.6e9 * 2**20 / 1e12, rel=0.01)
@@ -38,10 +40,10 @@ def test_figures_follow_from_the_shape(free):
 
 def test_what_fits_is_said(free, capsys):
     free(9 * 2**30)
-    result = estimate(SHAPES["3b"], torch.bfloat16, CPU, 2**20)
+    result = estimate(COSTS, torch.bfloat16, CPU, 2**20)
     longest = result.fit.longest
     assert not result.fit.fits and 2**17 < longest < 2**19
-    assert estimate(SHAPES["3b"], torch.bfloat16, CPU, longest).fit.fits
+    assert estimate(COSTS, torch.bfloat16, CPU, longest).fit.fits
     print_estimate(result, "3b", torch.bfloat16, CPU, Console(width=80))
     shown = capsys.readouterr().out
     assert f"texts of up to {longest} tokens would" in " ".join(shown.split())
@@ -51,10 +53,10 @@ def test_what_fits_is_said(free, capsys):
 def test_what_fits_with_a_chunk_of_the_users(free):
     """Shorter texts are fed in smaller chunks, too."""
     free(12 * 2**30)
-    refused = estimate(SHAPES["3b"], torch.bfloat16, CPU, 2**22, 2**16).fit
+    refused = estimate(COSTS, torch.bfloat16, CPU, 2**22, 2**16).fit
     assert not refused.fits and 0 < refused.longest < 2**22
-    assert estimate(SHAPES["3b"], torch.bfloat16, CPU, refused.longest, 2**16).fit.fits
-    assert not estimate(SHAPES["3b"], torch.bfloat16, CPU, refused.longest + 1, 2**16).fit.fits
+    assert estimate(COSTS, torch.bfloat16, CPU, refused.longest, 2**16).fit.fits
+    assert not estimate(COSTS, torch.bfloat16, CPU, refused.longest + 1, 2**16).fit.fits
 
 
 def test_exit_code_says_whether_it_fits(free, capsys):

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lm_eval.api.model import CacheHook, CachingLM, TemplateLM
 from lm_eval.api.task import ConfigurableTask
 
 from yoco_eval.lm import YocoLM
+from yoco_eval.model import Yoco, save
 from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
 
 WORDS = "the special number of a city is found in old notes about Lima and Oslo 4 8 . , \n".split(
@@ -23,7 +25,7 @@ WORDS = "the special number of a city is found in old notes about Lima and Oslo 
 @pytest.fixture
 def folder(small_model, tmp_path):
     """A checkpoint with random weights and the demo's tokenizer; 512 positions."""
-    small_model.save_pretrained(tmp_path)
+    save(small_model, tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUNDLED / DEFAULT_CHECKPOINT / name, tmp_path)
     return tmp_path
@@ -280,7 +282,7 @@ def test_a_cache_of_another_model_is_refused(folder, small_model, tmp_path):
     with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
         cached(dtype="float64")
     small_model.cross_decoder.layers[0].ffn.fc1.weight.mul_(1.1)
-    small_model.save_pretrained(folder)
+    save(small_model, folder)
     with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
         cached()
 
@@ -432,10 +434,6 @@ def test_bad_arguments(arguments, message):
 
 
 def test_tokenizer_larger_than_the_model(folder, small_model, tmp_path):
-    from dataclasses import replace
-
-    from yoco_eval.model import Yoco
-
-    Yoco(replace(small_model.config, vocab_size=1000)).save_pretrained(tmp_path)
+    save(Yoco(replace(small_model.config, vocab_size=1000)), tmp_path)
     with pytest.raises(ValueError, match="2048 token ids exceed the model's vocabulary of 1000"):
         YocoLM(pretrained=str(tmp_path), device="cpu")

@@ -12,11 +12,11 @@ from yoco_eval import memory
 from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest
 from yoco_eval.lm import YocoLM
 from yoco_eval.memory import CHUNKS, OutOfMemory, check_weights, fit, host_free_bytes
-from yoco_eval.model import Yoco, YocoConfig
-from yoco_eval.model.footprint import cache_bytes, state_bytes
+from yoco_eval.model import GatedRetentionSettings, SlidingWindowSettings, Yoco, YocoConfig
+from yoco_eval.model.costs import YocoCosts
 from yoco_eval.model.shapes import SHAPES
 
-CONFIG, GPU, BF16 = SHAPES["3b"], torch.device("cuda"), torch.bfloat16
+COSTS, GPU, BF16 = YocoCosts(SHAPES["3b"]), torch.device("cuda"), torch.bfloat16
 GIB = 2**30
 
 
@@ -109,41 +109,41 @@ def test_what_a_limit_on_addresses_leaves_is_what_can_be_allocated():
 
 def test_the_largest_chunk_that_fits(free):
     free(70 * GIB)
-    whole = fit(CONFIG, BF16, GPU, 2**20, loaded=True)
+    whole = fit(COSTS, BF16, GPU, 2**20, loaded=True)
     assert whole.fits and whole.chunk == CHUNKS["cuda"][0]
     free(round(4.8 * GIB))
-    less = fit(CONFIG, BF16, GPU, 2**20, loaded=True)
+    less = fit(COSTS, BF16, GPU, 2**20, loaded=True)
     assert less.fits and less.chunk in CHUNKS["cuda"][1:]
-    assert fit(CONFIG, BF16, GPU, 1000, chunk=300).chunk == 300
+    assert fit(COSTS, BF16, GPU, 1000, chunk=300).chunk == 300
 
 
 def test_no_more_is_set_aside_than_there_are_tokens(free):
     free(70 * GIB)
-    small = fit(CONFIG, BF16, GPU, 4096, chunk=2**20, loaded=True, tokens=9000)
+    small = fit(COSTS, BF16, GPU, 4096, chunk=2**20, loaded=True, tokens=9000)
     assert small.chunk == 9000 and small.need < GIB
 
 
 def test_a_refusal_names_what_fits(free):
     free(3 * GIB)
-    refused = fit(CONFIG, BF16, GPU, 2**20, loaded=True)
+    refused = fit(COSTS, BF16, GPU, 2**20, loaded=True)
     with pytest.raises(ValueError, match=r"need 4\.\d\d GiB beside the weights on cuda") as error:
         refused.check()
     longest = int(re.search(r"max_length=(\d+)", str(error.value))[1])
     assert 2**19 < longest < 2**20
-    fit(CONFIG, BF16, GPU, longest, loaded=True).check()
-    assert not fit(CONFIG, BF16, GPU, longest + 1000, loaded=True).fits
-    greedy = fit(CONFIG, BF16, GPU, 10000, chunk=2**17, loaded=True, tokens=10**7)
+    fit(COSTS, BF16, GPU, longest, loaded=True).check()
+    assert not fit(COSTS, BF16, GPU, longest + 1000, loaded=True).fits
+    greedy = fit(COSTS, BF16, GPU, 10000, chunk=2**17, loaded=True, tokens=10**7)
     with pytest.raises(ValueError, match="free; lower prefill_chunk=131072, or take"):
         greedy.check()
     free(100)
     with pytest.raises(ValueError, match=r"0\.00 GiB are free; take a device with more memory$"):
-        fit(CONFIG, BF16, GPU, 2**20, loaded=True).check()
+        fit(COSTS, BF16, GPU, 2**20, loaded=True).check()
 
 
 def test_contexts_fed_one_at_a_time_take_as_much_as_the_longest(exact, free):
-    one = fit(exact.config, torch.float64, exact.device, 70, chunk=10**6, loaded=True)
+    one = fit(exact.costs, torch.float64, exact.device, 70, chunk=10**6, loaded=True)
     assert one.chunk == 70
-    assert one.memory.cache == cache_bytes(exact.config, torch.float64, 70)
+    assert one.memory.cache == exact.costs.cache_bytes(torch.float64, 70)
     free(round(one.need / 0.95) + 1)
     requests = [GenerateRequest([i] * 65, 5) for i in range(1, 4)]
     engine = Engine(exact, prefill_chunk=10**6)
@@ -161,7 +161,7 @@ def binary_tree(depth, path=()):
 
 @pytest.mark.slow
 def test_snapshots_where_contexts_branch_are_part_of_the_memory(exact, free):
-    config, dtype = exact.config, torch.float64
+    dtype = torch.float64
     contexts = list(binary_tree(4))
     runs = {
         "generate": [GenerateRequest(context, 1) for context in contexts],
@@ -169,11 +169,13 @@ def test_snapshots_where_contexts_branch_are_part_of_the_memory(exact, free):
     }
     for kind, requests in runs.items():
         tokens = sum(map(len, contexts)) if kind == "score" else None
-        need = fit(config, dtype, exact.device, 121 + (kind == "generate"), 16, True, tokens).need
+        need = fit(
+            exact.costs, dtype, exact.device, 121 + (kind == "generate"), 16, True, tokens
+        ).need
 
         def run(snapshots, kind=kind, requests=requests, need=need):
             # Of what is left when scoring, packed batches may have half.
-            left = (2 if kind == "score" else 1) * snapshots * state_bytes(config, dtype)
+            left = (2 if kind == "score" else 1) * snapshots * exact.costs.state_bytes(dtype)
             free(round((need + left) / 0.95) + 1)
             results = getattr(Engine(exact, prefill_chunk=16), kind)
             return list(results(requests, lambda n: None, lambda n: None))
@@ -189,7 +191,7 @@ def test_scoring_behind_a_long_text_does_not_copy_its_cache(live_bytes):
         dim=128,
         n_layers=2,
         hidden_dim=32,
-        n_self_heads=2,
+        self_decoder=GatedRetentionSettings(2),
         n_attn_heads=2,
         n_attn_kv_heads=2,
         vocab_size=100,
@@ -199,7 +201,7 @@ def test_scoring_behind_a_long_text_does_not_copy_its_cache(live_bytes):
     requests = [ScoreRequest(stem, [a, 7]) for a in (1, 2)]
     with live_bytes() as live:
         list(Engine(model).score(requests, lambda n: None, lambda n: None))
-    cache = cache_bytes(config, torch.float32, len(stem))
+    cache = model.costs.cache_bytes(torch.float32, len(stem))
     assert cache < live.peak < 1.5 * cache
 
 
@@ -219,11 +221,12 @@ def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monke
         dim=128,
         n_layers=4,
         hidden_dim=128,
-        n_self_heads=2,
+        self_decoder=SlidingWindowSettings(2, sliding_window)
+        if sliding_window
+        else GatedRetentionSettings(2),
         n_attn_heads=2,
         n_attn_kv_heads=1,
         vocab_size=100,
-        sliding_window=sliding_window,
     )
     torch.manual_seed(0)
     model = Yoco(config).requires_grad_(False)
@@ -250,9 +253,9 @@ def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monke
 
 def test_weights_are_refused_before_they_are_loaded(free):
     free(8 * GIB)
-    check_weights(CONFIG, BF16, GPU)
+    check_weights(COSTS, BF16, GPU)
     with pytest.raises(ValueError, match=r"take 12\.83 GiB in float32, and 8\.00 GiB are free"):
-        check_weights(CONFIG, torch.float32, GPU)
+        check_weights(COSTS, torch.float32, GPU)
     free(1000)
     with pytest.raises(ValueError, match="the weights take"):
         YocoLM(device="cpu")
@@ -295,6 +298,6 @@ def test_responses_before_a_failed_allocation_are_kept(tmp_path):
 
 
 def test_weights_that_cannot_be_allocated_are_told_in_one_line(monkeypatch):
-    monkeypatch.setattr(Yoco, "from_pretrained", lambda *args: torch.empty(2**60))
+    monkeypatch.setattr(Yoco, "of_weights", lambda *args: torch.empty(2**60))
     with pytest.raises(OutOfMemory, match=r"^memory ran out on cpu: the weights take 0\.01 GiB, "):
         YocoLM(device="cpu")

@@ -1,0 +1,151 @@
+"""What YOCO models take, from their configuration alone: bytes and operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from yoco_eval.kernels.attention import FEW, KEYS, SCORES
+from yoco_eval.kernels.dispatch import triton_takes
+from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
+
+from .config import YocoConfig
+from .cross_decoder import cross_layer
+from .interface import count
+from .self_decoder import self_layer
+
+# What PyTorch's matrix library keeps for itself on a GPU, and small tensors.
+OVERHEAD = 64 << 20
+
+
+@dataclass(frozen=True)
+class YocoCosts:
+    """`interface.Costs` of a YOCO model."""
+
+    config: YocoConfig
+
+    @property
+    def typical_product(self) -> tuple[int, int]:
+        return self.config.dim, 2 * self.config.hidden_dim
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        return _parameters(self.config) * dtype.itemsize
+
+    def cache_bytes(self, dtype: torch.dtype, length: int) -> int:
+        """One layer's worth, whatever the number of layers."""
+        return 2 * self._width * length * dtype.itemsize
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        return self.config.self_layers * self._layer_state(dtype)
+
+    def passing_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
+        """That is the window before it and the two together, or what becomes of its state."""
+        fast, slow = self.config.self_decoder.stages
+        return (fast if triton_takes(device, dtype) else slow) * self._layer_state(dtype)
+
+    def activation_bytes(
+        self, dtype: torch.dtype, length: int, chunk: int, logits: int, device: torch.device
+    ) -> int:
+        """The widest point of a layer, beside its input."""
+        config, fast = self.config, triton_takes(device, dtype)
+        mixer = config.self_decoder.activations(config.dim, dtype, fast)
+        angles = config.self_decoder.shared(config.dim) + config.attn_head_dim
+        attention = Attention(config.n_attn_heads, config.n_attn_kv_heads, config.attn_head_dim)
+        mixing = max(mixer, attention.numbers(dtype))
+        layers = layer_bytes(config.dim, config.hidden_dim, mixing, angles, dtype, chunk, device)
+        cross = attention.bytes(dtype, length, chunk, fast)
+        return max(layers, cross, logit_bytes(dtype, logits)) + OVERHEAD
+
+    def prefill_operations(self, length: int) -> int:
+        """Every matrix of the self-decoder and of the shared keys' and values' projection
+        multiplies every token; nothing of the cross-decoder does."""
+        config = self.config
+        layer = config.self_decoder.operations(config.dim) + 6 * config.dim * config.hidden_dim
+        return length * (config.self_layers * layer + 4 * config.dim * self._width)
+
+    def decode_bytes(self, dtype: torch.dtype, length: int) -> int:
+        """Every weight is read once but the embedding, of which one row is unless it is tied; the
+        shared cache is read once for each layer of the cross-decoder; the states are moved."""
+        config = self.config
+        unread = 0 if config.tied_embeddings else (config.vocab_size - 1) * config.dim
+        cache = self.cache_bytes(dtype, length) * config.cross_layers
+        states = self.state_bytes(dtype) * config.self_decoder.moves
+        return self.weight_bytes(dtype) - unread * dtype.itemsize + cache + states
+
+    @property
+    def _width(self) -> int:
+        """Channels of the shared keys, and of the values."""
+        return self.config.n_attn_kv_heads * self.config.attn_head_dim
+
+    def _layer_state(self, dtype: torch.dtype) -> int:
+        return self.config.self_decoder.state_bytes(self.config.dim, dtype)
+
+
+@cache
+def _parameters(config: YocoConfig) -> int:
+    """Numbers in all weights; of all layers alike, one is made."""
+    width = config.n_attn_kv_heads * config.attn_head_dim
+    with torch.device("meta"):
+        layers = config.self_layers * count(self_layer(config))
+        layers += config.cross_layers * count(cross_layer(config))
+    shared = config.dim + 2 * width * (config.dim + config.qkv_bias)
+    embeddings = config.vocab_size * config.dim * (1 if config.tied_embeddings else 2)
+    return layers + shared + embeddings + config.dim
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Over a cache."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def numbers(self, dtype: torch.dtype) -> int:
+        """For each token: queries and outputs; and of two spans that a text reads, what is added
+        up in float32."""
+        dim = self.heads * self.head_dim
+        return 2 * dim + 8 * dim // dtype.itemsize
+
+    def bytes(self, dtype: torch.dtype, length: int, chunk: int, fast: bool) -> int:
+        """Of a chunk's tokens after a layer's input, with a cache of `length`."""
+        dim, wide = self.heads * self.head_dim, max(dtype.itemsize, 4)
+        total = chunk * (dim + self.numbers(dtype)) * dtype.itemsize
+        if not fast:
+            # Copies of the queries and outputs, in other orders and widened; a few queries' mask; a
+            # block's keys or values, widened, its scores, and which of them are hidden.
+            keys, width = min(KEYS, length), self.kv_heads * self.head_dim
+            total += chunk * (4 * dim * dtype.itemsize + 3 * dim * wide)
+            total += (FEW + 1) * length * dtype.itemsize
+            if dtype.itemsize < 4:  # keys and values in the order of bfloat16's products
+                total += 2 * width * length * dtype.itemsize
+            total += width * keys * wide
+            total += min(SCORES, self.heads * keys * chunk) * 2 * wide
+        return total
+
+
+def layer_bytes(
+    dim: int,
+    hidden: int,
+    mixing: int,
+    angles: int,
+    dtype: torch.dtype,
+    chunk: int,
+    device: torch.device,
+) -> int:
+    """Of a chunk in a layer whose mixer has `mixing` numbers a token; all layers share `angles`."""
+
+    def layer(tokens: int) -> int:
+        fused = fuses_swiglu(tokens, dim, hidden, dtype, device)
+        feed_forward = dim + hidden if fused else 2 * hidden + max(dim, hidden)
+        return tokens * (dim + angles + max(mixing, feed_forward)) * dtype.itemsize
+
+    # A text's last tokens may be too few to be fused.
+    return max(layer(chunk), layer(min(chunk, MIN_TOKENS - 1)))
+
+
+def logit_bytes(dtype: torch.dtype, logits: int) -> int:
+    """Of so many logits while they are turned into log-probabilities."""
+    return logits * (dtype.itemsize + 3 * max(dtype.itemsize, 4))

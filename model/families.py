@@ -1,0 +1,45 @@
+"""The families of models that there are, and which of them a checkpoint is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .checkpoint import CheckpointError, load_config, open_yoco, resolve_checkpoint
+from .interface import Blueprint, Model, default_dtype
+
+# Each says of a path what model lies there, or None where it is of another family.
+_FAMILIES: tuple[Callable[[Path], Blueprint | None], ...] = (open_yoco,)
+
+
+def open_checkpoint(name: str | Path) -> Blueprint:
+    """The model of a checkpoint, given by path or by the name of a bundled one.
+
+    Only its configuration is read before the model is made.
+
+    Raises:
+        CheckpointError: nothing there, or of no family, or an unsafe or damaged checkpoint; faults
+            of the weights when the model is made.
+    """
+    path = resolve_checkpoint(name)
+    for family in _FAMILIES:
+        if blueprint := family(path):
+            return blueprint
+    load_config(path)  # says what it is
+    raise CheckpointError(f"{path}: of no family of models that is known here")
+
+
+def load(
+    name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Model:
+    """A model for evaluation; no code of the checkpoint is run.
+
+    Args:
+        name: as `open_checkpoint` takes it.
+        device: default: the GPU if there is one, else the CPU.
+        dtype: default: that of `default_dtype`.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return open_checkpoint(name).make(device, dtype or default_dtype(device))

@@ -1,0 +1,198 @@
+"""The contract of models: all that the engine, the memory plan and the backend ask of one.
+
+The engine plans, counts and packs; a model computes. What stands between them knows of no layer:
+
+- a `State` is what a model remembers of texts beside the keys and values in its `Cache`. It is
+  never changed in place, so that holding it is a snapshot;
+- `Rows` are what `feed` hands over for each token, to be given to `predict` for the tokens whose
+  prediction is asked for, in any order and company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from yoco_eval.kernels.sequences import Sequences, Spans
+
+from .decoder import Decoder
+
+# One number of rows or more [T, ...] in each tensor; what they are is the model's business.
+Rows = Tensor | tuple[Tensor, ...]
+
+
+def take(rows: Rows, index: slice | Tensor) -> Rows:
+    """The rows of some tokens."""
+    return rows[index] if isinstance(rows, Tensor) else tuple(part[index] for part in rows)
+
+
+def split(rows: Rows, sizes: Sequence[int]) -> list[Rows]:
+    """Rows cut into stretches of `sizes` tokens."""
+    if isinstance(rows, Tensor):
+        return list(rows.split(list(sizes)))
+    return list(zip(*(part.split(list(sizes)) for part in rows), strict=True))
+
+
+def concatenate(stretches: Sequence[Rows]) -> Rows:
+    """Stretches of rows behind each other."""
+    if isinstance(stretches[0], Tensor):
+        return torch.cat(stretches)
+    return tuple(torch.cat(parts) for parts in zip(*stretches, strict=True))
+
+
+class State(Protocol):
+    """What a model remembers of n texts after `lengths` tokens, beside the cache."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of the only text."""
+
+
+S = TypeVar("S", bound=State)
+
+
+class Cache(Protocol[S]):
+    """Keys and values of up to `capacity` tokens, the first `filled` of which are there.
+
+    `state` is of the text that the first `state.length` tokens are.
+    """
+
+    filled: int
+    state: S
+
+    @property
+    def capacity(self) -> int: ...
+
+    def restore(self, snapshot: S) -> None:
+        """Goes back to a state that this cache had; the tokens since are forgotten."""
+
+
+class Costs(Protocol):
+    """What models of one configuration take: bytes and operations, known without the weights."""
+
+    @property
+    def typical_product(self) -> tuple[int, int]:
+        """Inputs and outputs of a linear map that much of the work is like."""
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Of all parameters."""
+
+    def cache_bytes(self, dtype: torch.dtype, length: int) -> int:
+        """Of the cache of `length` tokens."""
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Of the state of one text: what a snapshot takes."""
+
+    def passing_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
+        """What each sequence of a packed batch takes, beside its tokens, while it is fed."""
+
+    def activation_bytes(
+        self, dtype: torch.dtype, length: int, chunk: int, logits: int, device: torch.device
+    ) -> int:
+        """Of intermediate results: the most while `chunk` tokens are fed to a cache of `length`,
+        predicted, or turned into so many logits at a time."""
+
+    def prefill_operations(self, length: int) -> int:
+        """Floating-point operations of the matrix products that feed `length` tokens."""
+
+    def decode_bytes(self, dtype: torch.dtype, length: int) -> int:
+        """Bytes that decoding one token after `length` tokens moves at least."""
+
+
+class Config(Protocol):
+    """What a model's configuration says to everybody."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """The context length that the model was trained for, in tokens; None: it does not say."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its settings by name, plain values all of them."""
+
+
+class Model(Protocol[S]):
+    """A language model whose tokens can be fed without asking for predictions."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def costs(self) -> Costs: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self, capacity: int) -> Cache[S]:
+        """An empty cache for up to `capacity` tokens, in the state before a text's first token."""
+
+    def feed(
+        self, input_ids: Tensor, sequences: Sequences, state: S, cache: Cache[S], keep: bool = True
+    ) -> tuple[Rows, S | None]:
+        """Feeds packed tokens [T], and adds their keys and values to the cache in the same order.
+
+        Args:
+            sequences: how they are packed, and which of the texts of `state` each one continues.
+            keep: whether the state after the sequences is asked for.
+
+        Raises:
+            ValueError: the cache has no room for them.
+        """
+
+    def prefill(self, input_ids: Tensor, cache: Cache[S]) -> Rows:
+        """Feeds tokens [T] that follow those of the cache's text, whose state it keeps."""
+
+    def predict(self, rows: Rows, positions: Tensor, cache: Cache[S], spans: Spans) -> Tensor:
+        """The output [T, ...] of T cached tokens, which `logits` turns into predictions.
+
+        Args:
+            rows: of these tokens. Their memory may be used for something else.
+            positions: int64 [T], of the tokens in their texts.
+            cache: what they read, and
+            spans: which part of it.
+        """
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Logits [T, vocab_size] of what `predict` returned, or some rows of it."""
+
+    def decoder(self, cache: Cache[S]) -> Decoder:
+        """Decodes after the text in the cache, in whose buffers the new keys and values go."""
+
+    def parameters(self) -> object:
+        """As `torch.nn.Module` has it: an iterator over the parameters."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model that can be made: of a checkpoint, or of a shape with random weights.
+
+    Attributes:
+        config, costs: what is known of it beforehand.
+        make: makes it on a device in a dtype; raises what reading its weights does.
+    """
+
+    config: Config
+    costs: Costs
+    make: Callable[[torch.device, torch.dtype], Model]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What models are evaluated in on a device: bfloat16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def count(model: nn.Module) -> int:
+    """Numbers in all parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())

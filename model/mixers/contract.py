@@ -1,0 +1,109 @@
+"""The contract of mixers: all that a self-decoder kind is asked for.
+
+A kind is one file: its `Settings`, which a configuration file states, and its `Mixer`, the module
+of one layer; and one line in the table of `yoco_eval.model.mixers`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from yoco_eval.kernels.sequences import Sequences, Step
+
+# Of n texts, [n, ...] in each tensor.
+MixerState = Tensor | tuple[Tensor, ...]
+
+
+class Mixer(nn.Module):
+    """One layer's token mixing, of an input x [T, dim] that is not normed yet.
+
+    Both `forward` and `step` return x + mixing(RMSNorm(x) * norm).
+    """
+
+    def forward(
+        self, x: Tensor, norm: Tensor, sequences: Sequences, state: MixerState | None, keep: bool
+    ) -> tuple[Tensor, MixerState | None]:
+        """Mixes packed tokens.
+
+        Args:
+            x: [T, dim].
+            norm: [dim], the weight of the norm before this layer.
+            sequences: how the T tokens are packed, and which text of `state` each one continues.
+            state: after earlier tokens; None: every sequence begins its text. Not changed.
+            keep: whether the state after the sequences is asked for.
+
+        Returns:
+            [T, dim], and the state after each of the n sequences, in new memory, or None.
+        """
+        raise NotImplementedError
+
+    def memory(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """Tensors that decoding one text changes in place, of whatever structure."""
+        raise NotImplementedError
+
+    def begin(self, memory: Any, state: MixerState | None, length: int) -> None:
+        """Sets the memory to a text's state after `length` tokens; None: before the first."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, norm: Tensor, step: Step, memory: Any) -> Tensor:
+        """`forward` of one token, [1, dim] to [1, dim], in a CUDA graph if need be."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a configuration file states of a kind of self-decoder, beside the model's width.
+
+    A kind's fields have the names under which files state them. ValueError in `__post_init__` or
+    `check` refuses them.
+    """
+
+    kind: ClassVar[str]
+    # Stages of a state's size that exist at a time while a sequence passes a layer: with Triton
+    # kernels, and without.
+    stages: ClassVar[tuple[int, int]] = (4, 10)
+    # How often decoding a token moves a state: it is read; where it changes as a whole, written.
+    moves: ClassVar[int] = 2
+
+    def check(self, dim: int) -> None:
+        """Raises ValueError where they do not go with a model of this width."""
+
+    def build(self, dim: int, eps: float) -> Mixer:
+        """A layer's mixer; `eps` is of the norms."""
+        raise NotImplementedError
+
+    def state_bytes(self, dim: int, dtype: torch.dtype) -> int:
+        """Of one layer's state of one text."""
+        raise NotImplementedError
+
+    def activations(self, dim: int, dtype: torch.dtype, fast: bool) -> int:
+        """Numbers of `dtype` for each token at the widest point, beside the layer's input.
+
+        Args:
+            fast: whether Triton kernels run, which keep less.
+        """
+        raise NotImplementedError
+
+    def shared(self, dim: int) -> int:
+        """Numbers for each token that all layers share, such as rotary angles."""
+        return 0
+
+    def parameters(self, dim: int) -> int:
+        """Numbers in all weights of a layer's mixer."""
+        return sum(weight.numel() for weight in _weights(self, dim))
+
+    def operations(self, dim: int) -> int:
+        """Floating-point operations of a layer's matrix products for each token."""
+        return sum(2 * weight.numel() for weight in _weights(self, dim) if weight.dim() == 2)
+
+
+@cache
+def _weights(settings: Settings, dim: int) -> list[Tensor]:
+    """Of a layer's mixer, without memory."""
+    with torch.device("meta"):
+        return list(settings.build(dim, eps=1e-5).parameters())

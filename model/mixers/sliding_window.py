@@ -1,0 +1,106 @@
+"""Sliding-window attention: each token sees itself and the window's tokens before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from yoco_eval.kernels.attention import ring_from_past, sliding_window_attention, window_step
+from yoco_eval.kernels.matvec import linear_add, norm_linear
+from yoco_eval.kernels.sequences import Sequences, Step
+
+from ..checks import check_count, check_flag, check_multiple, check_number
+from ..linear import Stack, linear
+from ..rotary import Rotary
+from .contract import Mixer, Settings
+
+Rings = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class SlidingWindowSettings(Settings):
+    """Heads of dim / n_self_heads channels; `sliding_window` is in tokens, its own one included."""
+
+    kind: ClassVar[str] = "sliding_window"
+    moves: ClassVar[int] = 1
+
+    n_self_heads: int
+    sliding_window: int
+    self_rope_theta: float = 10000.0
+    self_rope_endpoint: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("n_self_heads", self.n_self_heads, 2**16)
+        check_count("sliding_window", self.sliding_window, 2**32)
+        check_number("self_rope_theta", self.self_rope_theta, 1, 1e30)
+        check_flag("self_rope_endpoint", self.self_rope_endpoint)
+
+    def check(self, dim: int) -> None:
+        check_multiple("dim", dim, 2 * self.n_self_heads)
+
+    def head_dim(self, dim: int) -> int:
+        return dim // self.n_self_heads
+
+    def build(self, dim: int, eps: float) -> SlidingWindowAttention:
+        return SlidingWindowAttention(self, dim, eps)
+
+    def state_bytes(self, dim: int, dtype: torch.dtype) -> int:
+        return 2 * (self.sliding_window - 1) * dim * dtype.itemsize
+
+    def activations(self, dim: int, dtype: torch.dtype, fast: bool) -> int:
+        numbers = 3 * dim + dim
+        if not fast:
+            # Rotated, widened and padded copies.
+            wide = max(dtype.itemsize, 4) // dtype.itemsize
+            numbers += (11 * dim + dim * self.head_dim(dim) // 32) * wide
+        else:
+            numbers += 3 * dim  # keys and values packed behind those before them; rotated queries
+        return numbers
+
+    def shared(self, dim: int) -> int:
+        return self.head_dim(dim)
+
+
+class SlidingWindowAttention(Mixer):
+    def __init__(self, settings: SlidingWindowSettings, dim: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.eps = settings.n_self_heads, settings.head_dim(dim), eps
+        self.window = settings.sliding_window
+        self.rotary = Rotary(self.head_dim, settings.self_rope_theta, settings.self_rope_endpoint)
+        self.q_proj = linear(dim, dim)
+        self.k_proj = linear(dim, dim)
+        self.v_proj = linear(dim, dim)
+        self.out_proj = linear(dim, dim)
+        self.stack = Stack(self, "q_proj", "k_proj", "v_proj")
+
+    def project(self, x: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v [T, heads, head_dim], not rotated."""
+        parts = self.stack.split(norm_linear(x, norm, self.stack.weight, self.eps))
+        return tuple(part.unflatten(-1, (self.heads, self.head_dim)) for part in parts)
+
+    def forward(
+        self, x: Tensor, norm: Tensor, sequences: Sequences, state: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self.project(x, norm)
+        angles = self.rotary.of(sequences, x.dtype)
+        out, state = sliding_window_attention(q, k, v, self.window, sequences, state, angles, keep)
+        return linear_add(out.flatten(-2), self.out_proj.weight, x), state
+
+    def memory(self, device: torch.device, dtype: torch.dtype) -> Rings:
+        shape = (self.heads, self.window, self.head_dim)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return keys, values
+
+    def begin(self, memory: Rings, state: Tensor | None, length: int) -> None:
+        if state is not None:
+            for ring, content in zip(memory, ring_from_past(state[0], length), strict=True):
+                ring.copy_(content)
+
+    def step(self, x: Tensor, norm: Tensor, step: Step, memory: Rings) -> Tensor:
+        q, k, v = self.project(x, norm)
+        angles = self.rotary.of(step, x.dtype)
+        out = window_step(q, k, v, *memory, step.positions, angles)
+        return linear_add(out.flatten(-2), self.out_proj.weight, x)

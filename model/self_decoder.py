@@ -1,0 +1,41 @@
+"""The self-decoder: layers that mix tokens with a state of constant size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from yoco_eval.kernels.sequences import Sequences, Step
+
+from .config import YocoConfig
+from .layers import DecoderLayer
+from .mixers import MixerState
+
+
+class SelfDecoder(nn.Module):
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self_layer(config) for _ in range(config.self_layers))
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, states: tuple[MixerState | None, ...], keep: bool
+    ) -> tuple[Tensor, tuple[MixerState | None, ...]]:
+        """x: [T, dim], tokens that follow `states`. Returns the output and the layers' states."""
+        after = []
+        for layer, state in zip(self.layers, states, strict=True):
+            x, state = layer.mix(x, sequences, state, keep)
+            x = layer.feed_forward(x)
+            after.append(state)
+        return x, tuple(after)
+
+    def step(self, x: Tensor, step: Step, memory: list[Any]) -> Tensor:
+        """One token, x [1, dim]; `memory` has that of each layer's mixer, changed in place."""
+        for layer, part in zip(self.layers, memory, strict=True):
+            x = layer.step(x, step, part)
+        return x
+
+
+def self_layer(config: YocoConfig) -> DecoderLayer:
+    mixer = config.self_decoder.build(config.dim, config.norm_eps)
+    return DecoderLayer(config.dim, config.hidden_dim, config.norm_eps, mixer)
