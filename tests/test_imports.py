@@ -17,6 +17,7 @@ FOLDERS = {
     "yoco_eval": "yoco_eval",
     "yoco_eval.kernels": "kernels",
     "yoco_eval.model": "model",
+    "yoco_eval.model.mixers": "model/mixers",
     "yoco_eval.reports": "reports",
     "yoco_eval.tasks": "tasks",
 }
@@ -65,7 +66,7 @@ NEVER_LOADS = {
     "tasks": {"yoco_eval.kernels", "yoco_eval.model"},
     "reports": {"yoco_eval.kernels", "yoco_eval.model"},
 }
-WITHOUT_CIRCLES = ["kernels", "reports", "tasks"]
+WITHOUT_CIRCLES = ["kernels", "model", "reports", "tasks", "yoco_eval"]
 
 
 @cache
@@ -83,7 +84,8 @@ def package_of(module: str) -> str:
 
 
 def members(room: str) -> set[str]:
-    return {module for module in modules() if FOLDERS[package_of(module)] == room}
+    rooms = {module: Path(FOLDERS[package_of(module)]).parts[0] for module in modules()}
+    return {module for module, of in rooms.items() if of == room}
 
 
 @cache
@@ -122,14 +124,14 @@ def is_in(name: str, packages: set[str]) -> bool:
 def test_a_room_has_no_circle(room):
     inside = members(room)
     try:
-        TopologicalSorter({name: loads(name) & inside for name in inside}).prepare()
+        TopologicalSorter({name: loads(name) & inside - {name} for name in inside}).prepare()
     except CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_what_it_may(room):
-    allowed = MAY_IMPORT[room] | members(room) | sys.stdlib_module_names
+    allowed = MAY_IMPORT[room] | members(room) | sys.stdlib_module_names | {"_typeshed"}
     wrong = {
         f"{module}: {name}"
         for module in members(room)
