@@ -342,6 +342,7 @@ def _unpickle(file: Path) -> Any:
                 f"{file}: refused, its pickle asks for {listed(sorted(unsafe))}, which could "
                 f"execute code; {mend}"
             )
+        shells: list[Callable[..., Any] | tuple[Callable[..., Any], str]]
         shells = [_shell(name) for name in unknown]
         with torch.serialization.safe_globals(shells), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old kinds of pickles, which are read or refused

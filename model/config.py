@@ -97,7 +97,7 @@ class YocoConfig:
         """The same with another base of the rotary embedding, in all layers."""
         mixer = self.self_decoder
         if hasattr(mixer, "self_rope_theta"):
-            mixer = replace(mixer, self_rope_theta=theta)
+            mixer = replace(mixer, **{"self_rope_theta": theta})
         return replace(self, rope_theta=theta, self_decoder=mixer)
 
     @classmethod
@@ -153,5 +153,6 @@ def _known(described: type) -> dict[str, bool]:
     return {field.name: field.default is MISSING for field in fields(described)}
 
 
+_ALL: list[type] = [YocoConfig, *KINDS.values()]
 # All names of settings that there are, whatever the kind of the self-decoder.
-SETTINGS = frozenset().union(*map(_known, (YocoConfig, *KINDS.values())))
+SETTINGS = frozenset(name for described in _ALL for name in _known(described))

@@ -12,7 +12,7 @@ from yoco_eval.kernels.norm import rms_norm
 from yoco_eval.kernels.rotary import Angles
 
 from .config import YocoConfig
-from .layers import DecoderLayer, RMSNorm
+from .layers import DecoderLayer, Layers, RMSNorm
 from .linear import Stack, linear
 from .rotary import Rotary
 
@@ -47,7 +47,8 @@ class CrossDecoder(nn.Module):
         self.k_proj = linear(config.dim, width, config.qkv_bias)
         self.v_proj = linear(config.dim, width, config.qkv_bias)
         self.kv_layer_norm = RMSNorm(config.dim)
-        self.layers = nn.ModuleList(cross_layer(config) for _ in range(config.cross_layers))
+        layers = (cross_layer(config) for _ in range(config.cross_layers))
+        self.layers: Layers[CrossAttention] = Layers(layers)
         self.stack = Stack(self, "k_proj", "v_proj")
         self.rotary = Rotary(self.head_dim, config.rope_theta, config.rope_endpoint)
 
@@ -70,6 +71,6 @@ class CrossDecoder(nn.Module):
         return x
 
 
-def cross_layer(config: YocoConfig) -> DecoderLayer:
+def cross_layer(config: YocoConfig) -> DecoderLayer[CrossAttention]:
     attention = CrossAttention(config)
     return DecoderLayer(config.dim, config.hidden_dim, config.norm_eps, attention)

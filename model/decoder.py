@@ -45,7 +45,7 @@ class Decoder:
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self.length = 0
-        self.logits: Tensor | None = None
+        self.logits: Tensor
         self._capturing = graph
         self._graph: torch.cuda.CUDAGraph | None = None
 

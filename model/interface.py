@@ -10,9 +10,9 @@ The engine plans, counts and packs; a model computes. What stands between them k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def split(rows: Rows, sizes: Sequence[int]) -> list[Rows]:
 def concatenate(stretches: Sequence[Rows]) -> Rows:
     """Stretches of rows behind each other."""
     if isinstance(stretches[0], Tensor):
-        return torch.cat(stretches)
+        return torch.cat(cast("list[Tensor]", stretches))
     return tuple(torch.cat(parts) for parts in zip(*stretches, strict=True))
 
 
@@ -72,6 +72,10 @@ class Cache(Protocol[S]):
 
     def restore(self, snapshot: S) -> None:
         """Goes back to a state that this cache had; the tokens since are forgotten."""
+
+
+C = TypeVar("C", bound=Cache)
+R = TypeVar("R", bound=Rows)
 
 
 class Costs(Protocol):
@@ -120,8 +124,11 @@ class Config(Protocol):
         """Its settings by name, plain values all of them."""
 
 
-class Model(Protocol[S]):
-    """A language model whose tokens can be fed without asking for predictions."""
+class Model(Protocol[S, C, R]):
+    """A language model whose tokens can be fed without asking for predictions.
+
+    It takes the states, caches and rows of its own making, and no others.
+    """
 
     @property
     def config(self) -> Config: ...
@@ -135,12 +142,12 @@ class Model(Protocol[S]):
     @property
     def device(self) -> torch.device: ...
 
-    def new_cache(self, capacity: int) -> Cache[S]:
+    def new_cache(self, capacity: int) -> C:
         """An empty cache for up to `capacity` tokens, in the state before a text's first token."""
 
     def feed(
-        self, input_ids: Tensor, sequences: Sequences, state: S, cache: Cache[S], keep: bool = True
-    ) -> tuple[Rows, S | None]:
+        self, input_ids: Tensor, sequences: Sequences, state: S, cache: C, keep: bool = True
+    ) -> tuple[R, S | None]:
         """Feeds packed tokens [T], and adds their keys and values to the cache in the same order.
 
         Args:
@@ -151,10 +158,10 @@ class Model(Protocol[S]):
             ValueError: the cache has no room for them.
         """
 
-    def prefill(self, input_ids: Tensor, cache: Cache[S]) -> Rows:
+    def prefill(self, input_ids: Tensor, cache: C) -> R:
         """Feeds tokens [T] that follow those of the cache's text, whose state it keeps."""
 
-    def predict(self, rows: Rows, positions: Tensor, cache: Cache[S], spans: Spans) -> Tensor:
+    def predict(self, rows: R, positions: Tensor, cache: C, spans: Spans) -> Tensor:
         """The output [T, ...] of T cached tokens, which `logits` turns into predictions.
 
         Args:
@@ -167,11 +174,14 @@ class Model(Protocol[S]):
     def logits(self, output: Tensor) -> Tensor:
         """Logits [T, vocab_size] of what `predict` returned, or some rows of it."""
 
-    def decoder(self, cache: Cache[S]) -> Decoder:
+    def decoder(self, cache: C) -> Decoder:
         """Decodes after the text in the cache, in whose buffers the new keys and values go."""
 
-    def parameters(self) -> object:
-        """As `torch.nn.Module` has it: an iterator over the parameters."""
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights, each once."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All weights by name."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -35,21 +38,30 @@ class FeedForward(nn.Module):
         return linear_add(hidden, self.fc2.weight, x)
 
 
-class DecoderLayer(nn.Module):
+M = TypeVar("M", bound=nn.Module)
+
+
+class DecoderLayer(nn.Module, Generic[M]):
     """x + mixer(norm(x)), then x + ffn(norm(x)); both parts take x itself and the norm's weight."""
 
-    def __init__(self, dim: int, hidden_dim: int, eps: float, mixer: nn.Module) -> None:
+    def __init__(self, dim: int, hidden_dim: int, eps: float, mixer: M) -> None:
         super().__init__()
         self.mixer = mixer
         self.mixer_layer_norm = RMSNorm(dim)
         self.ffn = FeedForward(dim, hidden_dim, eps)
         self.final_layer_norm = RMSNorm(dim)
 
-    def mix(self, x: Tensor, *args) -> Tensor | tuple[Tensor, Tensor | None]:
+    def mix(self, x: Tensor, *args: Any) -> Any:
+        """What the mixer returns of x and `args`."""
         return self.mixer(x, self.mixer_layer_norm.weight, *args)
-
-    def step(self, x: Tensor, *args) -> Tensor:
-        return self.feed_forward(self.mixer.step(x, self.mixer_layer_norm.weight, *args))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.ffn(x, self.final_layer_norm.weight)
+
+
+class Layers(nn.ModuleList, Generic[M]):
+    """Decoder layers with mixers of one class, one behind the other."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[DecoderLayer[M]]: ...

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from yoco_eval.kernels.sequences import Sequences, Step
 
 from .config import YocoConfig
-from .layers import DecoderLayer
-from .mixers import MixerState
+from .layers import DecoderLayer, Layers
+from .mixers import Mixer, MixerState
 
 
 class SelfDecoder(nn.Module):
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(self_layer(config) for _ in range(config.self_layers))
+        layers = (self_layer(config) for _ in range(config.self_layers))
+        self.layers: Layers[Mixer] = Layers(layers)
 
     def forward(
         self, x: Tensor, sequences: Sequences, states: tuple[MixerState | None, ...], keep: bool
@@ -32,10 +33,10 @@ class SelfDecoder(nn.Module):
     def step(self, x: Tensor, step: Step, memory: list[Any]) -> Tensor:
         """One token, x [1, dim]; `memory` has that of each layer's mixer, changed in place."""
         for layer, part in zip(self.layers, memory, strict=True):
-            x = layer.step(x, step, part)
+            x = layer.feed_forward(layer.mixer.step(x, layer.mixer_layer_norm.weight, step, part))
         return x
 
 
-def self_layer(config: YocoConfig) -> DecoderLayer:
+def self_layer(config: YocoConfig) -> DecoderLayer[Mixer]:
     mixer = config.self_decoder.build(config.dim, config.norm_eps)
     return DecoderLayer(config.dim, config.hidden_dim, config.norm_eps, mixer)

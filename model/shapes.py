@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
-from torch import nn
 
 from .config import YocoConfig
-from .interface import Blueprint
+from .interface import Blueprint, Config
 from .mixers import GatedRetentionSettings
 from .transformer import Transformer, TransformerConfig
 from .yoco import Yoco
+
+Kind = TypeVar("Kind", Yoco, Transformer)
 
 SEED = 0  # of the weights
 
@@ -43,27 +46,33 @@ def find_shape(name: str) -> YocoConfig:
 
 def with_random_weights(config: YocoConfig) -> Blueprint:
     """A YOCO model of this shape."""
-    return Blueprint(config, Yoco.costs_of(config), _maker(Yoco, config))
+    return Blueprint(config, Yoco.costs_of(config), _maker(partial(Yoco.empty, config)))
 
 
-def transformer_beside(config: YocoConfig) -> Blueprint:
-    """The Transformer that a YOCO model is compared with: as wide and deep, random weights."""
+def transformer_beside(config: Config) -> Blueprint:
+    """The Transformer that a YOCO model is compared with: as wide and deep, random weights.
+
+    Raises:
+        ValueError: it is no YOCO model.
+    """
+    if not isinstance(config, YocoConfig):
+        raise ValueError("against=transformer: is for YOCO models; leave it out")
     plain = TransformerConfig.like(config)
-    return Blueprint(plain, Transformer.costs_of(plain), _maker(Transformer, plain))
+    return Blueprint(plain, Transformer.costs_of(plain), _maker(partial(Transformer.empty, plain)))
 
 
 def _maker(
-    kind: type[Yoco] | type[Transformer], config: YocoConfig | TransformerConfig
-) -> Callable[[torch.device, torch.dtype], Yoco | Transformer]:
-    def make(device: torch.device, dtype: torch.dtype) -> Yoco | Transformer:
-        model = kind.empty(config, device, dtype)
+    allocate: Callable[[torch.device, torch.dtype], Kind],
+) -> Callable[[torch.device, torch.dtype], Kind]:
+    def make(device: torch.device, dtype: torch.dtype) -> Kind:
+        model = allocate(device, dtype)
         set_random_weights(model, SEED)
         return model
 
     return make
 
 
-def set_random_weights(model: nn.Module, seed: int) -> None:
+def set_random_weights(model: Yoco | Transformer, seed: int) -> None:
     """Sets weights where they lie: matrices normal with deviation 0.02, norms' weights 1."""
     generator = torch.Generator(model.device).manual_seed(seed)
     with torch.no_grad():

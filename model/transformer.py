@@ -33,7 +33,7 @@ from .cache import KeyValueCache
 from .config import YocoConfig
 from .decoder import Decoder
 from .interface import count
-from .layers import DecoderLayer, RMSNorm
+from .layers import DecoderLayer, Layers, RMSNorm
 from .linear import Embedding, Stack, allocate, linear
 from .rotary import Rotary
 
@@ -181,7 +181,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(_layer(config) for _ in range(config.n_layers))
+        layers = (_layer(config) for _ in range(config.n_layers))
+        self.layers: Layers[Attention] = Layers(layers)
         self.layer_norm = RMSNorm(config.dim)
         self.output_projection = linear(config.dim, config.vocab_size)
         self.rotary = Rotary(config.head_dim, config.rope_theta)
@@ -247,7 +248,9 @@ class Transformer(nn.Module):
     def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Feeds tokens [T] that follow those in the cache, to the last layer's output [T, dim]."""
         sequences = Sequences((len(input_ids),), (cache.state.length,), input_ids.device)
-        x, cache.state = self.feed(input_ids, sequences, cache.state, cache)
+        x, state = self.feed(input_ids, sequences, cache.state, cache)
+        assert state is not None
+        cache.state = state
         return x
 
     def predict(self, x: Tensor, positions: Tensor, cache: Cache, spans: Spans) -> Tensor:
@@ -290,7 +293,9 @@ class Transformer(nn.Module):
         return x
 
 
-def _layer(config: TransformerConfig, device: torch.device | None = None) -> DecoderLayer:
+def _layer(
+    config: TransformerConfig, device: torch.device | None = None
+) -> DecoderLayer[Attention]:
     with device or nullcontext():
         return DecoderLayer(config.dim, config.hidden_dim, config.norm_eps, Attention(config))
 
@@ -329,8 +334,8 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: An
     # As PyTorch has it: [1, H, T, D]
     q = rotate(q, angles).transpose(0, 1)[None]
     keys, values = keys[None, :, : span.end_key], values[None, :, : span.end_key]
-    own = (part[:, :, -q.shape[2] :] for part in (keys, values))
-    if can_use_cudnn_attention(SDPAParams(q, *own, None, 0.0, True, True)):
+    k, v = (part[:, :, -q.shape[2] :] for part in (keys, values))
+    if can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, True)):
         out = _cudnn_attention(q, keys, values)
     else:
         mask = causal_lower_right(q.shape[2], span.end_key)

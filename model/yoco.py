@@ -99,8 +99,9 @@ class Yoco(nn.Module):
         """Gives all rotary embeddings another base, as extending the context asks for."""
         self.config = self.config.with_rope_theta(theta)
         for module in self.modules():
-            if isinstance(getattr(module, "rotary", None), Rotary):
-                module.rotary = replace(module.rotary, theta=theta)
+            rotary = getattr(module, "rotary", None)
+            if isinstance(rotary, Rotary):
+                vars(module)["rotary"] = replace(rotary, theta=theta)
 
     def forward(self, input_ids: Tensor, first: int = 0) -> Tensor:
         """Logits of a batch of whole texts, with gradients where they are asked for.
@@ -124,9 +125,9 @@ class Yoco(nn.Module):
         sequences = Sequences((length,) * batch, (0,) * batch, input_ids.device)
         x, _ = self.self_decode(input_ids.flatten(), sequences, self._initial, keep=False)
         keys, values = self.cross_decoder.keys_values(x)
-        angles = self.cross_decoder.angles(sequences.positions, x.dtype)
+        cos, sin = angles = self.cross_decoder.angles(sequences.positions, x.dtype)
         asked = (sequences.positions >= first).nonzero().squeeze(-1)
-        asked_angles = tuple(part[asked] for part in angles)
+        asked_angles = cos[asked], sin[asked]
         keys, values = (
             part.unflatten(0, (batch, length)).transpose(1, 2)
             for part in (rotate(keys, angles), values)
@@ -180,11 +181,11 @@ class Yoco(nn.Module):
     ) -> tuple[Tensor, SelfState | None]:
         """`self_decode`, with the tokens' keys and values added to the cache in the same order."""
         first = cache.extend(len(input_ids))
-        x, state = self.self_decode(input_ids, sequences, state, keep)
+        x, after = self.self_decode(input_ids, sequences, state, keep)
         keys, values = self.cross_decoder.keys_values(x)
         angles = self.cross_decoder.angles(sequences.positions, x.dtype)
         store_keys_values(keys, values, angles, cache.keys, cache.values, first)
-        return x, state
+        return x, after
 
     def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Feeds tokens [T] of the cache's text, keeping their state: no cross-decoder, no logits.
@@ -193,7 +194,9 @@ class Yoco(nn.Module):
             The self-decoder's output [T, dim], for those who ask a prediction of some of them.
         """
         sequences = Sequences((len(input_ids),), (cache.state.length,), input_ids.device)
-        x, cache.state = self.feed(input_ids, sequences, cache.state, cache)
+        x, state = self.feed(input_ids, sequences, cache.state, cache)
+        assert state is not None
+        cache.state = state
         return x
 
     def predict(self, x: Tensor, positions: Tensor, cache: Cache, spans: Spans) -> Tensor:

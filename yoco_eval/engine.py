@@ -351,14 +351,14 @@ class _Scores:
         most: int,
     ) -> None:
         self._indices, self._dtype = [index for index, _, _ in answers], model.dtype
-        lengths = [len(tokens) for _, _, tokens in answers]
+        sizes = torch.tensor([len(tokens) for _, _, tokens in answers])
         positions = np.concatenate([start + np.arange(len(tokens)) for _, start, tokens in answers])
         tokens = np.concatenate([np.asarray(tokens, dtype=np.int64) for _, _, tokens in answers])
         order = np.argsort(positions, kind="stable")
         found = _gather(model, positions[order], tokens[order], outputs, most)
         # Back to the requests' order, in which each has its own stretch to sum.
         back = to_device(torch.from_numpy(np.argsort(order)), found.device)
-        lengths = to_device(torch.tensor(lengths), found.device)
+        lengths = to_device(sizes, found.device)
         # Checked lengths would be read back from the device, and wait for it.
         sums = torch.segment_reduce(found[back], "sum", lengths=lengths, unsafe=True)
         self._ready, self._sums = None, sums
@@ -431,6 +431,7 @@ def _decode(request: GenerateRequest, decoder: Decoder) -> list[int]:
         new.append(token)
         if request.finished(new):
             break
+    assert highest is not None
     _check_number(float(highest), highest.dtype)
     return new
 

@@ -84,7 +84,7 @@ def print_estimate(
             f"It does not fit; fed {fitted.chunk} tokens at a time, {up_to} would. Shorter texts, "
             "a smaller chunk or dtype, or a device with more memory may help."
         )
-    if result.prefill_seconds is not None:
+    if result.prefill_seconds is not None and result.decode_tokens_per_second is not None:
         console.print(
             f"Its matrix products alone take about {_duration(result.prefill_seconds)} of prefill, "
             "and memory\nbandwidth allows about "

@@ -228,7 +228,7 @@ class YocoLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self.tokenizer.eos_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:

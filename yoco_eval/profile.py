@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,16 +75,17 @@ def run_profile(
     try:
         where = find_device(device)
         kind = find_dtype(dtype, where)
-        yoco = (
-            open_checkpoint(pretrained) if shape is None else with_random_weights(find_shape(shape))
-        )
+        if shape is not None:
+            yoco = with_random_weights(find_shape(shape))
+        else:
+            assert pretrained is not None
+            yoco = open_checkpoint(pretrained)
+        blueprints = {"YOCO": yoco}
+        if against == "transformer":
+            blueprints["Transformer"] = transformer_beside(yoco.config)
     except ValueError as error:
         raise ProfileError(error) from error
     on_gpu = where.type == "cuda"
-
-    blueprints = {"YOCO": yoco}
-    if against == "transformer":
-        blueprints["Transformer"] = transformer_beside(yoco.config)
 
     if on_gpu:
         torch.cuda.set_device(where)  # where kernels are launched and events recorded
@@ -142,11 +144,11 @@ def profile(
             outcome = OUT_OF_MEMORY
         for length in lengths:
             cache = blueprint.costs.cache_bytes(dtype, _capacity(length))
-            sizes = {"weights_bytes": weights, "cache_bytes": cache}
+            sizes: dict[str, Any] = {"weights_bytes": weights, "cache_bytes": cache}
             if outcome == MEASURED and cache > free_bytes(device):
                 outcome = OUT_OF_MEMORY
             row = None
-            if outcome == MEASURED:
+            if model is not None and outcome == MEASURED:
                 try:
                     row = ProfileRow(
                         name, length, MEASURED, **sizes, **_measure(model, length, patience, chunk)
@@ -163,7 +165,7 @@ def profile(
         _free(device)
 
 
-def _measure(model: Model, length: int, patience: float, chunk: int) -> dict[str, float | None]:
+def _measure(model: Model, length: int, patience: float, chunk: int) -> dict[str, Any]:
     """A row's peak_bytes, prefill_seconds and decode_tokens_per_second."""
     generator = torch.Generator(model.device).manual_seed(SEED)
     ids = torch.randint(
@@ -209,6 +211,7 @@ def _run(
                 fed[-2].synchronize()
         if time.perf_counter() > deadline:
             raise _OutOfPatience
+    assert last is not None
     token = int(_predict(model, last, cache).argmax())  # waits for the device
     prefilled = time.perf_counter()
 

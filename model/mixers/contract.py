@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,18 @@ from yoco_eval.kernels.sequences import Sequences, Step
 # Of n texts, [n, ...] in each tensor.
 MixerState = Tensor | tuple[Tensor, ...]
 
+S = TypeVar("S", bound=MixerState)
 
-class Mixer(nn.Module):
+
+class Mixer(nn.Module, Generic[S]):
     """One layer's token mixing, of an input x [T, dim] that is not normed yet.
 
     Both `forward` and `step` return x + mixing(RMSNorm(x) * norm).
     """
 
     def forward(
-        self, x: Tensor, norm: Tensor, sequences: Sequences, state: MixerState | None, keep: bool
-    ) -> tuple[Tensor, MixerState | None]:
+        self, x: Tensor, norm: Tensor, sequences: Sequences, state: S | None, keep: bool
+    ) -> tuple[Tensor, S | None]:
         """Mixes packed tokens.
 
         Args:
@@ -46,7 +48,7 @@ class Mixer(nn.Module):
         """Tensors that decoding one text changes in place, of whatever structure."""
         raise NotImplementedError
 
-    def begin(self, memory: Any, state: MixerState | None, length: int) -> None:
+    def begin(self, memory: Any, state: S | None, length: int) -> None:
         """Sets the memory to a text's state after `length` tokens; None: before the first."""
         raise NotImplementedError
 

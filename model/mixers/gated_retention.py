@@ -62,7 +62,7 @@ class GatedRetentionSettings(Settings):
         return self.head_dim(dim)
 
 
-class GatedRetention(Mixer):
+class GatedRetention(Mixer[Tensor]):
     def __init__(self, settings: GatedRetentionSettings, dim: int, eps: float) -> None:
         super().__init__()
         self.heads, self.head_dim, self.eps = settings.n_self_heads, settings.head_dim(dim), eps

@@ -64,7 +64,7 @@ class SlidingWindowSettings(Settings):
         return self.head_dim(dim)
 
 
-class SlidingWindowAttention(Mixer):
+class SlidingWindowAttention(Mixer[Tensor]):
     def __init__(self, settings: SlidingWindowSettings, dim: int, eps: float) -> None:
         super().__init__()
         self.heads, self.head_dim, self.eps = settings.n_self_heads, settings.head_dim(dim), eps
