@@ -25,9 +25,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from yoco_eval.printable import VALUE, listed, message, shortened, shown
+from yoco_eval.printable import VALUE, listed, shortened, shown
 
 from .config import SETTINGS, YocoConfig
+from .errors import CheckpointError
+from .hub import hub_commit, hub_folder, is_hub_name
 from .interface import Blueprint
 from .yoco import Yoco
 
@@ -48,13 +50,6 @@ _HARMLESS = re.compile(
     r"|collections\.(defaultdict|deque)"
     r"|builtins\.(bool|bytearray|complex|dict|float|frozenset|int|list|object|set|slice|str|tuple)"
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names it and the mend, in one line."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(message(text))
 
 
 class _Shell:
@@ -79,22 +74,37 @@ def _shell(name: str) -> tuple[Callable[..., Any], str]:
     return type("Shell", (_Shell,), {}), name
 
 
-def resolve_checkpoint(name: str | Path) -> Path:
-    """The path of a checkpoint given by path or by the name of a bundled one.
+def resolve_checkpoint(
+    name: str | Path, revision: str | None = None, weights: bool = False
+) -> Path:
+    """The path of a checkpoint given by path, by the name of a bundled one, or by one on the hub.
+
+    Args:
+        name: looked for in this order. On the hub (`hub_folder`) it is `org/name`, as a text.
+        revision: a branch, a tag or a commit of a name on the hub; None for its main branch.
+        weights: whether those of a name on the hub are fetched, too: to be asked for once it is
+            known that they can be used, at the commit (`hub_commit`) of which that is known.
 
     Raises:
-        CheckpointError: there is neither.
+        CheckpointError: there is none, or it has no such revision.
     """
     path = Path(os.path.expanduser(name))
-    if os.path.exists(path):  # whatever the system has against such a name
-        return path
     bundled = sorted(folder.name for folder in BUNDLED.iterdir() if folder.is_dir())
-    if str(name) in bundled:
-        return BUNDLED / str(name)
-    raise CheckpointError(
-        f"{shortened(str(name), VALUE)}: no such checkpoint; give a folder or file, or a bundled "
-        f"one: {', '.join(bundled)}"
-    )
+    found = path if os.path.exists(path) else None  # whatever the system has against such a name
+    if found is None and str(name) in bundled:
+        found = BUNDLED / str(name)
+    if found is None and isinstance(name, str) and is_hub_name(name):
+        return hub_folder(name, revision, weights)
+    if found is None:
+        raise CheckpointError(
+            f"{shortened(str(name), VALUE)}: no such checkpoint; give a folder or file, a name on "
+            f"the hub, org/name, or a bundled one: {', '.join(bundled)}"
+        )
+    if revision not in (None, hub_commit(found)):
+        raise CheckpointError(
+            f"{name}: has no revision {shown(revision)}, as names on the hub have; leave it out"
+        )
+    return found
 
 
 def open_yoco(path: Path) -> Blueprint | None:
@@ -135,7 +145,7 @@ def load_config(path: str | Path) -> YocoConfig:
 
 
 def load_checkpoint(
-    path: str | Path, dtype: torch.dtype | None = None
+    path: str | Path, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> tuple[YocoConfig, dict[str, Tensor]]:
     """Reads a checkpoint of any layout, on the CPU, in the dtypes that it was stored in.
 
@@ -144,8 +154,10 @@ def load_checkpoint(
     Args:
         path: a native folder (`config.json`, `model.safetensors` or shards with an index); a
             published folder (`params.json`, `checkpoint.pth`); a fairseq checkpoint file, or a
-            folder that holds one `.pt` file; or the name of a bundled checkpoint.
+            folder that holds one `.pt` file; or the name of a bundled checkpoint, or of one on the
+            hub.
         dtype: what the weights are going to be converted to, which must not make any infinite.
+        revision: of a name on the hub.
 
     Returns:
         The configuration, and every parameter of `Yoco` by name, in the shape that it asks for.
@@ -154,7 +166,10 @@ def load_checkpoint(
         CheckpointError: no such path, no such layout, damaged or unsafe files, or parameters that
             are missing, surplus, of another shape or not finite numbers (they are named).
     """
-    path = resolve_checkpoint(path)
+    folder = resolve_checkpoint(path, revision)
+    if commit := hub_commit(folder):
+        load_config(folder)  # says that it is of another model before weights are fetched
+    path = resolve_checkpoint(path, commit, weights=True)
     config, weights = _load_native(path) if _is_native(path) else _load_torch(_torch_file(path))
     _check_names(path, config, weights)
     _check_numbers(path, weights, dtype)

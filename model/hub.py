@@ -16,7 +16,7 @@ from huggingface_hub import constants, utils
 
 from yoco_eval.printable import VALUE, shortened, shown
 
-from .checkpoint import CheckpointError
+from .errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -211,6 +211,7 @@ def _convert(args: argparse.Namespace) -> None:
             tokenizer=args.tokenizer,
             max_length=args.max_length,
             dtype=args.dtype,
+            revision=args.revision,
         )
     except (CheckpointError, TokenizerError) as error:
         raise UserError(error) from error
@@ -224,6 +225,7 @@ def _profile(args: argparse.Namespace) -> int:
     try:
         for path in args.output:
             check_output(path)
+        _check_revision(args)
         profile, code = (load_profile(args.read), 0) if args.read else _measure_profile(args)
     except ResultsError as error:
         raise UserError(error) from error
@@ -244,18 +246,27 @@ def _plan(args: argparse.Namespace) -> int:
     from yoco_eval.model.shapes import find_shape, with_random_weights
 
     try:
+        _check_revision(args)
         device = find_device(args.device)
         dtype = find_dtype(args.dtype, device)
         blueprint = (
             with_random_weights(find_shape(args.shape))
             if args.shape
-            else open_checkpoint(args.pretrained)
+            else open_checkpoint(args.pretrained, args.revision)
         )
         result = estimate(blueprint.costs, dtype, device, args.length, args.prefill_chunk)
     except ValueError as error:
         raise UserError(error) from error
-    print_estimate(result, args.shape or args.pretrained, dtype, device, _console())
+    name = args.shape or args.pretrained
+    if args.revision:
+        name += f" revision={args.revision}"
+    print_estimate(result, name, dtype, device, _console())
     return 0 if result.fit.fits else 1
+
+
+def _check_revision(args: argparse.Namespace) -> None:
+    if args.revision and not args.pretrained:
+        raise UserError("--revision is of a checkpoint on the hub; name it with --pretrained")
 
 
 def _measure_profile(args: argparse.Namespace) -> tuple[Profile, int]:
@@ -282,6 +293,7 @@ def _measure_profile(args: argparse.Namespace) -> tuple[Profile, int]:
             args.lengths,
             shape=args.shape,
             pretrained=args.pretrained,
+            revision=args.revision,
             against=args.against,
             patience=args.patience,
             dtype=args.dtype,
@@ -389,9 +401,10 @@ for their number; a difference is told only if significant at the 5 % level.""",
         "source",
         metavar="SRC",
         help="a folder with params.json and checkpoint.pth, a fairseq training checkpoint, "
-        "or a folder written by this command",
+        "a folder written by this command, or a name on the hub, org/name",
     )
     convert.add_argument("destination", metavar="DST", help="the folder to write")
+    _add_revision(convert, "SRC")
     convert.add_argument(
         "--tokenizer",
         metavar="PATH",
@@ -424,8 +437,10 @@ for their number; a difference is told only if significant at the 5 % level.""",
     what.add_argument(
         "--pretrained",
         metavar="DIR",
-        help="a checkpoint, of which the configuration is read; or the name of a bundled one",
+        help="a checkpoint, of which the configuration is read; or the name of a bundled one, or "
+        "of one on the hub, org/name",
     )
+    _add_revision(plan, "--pretrained")
     plan.add_argument(
         "--length",
         type=as_argument(parse_length),
@@ -458,11 +473,13 @@ for their number; a difference is told only if significant at the 5 % level.""",
     what.add_argument(
         "--pretrained",
         metavar="DIR",
-        help="a checkpoint, or the name of a bundled one, such as demo-64k",
+        help="a checkpoint, or the name of a bundled one, such as demo-64k, or of one on the hub, "
+        "org/name",
     )
     what.add_argument(
         "--read", metavar="FILE", help="measure nothing, show the .json file of an earlier profile"
     )
+    _add_revision(profile, "--pretrained")
     profile.add_argument(
         "--lengths",
         type=as_argument(parse_lengths),
@@ -497,6 +514,14 @@ def _add_output(command: argparse.ArgumentParser, suffixes: str) -> None:
         default=[],
         metavar="FILE",
         help=f"also write to this {suffixes} file; may be given several times",
+    )
+
+
+def _add_revision(command: argparse.ArgumentParser, of: str) -> None:
+    command.add_argument(
+        "--revision",
+        metavar="NAME",
+        help=f"branch, tag or commit of {of} on the hub (default: its main branch)",
     )
 
 

@@ -16,6 +16,7 @@ from yoco_eval.model.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
+from yoco_eval.model.hub import hub_commit
 from yoco_eval.tokenizers import (
     check_ends,
     check_vocabulary,
@@ -33,16 +34,18 @@ def convert(
     tokenizer: str | Path | None = None,
     max_length: int | None = None,
     dtype: str | None = None,
+    revision: str | None = None,
 ) -> Path:
     """Writes the checkpoint `src` as a native folder `dst`, which appears only once it is whole.
 
     Args:
-        src: a checkpoint of any layout that `load_checkpoint` reads.
+        src: a checkpoint of any layout that `load_checkpoint` reads, or its name on the hub.
         dst: the folder to write; it must not exist, or be empty.
         tokenizer: whatever `load_tokenizer` takes; None for the one beside `src`, or for
             cl100k_base where there is none and the vocabulary is the published models'.
         max_length: the context length to state, in tokens; None for what `src` states.
         dtype: "float32", "bfloat16" or "float16", to store the weights in; None to keep theirs.
+        revision: of a name on the hub.
 
     Returns:
         The absolute path of `dst`.
@@ -60,9 +63,11 @@ def convert(
         raise CheckpointError(f"max_length={max_length}: give a positive number of tokens")
     chosen = None if tokenizer is None else load_tokenizer(tokenizer)
 
-    config, weights = load_checkpoint(src, None if dtype is None else DTYPES[dtype])
+    path = resolve_checkpoint(src, revision)
+    kind = None if dtype is None else DTYPES[dtype]
+    config, weights = load_checkpoint(src, kind, hub_commit(path))
     if chosen is None:
-        chosen = checkpoint_tokenizer(resolve_checkpoint(src), config.vocab_size)
+        chosen = checkpoint_tokenizer(path, config.vocab_size)
     else:
         check_vocabulary(chosen, config.vocab_size)
     check_ends(chosen)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from yoco_eval.model import open_checkpoint
 from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+from yoco_eval.model.hub import hub_commit
 
 from .chat import ChatTemplate
 from .devices import find_device, find_dtype
@@ -43,8 +44,8 @@ from .tokenizers import (
 logger = logging.getLogger(__name__)
 
 _ARGUMENTS = (
-    "pretrained, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, prefill_chunk, "
-    "add_bos_token"
+    "pretrained, revision, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, "
+    "prefill_chunk, add_bos_token"
 )
 # Settings of other backends that change nothing if they have these values.
 _WITHOUT_EFFECT = {
@@ -72,8 +73,9 @@ class YocoLM(TemplateLM):
     """Evaluates a YOCO checkpoint in lm-eval.
 
     Args:
-        pretrained: path of a checkpoint in any layout, or the name of a bundled one; default: the
-            bundled demo checkpoint.
+        pretrained: path of a checkpoint in any layout, the name of a bundled one, or one on the
+            Hugging Face hub, `org/name`; default: the bundled demo checkpoint.
+        revision: a branch, a tag or a commit of `pretrained` on the hub; default: its main branch.
         tokenizer: whatever `load_tokenizer` takes; default: the checkpoint's own.
         dtype: "auto" (bfloat16 on a GPU, float32 on the CPU), "bfloat16", "float16", "float32" or
             "float64".
@@ -93,6 +95,7 @@ class YocoLM(TemplateLM):
     def __init__(
         self,
         pretrained: str | None = None,
+        revision: str | None = None,
         tokenizer: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
@@ -111,7 +114,8 @@ class YocoLM(TemplateLM):
                 f"unknown model argument {', '.join(sorted(unknown))}; --model yoco takes "
                 f"{_ARGUMENTS}"
             )
-        named = {"pretrained": pretrained, "tokenizer": tokenizer, "dtype": dtype, "device": device}
+        named = {"pretrained": pretrained, "revision": revision, "tokenizer": tokenizer}
+        named |= {"dtype": dtype, "device": device}
         for name, value in named.items():
             if value is not None and not str(value).strip():
                 raise ValueError(f"{name}= is empty; give a value, or leave it out for the default")
@@ -131,8 +135,10 @@ class YocoLM(TemplateLM):
             raise ValueError(f"add_bos_token: {add_bos_token!r} is neither True nor False")
 
         self._name = DEFAULT_CHECKPOINT if pretrained is None else str(pretrained)
-        path = resolve_checkpoint(self._name)
-        blueprint = open_checkpoint(path)
+        self._revision = None if revision is None else str(revision)  # lm-eval makes 7 a number
+        path = resolve_checkpoint(self._name, self._revision)
+        self._commit = hub_commit(path)
+        blueprint = open_checkpoint(self._name, self._commit)
         vocabulary = blueprint.config.vocab_size
         if tokenizer is None:
             self.tokenizer = checkpoint_tokenizer(path, vocabulary)
@@ -236,12 +242,14 @@ class YocoLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results file says of the model."""
-        return {
+        info = {
             "pretrained": self._name,
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.dtype).removeprefix("torch."),
             "max_length": None if self.max_length == sys.maxsize else self.max_length,
         }
+        of_the_hub = {"model_revision": self._revision, "model_sha": self._commit}
+        return info | {name: value for name, value in of_the_hub.items() if value is not None}
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

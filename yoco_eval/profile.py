@@ -50,6 +50,7 @@ def run_profile(
     lengths: Sequence[int],
     shape: str | None = None,
     pretrained: str | None = None,
+    revision: str | None = None,
     against: str | None = None,
     patience: float = 120.0,
     dtype: str = "auto",
@@ -61,7 +62,8 @@ def run_profile(
     Args:
         lengths: in tokens, ascending.
         shape: a name in `SHAPES`, for random weights; or
-        pretrained: a checkpoint's path, or the name of a bundled one.
+        pretrained: a checkpoint's path, or the name of a bundled one or of one on the hub.
+        revision: of a name on the hub.
         against: "transformer" or None.
         patience: the seconds that the prefill of one length may take.
         dtype: a name that `find_dtype` knows.
@@ -79,20 +81,23 @@ def run_profile(
             yoco = with_random_weights(find_shape(shape))
         else:
             assert pretrained is not None
-            yoco = open_checkpoint(pretrained)
+            yoco = open_checkpoint(pretrained, revision)
         blueprints = {"YOCO": yoco}
         if against == "transformer":
             blueprints["Transformer"] = transformer_beside(yoco.config)
     except ValueError as error:
         raise ProfileError(error) from error
     on_gpu = where.type == "cuda"
+    name = f"YOCO-{shape.upper()}, random weights" if shape else str(pretrained)
+    if revision is not None:
+        name += f" revision={revision}"
 
     if on_gpu:
         torch.cuda.set_device(where)  # where kernels are launched and events recorded
     chunk = chunk_sizes(where)[0]
     known = partial(
         Profile,
-        name=str(pretrained) if shape is None else f"YOCO-{shape.upper()}, random weights",
+        name=name,
         shapes={name: blueprint.config.to_dict() for name, blueprint in blueprints.items()},
         dtype=str(kind).removeprefix("torch."),
         device=torch.cuda.get_device_name(where) if on_gpu else f"{platform.machine()} CPU",

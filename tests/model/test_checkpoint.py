@@ -24,6 +24,7 @@ from yoco_eval.model import (
     save_checkpoint,
 )
 from yoco_eval.model import checkpoint as module
+from yoco_eval.model.checkpoint import resolve_checkpoint
 
 
 @pytest.fixture
@@ -344,6 +345,25 @@ def test_every_fault_of_the_parameters_is_named(published, weights, tmp_path):
 def test_no_such_checkpoint(tmp_path):
     assert "no such checkpoint" in fault(tmp_path / "none")
     assert "demo-64k" in fault("demo-65k")
+
+
+def test_names_on_the_hub(published, tmp_path, hub_cache):
+    snapshot = hub_cache("org/model", published, "1" * 40, branch="main")
+    assert resolve_checkpoint("org/model") == resolve_checkpoint("org/model", "1" * 40) == snapshot
+    assert resolve_checkpoint(str(snapshot), "1" * 40) == snapshot
+    config, weights = load_checkpoint("org/model")
+    expected, same = load_checkpoint(published)
+    assert config == expected and weights.keys() == same.keys()
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        resolve_checkpoint(pathlib.Path("org/model"))  # a path is nothing but a path
+    with pytest.raises(CheckpointError, match=r"demo-4k: has no revision 'v1', as names on the hu"):
+        resolve_checkpoint("demo-4k", "v1")
+    assert "no/where: no such path, and not in the hub's cache" in fault("no/where")
+    # Told before weights, which are not there, are asked for.
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    hub_cache("org/llama", tmp_path / "llama", "2" * 40, branch="main")
+    assert "'llama'" in fault("org/llama")
 
 
 def test_neither_layout(tmp_path):

@@ -45,8 +45,8 @@ def convert(monkeypatch):
     """Stands in for the conversion, and records its calls."""
     calls = []
 
-    def record(src, dst, tokenizer=None, max_length=None, dtype=None):
-        calls.append((src, dst, tokenizer, max_length, dtype))
+    def record(src, dst, tokenizer=None, max_length=None, dtype=None, revision=None):
+        calls.append((src, dst, tokenizer, max_length, dtype, revision))
         if isinstance(src, str) and src in errors:
             raise errors[src]
 
@@ -252,11 +252,11 @@ def test_heatmap_refusals(results, tmp_path, capsys):
 def test_convert(convert, capsys):
     assert main(["convert", "a", "b"]) == 0
     assert capsys.readouterr().out == "wrote b\n"
-    argv = "convert a b --tokenizer t.model --max-length 64k --dtype bfloat16".split()
+    argv = "convert a b --tokenizer t.model --max-length 64k --dtype bfloat16 --revision c".split()
     assert main(argv) == 0
     assert convert == [
-        ("a", "b", None, None, None),
-        ("a", "b", "t.model", 65536, "bfloat16"),
+        ("a", "b", None, None, None, None),
+        ("a", "b", "t.model", 65536, "bfloat16", "c"),
     ]
 
 
@@ -281,6 +281,7 @@ def test_profile(measured, tmp_path, capsys):
             {
                 "shape": "3b",
                 "pretrained": None,
+                "revision": None,
                 "against": "transformer",
                 "patience": 7.0,
                 "dtype": "auto",
@@ -296,12 +297,13 @@ def test_profile(measured, tmp_path, capsys):
 
 
 def test_profile_by_default(measured):
-    assert main("profile --pretrained a --dtype bfloat16 --device cuda:1".split()) == 0
+    assert main("profile --pretrained a --revision b --dtype bfloat16 --device cuda:1".split()) == 0
     ((lengths, settings),) = measured
     assert lengths == [2**n for n in range(15, 21)]
     assert settings == {
         "shape": None,
         "pretrained": "a",
+        "revision": "b",
         "against": None,
         "patience": 120.0,
         "dtype": "bfloat16",
@@ -318,6 +320,8 @@ def test_every_dtype_can_be_asked_for(measured, name):
 def test_profile_refusals(measured, tmp_path, capsys):
     assert refused(capsys, "profile", "--shape", "7b") == "shape '7b' is unknown"
     assert refused(capsys, "profile", "--pretrained", "bad") == "bad: damaged"
+    message = refused(capsys, "profile", "--shape", "3b", "--revision", "v1")
+    assert message == "--revision is of a checkpoint on the hub; name it with --pretrained"
     assert "cannot be read" in refused(capsys, "profile", "--read", tmp_path / "none.json")
     # The output is looked at first: measuring may take long.
     del measured[:]

@@ -72,7 +72,7 @@ def test_published_checkpoints(kind, small, tmp_path):
     assert os.listdir(dst.parent) == [kind]
 
 
-def test_length_and_dtype(small, tmp_path):
+def test_length_and_dtype(small, tmp_path, hub_cache):
     source = PUBLISHED / "gated_retention"
     dst = convert(source, tmp_path / "a", tokenizer=small, max_length=65536, dtype="bfloat16")
     config, weights = load_checkpoint(dst)
@@ -82,8 +82,9 @@ def test_length_and_dtype(small, tmp_path):
     for name, weight in weights.items():
         assert torch.equal(weight, originals[name].to(torch.bfloat16))
 
-    # Once more, from the native folder: its own tokenizer and length are kept.
-    again = convert(dst, tmp_path / "b", dtype="float32")
+    # Once more, from the native folder on the hub: its own tokenizer and length are kept.
+    hub_cache("org/model", dst, "1" * 40, branch="v1")
+    again = convert("org/model", tmp_path / "b", dtype="float32", revision="v1")
     config, weights = load_checkpoint(again)
     assert config.max_position_embeddings == 65536
     assert {weight.dtype for weight in weights.values()} == {torch.float32}

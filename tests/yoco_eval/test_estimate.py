@@ -1,5 +1,7 @@
 """`yoco-eval plan`: what would be needed, whether it fits, and no run."""
 
+import shutil
+
 import pytest
 import torch
 from rich.console import Console
@@ -8,6 +10,7 @@ from yoco_eval import estimate as module
 from yoco_eval import memory
 from yoco_eval.cli import main
 from yoco_eval.estimate import estimate, print_estimate
+from yoco_eval.model.checkpoint import BUNDLED
 from yoco_eval.model.costs import YocoCosts
 from yoco_eval.model.shapes import SHAPES
 
@@ -80,6 +83,17 @@ def test_command(what, capsys):
     assert main(["plan", *what, "--length", "64k", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "64K tokens on cpu in float32" in shown and "of prefill" in shown
+
+
+def test_a_name_on_the_hub_needs_no_weights(hub_cache, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    shutil.copy(BUNDLED / "demo-64k" / "config.json", tmp_path / "model")
+    hub_cache("org/model", tmp_path / "model", "1" * 40, branch="v1")
+    argv = ["--pretrained", "org/model", "--length", "64k", "--device", "cpu"]
+    assert main(["plan", *argv, "--revision", "v1"]) == 0
+    assert capsys.readouterr().out.startswith("org/model revision=v1, 64K tokens on cpu")
+    assert main(["plan", *argv]) == 2
+    assert "org/model: no such path, and not in the hub's cache" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

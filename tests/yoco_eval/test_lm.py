@@ -391,6 +391,25 @@ def test_the_demo_is_never_taken_for_somebodys_model(given):
         YocoLM.create_from_arg_string(given)
 
 
+def test_revisions_of_a_name_on_the_hub(folder, small_model, tmp_path, hub_cache):
+    hub_cache("org/model", folder, "1" * 40, branch="main")
+    small_model.cross_decoder.layers[0].ffn.fc1.weight.mul_(1.1)
+    save(small_model, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<unk>"}))
+    hub_cache("org/model", folder, "2" * 40, branch="v2")
+    first = YocoLM(pretrained="org/model", device="cpu")
+    second = YocoLM(pretrained="org/model", revision="v2", device="cpu")
+    assert [lm.tokenizer.eos_token for lm in (first, second)] == ["</s>", "<unk>"]
+    told, of_branch = first.get_model_info(), second.get_model_info()
+    assert told["model_sha"] == "1" * 40 and "model_revision" not in told
+    assert of_branch["model_sha"] == "2" * 40 and of_branch["model_revision"] == "v2"
+    assert told["pretrained"] == of_branch["pretrained"] == "org/model"
+    CachingLM(first, str(tmp_path / "cache.db"))
+    with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
+        CachingLM(second, str(tmp_path / "cache.db"))
+
+
 def test_trust_remote_code_has_no_effect_and_says_so(folder, caplog):
     YocoLM(pretrained=str(folder), device="cpu", trust_remote_code=True)
     assert "trust_remote_code has no effect" in caplog.text
