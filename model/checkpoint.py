@@ -29,6 +29,7 @@ from yoco_eval.printable import VALUE, listed, shortened, shown
 
 from .config import SETTINGS, YocoConfig
 from .errors import CheckpointError
+from .fla import fla_config, fla_weights, is_fla
 from .hub import hub_commit, hub_folder, is_hub_name
 from .interface import Blueprint
 from .yoco import Yoco
@@ -223,18 +224,23 @@ def _native_config(folder: Path) -> YocoConfig:
             f"{file}: says model_type {shown(settings.get('model_type'))}, not 'yoco'; "
             "evaluate other models with lm-eval's own backends, such as --model hf"
         )
+    if is_fla(settings):
+        return _config(file, settings, fla_config)
     if "dim" not in settings and "hidden_size" in settings:
-        writer = "flash-linear-attention's" if "self_decoder_attn" in settings else "not this one's"
         raise CheckpointError(
-            f"{file}: is of another project's models of model_type 'yoco' ({writer}: with "
-            "hidden_size in place of dim), which are not read; evaluate it with that project"
+            f"{file}: is of another project's models of model_type 'yoco', with hidden_size in "
+            "place of dim, which are not read; evaluate it with that project"
         )
     return _config(file, {k: v for k, v in settings.items() if k in SETTINGS})
 
 
-def _config(file: Path, settings: dict[str, Any]) -> YocoConfig:
+def _config(
+    file: Path,
+    settings: dict[str, Any],
+    read: Callable[[dict[str, Any]], YocoConfig] = YocoConfig.from_dict,
+) -> YocoConfig:
     try:
-        return YocoConfig.from_dict(settings)
+        return read(settings)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -250,6 +256,8 @@ def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
             weights |= load_file(folder / file)
         except Exception as error:  # the reader raises whatever a damaged file leads it to
             raise _damaged(folder / file, error) from error
+    if is_fla(_read_json(folder / _CONFIG)):
+        weights = fla_weights(config, weights)
     return config, weights
 
 

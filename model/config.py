@@ -38,7 +38,7 @@ class YocoConfig:
             them where that is None.
         rope_theta, rope_endpoint: of the cross-decoder's rotary embedding, as `rotary_angles` has
             them.
-        query_norm: whether each head's query is normalised before it is rotated.
+        query_norm_eps: of the norm of each head's query, before it is rotated; None: there is none.
         qkv_bias: whether the cross-decoder's projections to queries, keys and values add one.
         tied_embeddings: whether the output projection is the embedding.
         max_position_embeddings: the context length that the checkpoint was trained for, in tokens;
@@ -57,7 +57,7 @@ class YocoConfig:
     max_position_embeddings: int | None = None
     n_self_layers: int | None = None
     rope_endpoint: bool = True
-    query_norm: bool = False
+    query_norm_eps: float | None = None
     qkv_bias: bool = False
     tied_embeddings: bool = False
 
@@ -68,7 +68,9 @@ class YocoConfig:
         # Beyond these, angles and norms are infinite or not a number in float32.
         check_number("rope_theta", self.rope_theta, 1, 1e30)
         check_number("norm_eps", self.norm_eps, 1e-30, 1)
-        for name in ("rope_endpoint", "query_norm", "qkv_bias", "tied_embeddings"):
+        if self.query_norm_eps is not None:
+            check_number("query_norm_eps", self.query_norm_eps, 1e-30, 1)
+        for name in ("rope_endpoint", "qkv_bias", "tied_embeddings"):
             check_flag(name, getattr(self, name))
         if self.n_self_layers is None:
             check_multiple("n_layers", self.n_layers, 2)

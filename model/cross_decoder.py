@@ -24,7 +24,8 @@ class CrossAttention(nn.Module):
         self.eps = config.norm_eps
         self.q_proj = linear(config.dim, config.dim, config.qkv_bias)
         self.out_proj = linear(config.dim, config.dim)
-        self.q_norm = RMSNorm(config.attn_head_dim) if config.query_norm else None
+        self.query_eps = config.query_norm_eps
+        self.q_norm = None if self.query_eps is None else RMSNorm(config.attn_head_dim)
 
     def forward(self, x: Tensor, norm: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """`attend` takes queries [T, heads, head_dim], not rotated, to outputs of that shape."""
@@ -33,7 +34,7 @@ class CrossAttention(nn.Module):
             q = q + self.q_proj.bias
         q = q.unflatten(-1, (self.heads, self.head_dim))
         if self.q_norm is not None:
-            q = rms_norm(q.flatten(0, 1), self.q_norm.weight, self.eps).view(q.shape)
+            q = rms_norm(q.flatten(0, 1), self.q_norm.weight, self.query_eps).view(q.shape)
         out = attend(q)
         return linear_add(out.flatten(-2), self.out_proj.weight, x)
 

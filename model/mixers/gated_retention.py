@@ -11,7 +11,11 @@ from torch import Tensor
 from yoco_eval.kernels.fused_linear import rotary_linear
 from yoco_eval.kernels.matvec import linear_add, norm_linear
 from yoco_eval.kernels.norm import rms_norm
-from yoco_eval.kernels.retention import gated_retention, gated_retention_step
+from yoco_eval.kernels.retention import (
+    GATE_TEMPERATURE,
+    gated_retention,
+    gated_retention_step,
+)
 from yoco_eval.kernels.sequences import Sequences, Step
 
 from ..checks import check_count, check_flag, check_multiple, check_number
@@ -22,18 +26,23 @@ from .contract import Mixer, Settings
 
 @dataclass(frozen=True)
 class GatedRetentionSettings(Settings):
-    """Heads of dim / n_self_heads channels. YOCO, arXiv:2405.05254, section 3.1."""
+    """Heads of dim / n_self_heads channels. YOCO, arXiv:2405.05254, section 3.1.
+
+    `gate_temperature` divides the gates' logarithms.
+    """
 
     kind: ClassVar[str] = "gated_retention"
 
     n_self_heads: int
     self_rope_theta: float = 10000.0
     self_rope_endpoint: bool = True
+    gate_temperature: float = GATE_TEMPERATURE
 
     def __post_init__(self) -> None:
         check_count("n_self_heads", self.n_self_heads, 2**16)
         check_number("self_rope_theta", self.self_rope_theta, 1, 1e30)
         check_flag("self_rope_endpoint", self.self_rope_endpoint)
+        check_number("gate_temperature", self.gate_temperature, 1e-3, 1e6)
 
     def check(self, dim: int) -> None:
         check_multiple("dim", dim, 2 * self.n_self_heads)
@@ -66,6 +75,7 @@ class GatedRetention(Mixer[Tensor]):
     def __init__(self, settings: GatedRetentionSettings, dim: int, eps: float) -> None:
         super().__init__()
         self.heads, self.head_dim, self.eps = settings.n_self_heads, settings.head_dim(dim), eps
+        self.temperature = settings.gate_temperature
         self.rotary = Rotary(self.head_dim, settings.self_rope_theta, settings.self_rope_endpoint)
         self.q_proj = linear(dim, dim)
         self.k_proj = linear(dim, dim)
@@ -86,9 +96,10 @@ class GatedRetention(Mixer[Tensor]):
             2 * self.heads * self.head_dim,
         )
         q, k = rotated.chunk(2, dim=1)
-        *parts, gate = self.stack.split(rest, first=2)
-        v, swish = (self._heads(part) for part in parts)
-        out, state = gated_retention(q, k, v, gate, sequences, state, swish, self.eps, keep)
+        (v, swish), gate = self._cut(rest, first=2)
+        out, state = gated_retention(
+            q, k, v, gate, sequences, state, swish, self.eps, keep, self.temperature
+        )
         return linear_add(out.flatten(-2), self.out_proj.weight, x), state
 
     def memory(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -100,11 +111,15 @@ class GatedRetention(Mixer[Tensor]):
         memory.zero_() if state is None else memory.copy_(state)
 
     def step(self, x: Tensor, norm: Tensor, step: Step, memory: Tensor) -> Tensor:
-        *parts, gate = self.stack.split(norm_linear(x, norm, self.stack.weight, self.eps))
-        q, k, v, swish = (self._heads(part) for part in parts)
+        (q, k, v, swish), gate = self._cut(norm_linear(x, norm, self.stack.weight, self.eps))
         angles = self.rotary.of(step, x.dtype)
-        out = gated_retention_step(q, k, v, gate, memory, angles, swish, self.eps)
+        out = gated_retention_step(q, k, v, gate, memory, angles, swish, self.eps, self.temperature)
         return linear_add(out.flatten(-2), self.out_proj.weight, x)
+
+    def _cut(self, y: Tensor, first: int = 0) -> tuple[list[Tensor], Tensor]:
+        """Of the projections' output from the `first` one on, heads [T, H, D], and gates [T, H]."""
+        *parts, gate = self.stack.split(y, first)
+        return [self._heads(part) for part in parts], gate
 
     def _heads(self, part: Tensor) -> Tensor:
         return part.unflatten(-1, (self.heads, self.head_dim))

@@ -22,7 +22,11 @@ Rings = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class SlidingWindowSettings(Settings):
-    """Heads of dim / n_self_heads channels; `sliding_window` is in tokens, its own one included."""
+    """Heads of dim / n_self_heads channels; `sliding_window` is in tokens, its own one included.
+
+    `n_self_kv_heads` are the heads of keys and values, as many as queries where it is None;
+    `self_qkv_bias` says whether the projections to all three add one.
+    """
 
     kind: ClassVar[str] = "sliding_window"
     moves: ClassVar[int] = 1
@@ -31,15 +35,25 @@ class SlidingWindowSettings(Settings):
     sliding_window: int
     self_rope_theta: float = 10000.0
     self_rope_endpoint: bool = True
+    n_self_kv_heads: int | None = None
+    self_qkv_bias: bool = False
 
     def __post_init__(self) -> None:
         check_count("n_self_heads", self.n_self_heads, 2**16)
         check_count("sliding_window", self.sliding_window, 2**32)
         check_number("self_rope_theta", self.self_rope_theta, 1, 1e30)
         check_flag("self_rope_endpoint", self.self_rope_endpoint)
+        check_flag("self_qkv_bias", self.self_qkv_bias)
+        if self.n_self_kv_heads is not None:
+            check_count("n_self_kv_heads", self.n_self_kv_heads, 2**16)
+            check_multiple("n_self_heads", self.n_self_heads, self.n_self_kv_heads)
 
     def check(self, dim: int) -> None:
         check_multiple("dim", dim, 2 * self.n_self_heads)
+
+    def kv_dim(self, dim: int) -> int:
+        """Channels of the keys, and of the values."""
+        return (self.n_self_kv_heads or self.n_self_heads) * self.head_dim(dim)
 
     def head_dim(self, dim: int) -> int:
         return dim // self.n_self_heads
@@ -48,7 +62,7 @@ class SlidingWindowSettings(Settings):
         return SlidingWindowAttention(self, dim, eps)
 
     def state_bytes(self, dim: int, dtype: torch.dtype) -> int:
-        return 2 * (self.sliding_window - 1) * dim * dtype.itemsize
+        return 2 * (self.sliding_window - 1) * self.kv_dim(dim) * dtype.itemsize
 
     def activations(self, dim: int, dtype: torch.dtype, fast: bool) -> int:
         numbers = 3 * dim + dim
@@ -70,16 +84,20 @@ class SlidingWindowAttention(Mixer[Tensor]):
         self.heads, self.head_dim, self.eps = settings.n_self_heads, settings.head_dim(dim), eps
         self.window = settings.sliding_window
         self.rotary = Rotary(self.head_dim, settings.self_rope_theta, settings.self_rope_endpoint)
-        self.q_proj = linear(dim, dim)
-        self.k_proj = linear(dim, dim)
-        self.v_proj = linear(dim, dim)
+        self.kv_heads, width = settings.kv_dim(dim) // self.head_dim, settings.kv_dim(dim)
+        self.q_proj = linear(dim, dim, settings.self_qkv_bias)
+        self.k_proj = linear(dim, width, settings.self_qkv_bias)
+        self.v_proj = linear(dim, width, settings.self_qkv_bias)
         self.out_proj = linear(dim, dim)
         self.stack = Stack(self, "q_proj", "k_proj", "v_proj")
 
     def project(self, x: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v [T, heads, head_dim], not rotated."""
+        """q [T, heads, head_dim], k and v [T, kv_heads, head_dim], not rotated."""
         parts = self.stack.split(norm_linear(x, norm, self.stack.weight, self.eps))
-        return tuple(part.unflatten(-1, (self.heads, self.head_dim)) for part in parts)
+        if self.q_proj.bias is not None:
+            biases = (self.q_proj.bias, self.k_proj.bias, self.v_proj.bias)
+            parts = tuple(map(torch.add, parts, biases))
+        return tuple(part.unflatten(-1, (-1, self.head_dim)) for part in parts)
 
     def forward(
         self, x: Tensor, norm: Tensor, sequences: Sequences, state: Tensor | None, keep: bool
@@ -90,7 +108,7 @@ class SlidingWindowAttention(Mixer[Tensor]):
         return linear_add(out.flatten(-2), self.out_proj.weight, x), state
 
     def memory(self, device: torch.device, dtype: torch.dtype) -> Rings:
-        shape = (self.heads, self.window, self.head_dim)
+        shape = (self.kv_heads, self.window, self.head_dim)
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return keys, values
 

@@ -1,0 +1,209 @@
+"""YOCO models of flash-linear-attention: their configuration and names in this project's terms.
+
+Version 0.6.0 of that library has them as `fla.models.yoco`: Hugging Face folders that say
+`model_type: "yoco"`, too, and `hidden_size` where this project's say `dim`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yoco_eval.printable import shown
+
+from .config import YocoConfig
+from .mixers import (
+    GatedDeltaNetSettings,
+    GatedRetentionSettings,
+    Settings,
+    SlidingWindowSettings,
+)
+
+_QUERY_NORM_EPS = 1e-5  # that norm's own default, whatever `norm_eps` is
+_NAMES = {
+    "model.embeddings.": "embed_tokens.",
+    "model.self_layers.": "self_decoder.layers.",
+    "model.cross_layers.": "cross_decoder.layers.",
+    "model.shared_kv_builder.kv_norm.": "cross_decoder.kv_layer_norm.",
+    "model.shared_kv_builder.": "cross_decoder.",
+    "model.norm.": "layer_norm.",
+    "lm_head.": "output_projection.",
+}
+_LAYER_NAMES = {
+    "attn_norm.": "mixer_layer_norm.",
+    "mlp_norm.": "final_layer_norm.",
+    "mlp.gate_proj.": "ffn.fc1.",
+    "mlp.up_proj.": "ffn.gate.",
+    "mlp.down_proj.": "ffn.fc2.",
+    "attn.gk_proj.": "mixer.gt_proj.",
+    "attn.o_proj.": "mixer.out_proj.",
+    "attn.o_norm.": "mixer.out_norm.",
+    "attn.A_log": "mixer.a_log",
+    "attn.": "mixer.",
+}
+_LAYER = re.compile(r"((?:self|cross)_decoder\.layers\.\d+\.)(.+)")
+_CONVOLUTION = re.compile(r"(.+\.mixer\.)([qkv])_conv1d\.weight")
+
+
+def is_fla(settings: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` of model_type "yoco" is of that library."""
+    return "hidden_size" in settings and "self_decoder_attn" in settings
+
+
+def fla_config(settings: Mapping[str, Any]) -> YocoConfig:
+    """The configuration in a `config.json`; what it leaves out has that library's defaults.
+
+    Raises:
+        ValueError: a setting is out of range, or of a part that is not known here.
+    """
+    if settings.get("attnres_block_size") is not None:
+        raise ValueError(
+            f"attnres_block_size = {shown(settings['attnres_block_size'])}: attention residuals "
+            "are not supported; evaluate this model with flash-linear-attention"
+        )
+    if settings.get("hidden_act", "swish") not in ("swish", "silu"):
+        raise ValueError(f"hidden_act {shown(settings['hidden_act'])} is not 'swish'")
+    own = _table(settings, "self_decoder_attn")
+    cross = _table(settings, "cross_decoder_attn")
+    dim, heads = settings["hidden_size"], cross.get("num_heads", 32)
+    return YocoConfig(
+        dim=dim,
+        n_layers=settings.get("num_hidden_layers", 21),
+        n_self_layers=settings.get("num_self_decoder_layers", 10),
+        hidden_dim=_hidden(settings, dim),
+        n_attn_heads=heads,
+        n_attn_kv_heads=_given(cross, "num_kv_heads", heads),
+        vocab_size=settings.get("vocab_size", 32000),
+        self_decoder=_self_decoder(own),
+        rope_theta=cross.get("rope_theta", 10000.0),
+        rope_endpoint=_endpoint(cross),
+        norm_eps=settings.get("norm_eps", 1e-6),
+        query_norm_eps=_QUERY_NORM_EPS if cross.get("qk_norm", False) else None,
+        qkv_bias=cross.get("qkv_bias", False),
+        tied_embeddings=settings.get("tie_word_embeddings", False),
+        max_position_embeddings=settings.get("max_position_embeddings", 2048),
+    )
+
+
+def fla_weights(config: YocoConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under this project's names; what is not known keeps its own.
+
+    The three short convolutions of a layer become one, and the heads of sliding-window attention,
+    whose rotary embedding turns channel j with channel j + D / 2, are put in the order in which
+    neighbours are turned: no product of a query with a key changes.
+    """
+    renamed = {_renamed(name): weight for name, weight in weights.items()}
+    if config.tied_embeddings:
+        renamed.pop("output_projection.weight", None)
+    taps: dict[str, dict[str, Tensor]] = {}
+    for name in list(renamed):
+        if found := _CONVOLUTION.fullmatch(name):
+            taps.setdefault(found[1], {})[found[2]] = renamed.pop(name)
+    for layer, parts in taps.items():
+        if parts.keys() == {"q", "k", "v"}:
+            renamed[f"{layer}convolution"] = torch.cat([parts[part] for part in "qkv"])
+        else:
+            renamed |= {f"{layer}{part}_conv1d.weight": taps for part, taps in parts.items()}
+    if isinstance(config.self_decoder, SlidingWindowSettings):
+        head_dim = config.self_decoder.head_dim(config.dim)
+        for name in renamed:
+            if re.fullmatch(r"self_decoder\.layers\.\d+\.mixer\.[qk]_proj\.(weight|bias)", name):
+                renamed[name] = _neighbours(renamed[name], head_dim)
+    return renamed
+
+
+def _self_decoder(own: Mapping[str, Any]) -> Settings:
+    kind, heads = own.get("type", "gated_deltanet"), own.get("num_heads", 6)
+    theta = own.get("rope_theta", 10000.0)
+    if kind == "gated_retention":
+        return GatedRetentionSettings(
+            n_self_heads=heads,
+            self_rope_theta=theta,
+            self_rope_endpoint=_endpoint(own),
+            gate_temperature=own.get("gate_logit_normalizer", 16.0),
+        )
+    if kind == "swa":
+        return SlidingWindowSettings(
+            n_self_heads=heads,
+            sliding_window=own.get("window_size"),
+            self_rope_theta=theta,
+            self_rope_endpoint=False,
+            n_self_kv_heads=_given(own, "num_v_heads", heads),
+            self_qkv_bias=own.get("qkv_bias", False),
+        )
+    if kind != "gated_deltanet":
+        raise ValueError(f"self_decoder_attn type {shown(kind)} is not known here")
+    width, expansion = own.get("head_dim", 256), own.get("expand_v", 2.0)
+    try:
+        value_dim = int(width * expansion)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"head_dim {shown(width)} times expand_v {shown(expansion)} is no number of channels"
+        ) from None
+    return GatedDeltaNetSettings(
+        n_self_heads=heads,
+        n_self_value_heads=_given(own, "num_v_heads", heads),
+        self_key_dim=width,
+        self_value_dim=value_dim,
+        convolution=own.get("conv_size", 4) if own.get("use_short_conv", True) else None,
+        output_gate=own.get("use_gate", True),
+        negative_eigenvalues=own.get("allow_neg_eigval", False),
+    )
+
+
+def _table(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = _given(settings, name, {})
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{name} is {shown(table)}, not an object")
+    return table
+
+
+def _given(settings: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A setting that may be null where it is left to the default."""
+    value = settings.get(name)
+    return default if value is None else value
+
+
+def _endpoint(part: Mapping[str, Any]) -> bool:
+    kind = part.get("rope_inv_freq", "fla")
+    if kind not in ("fla", "yoco"):
+        raise ValueError(f"rope_inv_freq {shown(kind)} is neither 'fla' nor 'yoco'")
+    return kind == "yoco"
+
+
+def _hidden(settings: Mapping[str, Any], dim: Any) -> Any:
+    """`intermediate_size`, or `hidden_ratio` * 2 / 3 of the width in multiples of 256."""
+    if settings.get("intermediate_size") is not None:
+        return settings["intermediate_size"]
+    try:
+        size = int(dim * _given(settings, "hidden_ratio", 4) * 2 / 3)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"hidden_ratio {shown(settings.get('hidden_ratio'))} of hidden_size {shown(dim)} is "
+            "no width"
+        ) from None
+    return (size + 255) // 256 * 256
+
+
+def _renamed(name: str) -> str:
+    for theirs, ours in _NAMES.items():
+        if name.startswith(theirs):
+            name = ours + name.removeprefix(theirs)
+            break
+    if found := _LAYER.fullmatch(name):
+        for theirs, ours in _LAYER_NAMES.items():
+            if found[2].startswith(theirs):
+                return found[1] + ours + found[2].removeprefix(theirs)
+    return name
+
+
+def _neighbours(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of heads whose halves belong together, with what belongs together side by side."""
+    if len(weight) % head_dim:
+        return weight  # which will be refused for its shape
+    halves = weight.unflatten(0, (-1, 2, head_dim // 2))
+    return halves.transpose(1, 2).reshape(weight.shape)
