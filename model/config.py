@@ -147,7 +147,13 @@ class YocoConfig:
         settings["self_decoder"] = self.self_decoder.kind
         if settings.get("self_rope_theta") == self.rope_theta:
             del settings["self_rope_theta"]
-        return {name: value for name, value in settings.items() if value is not None}
+        optional = {
+            field.name
+            for described in (self, self.self_decoder)
+            for field in fields(described)
+            if field.default is None
+        }
+        return {k: v for k, v in settings.items() if v is not None or k not in optional}
 
 
 def _known(described: type) -> dict[str, bool]:
