@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from common import count, environment, report, require_gpu, seconds
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from yoco_eval.engine import Engine, ScoreRequest
 from yoco_eval.model import Yoco
@@ -56,7 +56,7 @@ def main() -> None:
     yoco, choices = time_yoco(questions, args.checked, device)
     gc.collect()
     torch.cuda.empty_cache()
-    llama, batch_size = time_llama(questions, device)
+    llama, batch_size = time_hf(make_llama(device), questions)
     rows = [
         {
             "backend": "yoco, packed",
@@ -123,10 +123,8 @@ def score(engine: Engine, questions: Sequence[tuple[list[int], list[list[int]]]]
     return scores.reshape(-1, ANSWERS)
 
 
-def time_llama(
-    questions: Sequence[tuple[list[int], list[list[int]]]], device: torch.device
-) -> tuple[float, int]:
-    """Seconds for all questions, and the batch size that was fastest on a few."""
+def make_llama(device: torch.device) -> LlamaForCausalLM:
+    """With random weights, in bfloat16."""
     shape = SHAPES["3b"]
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -143,6 +141,13 @@ def time_llama(
     with device:
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def time_hf(
+    model: PreTrainedModel, questions: Sequence[tuple[list[int], list[list[int]]]]
+) -> tuple[float, int]:
+    """Seconds for all questions, and the batch size that was fastest on a few."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / DEFAULT_CHECKPOINT)
 
     def run(batch_size: int, count: int) -> float:

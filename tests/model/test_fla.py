@@ -7,7 +7,7 @@ import torch
 
 from yoco_eval.model import load
 
-FOLDERS = sorted((Path(__file__).parents[1] / "data" / "fla").iterdir())
+FOLDERS = sorted(Path(__file__).parents[1].glob("data/fla/*/"))
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
