@@ -15,6 +15,7 @@ from torch import Tensor
 
 from yoco_eval.printable import shown
 
+from .checks import check_count, check_number
 from .config import YocoConfig
 from .mixers import (
     GatedDeltaNetSettings,
@@ -70,6 +71,7 @@ def fla_config(settings: Mapping[str, Any]) -> YocoConfig:
     own = _table(settings, "self_decoder_attn")
     cross = _table(settings, "cross_decoder_attn")
     dim, heads = settings["hidden_size"], cross.get("num_heads", 32)
+    check_count("hidden_size", dim, 2**17)
     return YocoConfig(
         dim=dim,
         n_layers=settings.get("num_hidden_layers", 21),
@@ -138,17 +140,13 @@ def _self_decoder(own: Mapping[str, Any]) -> Settings:
     if kind != "gated_deltanet":
         raise ValueError(f"self_decoder_attn type {shown(kind)} is not known here")
     width, expansion = own.get("head_dim", 256), own.get("expand_v", 2.0)
-    try:
-        value_dim = int(width * expansion)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(
-            f"head_dim {shown(width)} times expand_v {shown(expansion)} is no number of channels"
-        ) from None
+    check_count("head_dim", width, 2**16)
+    check_number("expand_v", expansion, 1e-3, 1e3)
     return GatedDeltaNetSettings(
         n_self_heads=heads,
         n_self_value_heads=_given(own, "num_v_heads", heads),
         self_key_dim=width,
-        self_value_dim=value_dim,
+        self_value_dim=int(width * expansion),
         convolution=own.get("conv_size", 4) if own.get("use_short_conv", True) else None,
         output_gate=own.get("use_gate", True),
         negative_eigenvalues=own.get("allow_neg_eigval", False),
@@ -175,18 +173,13 @@ def _endpoint(part: Mapping[str, Any]) -> bool:
     return kind == "yoco"
 
 
-def _hidden(settings: Mapping[str, Any], dim: Any) -> Any:
+def _hidden(settings: Mapping[str, Any], dim: int) -> Any:
     """`intermediate_size`, or `hidden_ratio` * 2 / 3 of the width in multiples of 256."""
     if settings.get("intermediate_size") is not None:
         return settings["intermediate_size"]
-    try:
-        size = int(dim * _given(settings, "hidden_ratio", 4) * 2 / 3)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(
-            f"hidden_ratio {shown(settings.get('hidden_ratio'))} of hidden_size {shown(dim)} is "
-            "no width"
-        ) from None
-    return (size + 255) // 256 * 256
+    ratio = _given(settings, "hidden_ratio", 4)
+    check_number("hidden_ratio", ratio, 1e-3, 1e3)
+    return (int(dim * ratio * 2 / 3) + 255) // 256 * 256
 
 
 def _renamed(name: str) -> str:
