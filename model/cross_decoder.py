@@ -33,7 +33,7 @@ class CrossAttention(nn.Module):
         if self.q_proj.bias is not None:
             q = q + self.q_proj.bias
         q = q.unflatten(-1, (self.heads, self.head_dim))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.query_eps is not None:
             q = rms_norm(q.flatten(0, 1), self.q_norm.weight, self.query_eps).view(q.shape)
         out = attend(q)
         return linear_add(out.flatten(-2), self.out_proj.weight, x)

@@ -129,9 +129,10 @@ def _self_decoder(own: Mapping[str, Any]) -> Settings:
             gate_temperature=own.get("gate_logit_normalizer", 16.0),
         )
     if kind == "swa":
+        window: Any = own.get("window_size")  # the settings refuse None
         return SlidingWindowSettings(
             n_self_heads=heads,
-            sliding_window=own.get("window_size"),
+            sliding_window=window,
             self_rope_theta=theta,
             self_rope_endpoint=False,
             n_self_kv_heads=_given(own, "num_v_heads", heads),

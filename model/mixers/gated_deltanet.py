@@ -93,7 +93,7 @@ class GatedDeltaNetSettings(Settings):
         return numbers
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(Mixer[State]):
     def __init__(self, settings: GatedDeltaNetSettings, dim: int, eps: float) -> None:
         super().__init__()
         self.settings, self.eps = settings, eps
@@ -121,21 +121,21 @@ class GatedDeltaNet(Mixer):
     def forward(
         self, x: Tensor, norm: Tensor, sequences: Sequences, state: State | None, keep: bool
     ) -> tuple[Tensor, State | None]:
-        state, tails = state or (None, None)
-        mixed, *rest = self._project(x, norm)
+        before, tails = state or (None, None)
+        mixed, gate, a, b = self._project(x, norm)
         if self.settings.convolution:
             taps = self.convolution.squeeze(1)
             mixed, tails = short_convolution(mixed, taps, sequences, tails, keep)
         else:
             mixed = F.silu(mixed)
             tails = mixed.new_empty(len(sequences.lengths), 0, mixed.shape[1])
-        q, k, v, a, b, gate = self._heads(mixed, *rest)
-        out, state = gated_delta_rule(
-            q, k, v, a, b, self.a_log, self.dt_bias, sequences, state, gate,
+        q, k, v, a, b, gate = self._heads(mixed, gate, a, b)
+        out, after = gated_delta_rule(
+            q, k, v, a, b, self.a_log, self.dt_bias, sequences, before, gate,
             self.out_norm.weight, self.eps, self.settings.negative_eigenvalues, keep,
         )  # fmt: skip
         x = linear_add(out.flatten(-2), self.out_proj.weight, x)
-        return x, (state, tails) if keep else None
+        return x, None if after is None or tails is None else (after, tails)
 
     def memory(self, device: torch.device, dtype: torch.dtype) -> State:
         settings = self.settings
@@ -153,12 +153,12 @@ class GatedDeltaNet(Mixer):
 
     def step(self, x: Tensor, norm: Tensor, step: Step, memory: State) -> Tensor:
         state, tail = memory
-        mixed, *rest = self._project(x, norm)
+        mixed, gate, a, b = self._project(x, norm)
         if self.settings.convolution:
             mixed = short_convolution_step(mixed, self.convolution.squeeze(1), tail)
         else:
             mixed = F.silu(mixed)
-        q, k, v, a, b, gate = self._heads(mixed, *rest)
+        q, k, v, a, b, gate = self._heads(mixed, gate, a, b)
         out = gated_delta_rule_step(
             q, k, v, a, b, self.a_log, self.dt_bias, state, gate,
             self.out_norm.weight, self.eps, self.settings.negative_eigenvalues,
