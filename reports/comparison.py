@@ -254,7 +254,7 @@ def compare(
         tuple(tests),
         tuple(find(tests, checkpoints)),
         (*caveats, *more, *at_lengths),
-        tuple(find_differences(checkpoints, list(keys))),
+        tuple(find_differences([c.tasks for c in checkpoints], list(keys))),
     )
 
 

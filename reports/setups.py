@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from yoco_eval.lengths import format_length
 
@@ -12,9 +12,6 @@ from .heatmap import format_depths
 from .models import model_args
 from .results import ResultsFile, mapping
 from .task_runs import TaskRun
-
-if TYPE_CHECKING:
-    from .runs import Checkpoint  # which is made of runs whose setups are known to be alike
 
 STATED, MARKED, REFUSED = "stated", "marked", "refused"
 
@@ -56,15 +53,18 @@ class SetupDifference:
 
 
 def find_differences(
-    checkpoints: Sequence[Checkpoint], tasks: Sequence[tuple[str, int | None]]
+    checkpoints: Sequence[Mapping[tuple[str, int | None], TaskRun]],
+    tasks: Sequence[tuple[str, int | None]],
 ) -> list[SetupDifference]:
     """Settings that differ between the checkpoints evaluated on the same of these tasks.
+
+    checkpoints: of each, its run of every task that it was evaluated on.
 
     Tasks in which a setting differs alike stand together. Refusals come first.
     """
     found: dict[tuple[str, tuple[str | None, ...]], list[str]] = {}
     for key in tasks:
-        runs = [checkpoint.tasks.get(key) for checkpoint in checkpoints]
+        runs = [checkpoint.get(key) for checkpoint in checkpoints]
         settings = [setup(run) if run else None for run in runs]
         names = dict.fromkeys(name for one in settings if one for name in one)
         for name in names:
