@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
-from torch.nn.attention.bias import causal_lower_right
 
 from yoco_eval.kernels.attention import cache_attention, decode_attention
 from yoco_eval.kernels.cache import store_keys_values
@@ -338,6 +337,8 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: An
     if can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, True)):
         out = _cudnn_attention(q, keys, values)
     else:
+        from torch.nn.attention.bias import causal_lower_right  # which imports PyTorch's compiler
+
         mask = causal_lower_right(q.shape[2], span.end_key)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
     return out[0].transpose(0, 1)

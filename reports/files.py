@@ -1,5 +1,7 @@
 """Writes the files of reports, whole or not at all, and what texts and figures stand in them."""
 
+from __future__ import annotations
+
 import csv
 import io
 import json
@@ -9,14 +11,14 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from matplotlib.backends.backend_pdf import PdfPages
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from yoco_eval.printable import one_line
 
 from .results import ResultsError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # which takes long to import, and most files need none
 
 try:
     import fcntl
@@ -58,6 +60,8 @@ def write_figure(path: Path, *pages: Figure) -> None:
 
 
 def _write_pdf(file: BinaryIO, pages: Sequence[Figure]) -> None:
+    from matplotlib.backends.backend_pdf import PdfPages
+
     with PdfPages(file, metadata={"CreationDate": None}) as pdf:
         for figure in pages:
             pdf.savefig(figure)

@@ -1,52 +1,30 @@
-"""Memory, prefill time and decode speed by context length: JSON, tables, a figure.
+"""Memory, prefill time and decode speed by context length: what was measured, and its tables.
 
 A profile is of one model, or of one and another that it is compared with. What could not be
 measured, for want of memory or patience, is said where its figure would stand.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from rich.console import Console
 from rich.text import Text
 
 from yoco_eval.lengths import format_length
 from yoco_eval.printable import VALUE, one_line, shown
 
-from .files import FIGURES, check_path, to_json, write_figure, write_text
 from .results import ResultsError, read_json
-from .style import (
-    FONT,
-    GRID,
-    PAGE_WIDTH,
-    SMALL_FONT,
-    TITLE_FONT,
-    color,
-    figure_style,
-    length_axis,
-    series,
-    set_scale,
-    spacing,
-)
 
 MEASURED, OUT_OF_MEMORY, OUT_OF_PATIENCE = "measured", "out of memory", "out of patience"
 
 KIND = "yoco-eval profile"  # stands in the JSON
-HEIGHT = 3.0  # of the figure, in inches
-PARTS = (("weights", 1.0), ("cache", 0.6), ("states, activations", 0.3))  # with their strength
-_LONGEST = 79  # letters of a name
+LONGEST = 79  # letters of a name
 _MOST = 10**15  # of whatever is measured
 GIB, MIB = 2**30, 2**20
+AT_LEAST = "≥"  # before a gain that is a lower bound
 
 
 @dataclass(frozen=True)
@@ -82,12 +60,35 @@ class ProfileRow:
             raise ResultsError("peak_bytes without weights_bytes and cache_bytes")
 
     @property
+    def weights_and_cache(self) -> int | None:
+        """Bytes that it takes at least, known without running it."""
+        if self.weights_bytes is None or self.cache_bytes is None:
+            return None
+        return self.weights_bytes + self.cache_bytes
+
+    @property
     def parts(self) -> list[int | None]:
         """Bytes of weights, of the cache, and of all else at the peak."""
-        weights, cache, peak = self.weights_bytes, self.cache_bytes, self.peak_bytes
-        if peak is None or weights is None or cache is None:
-            return [weights, cache, None]
-        return [weights, cache, peak - weights - cache]
+        rest = None
+        if self.peak_bytes is not None and self.weights_and_cache is not None:
+            rest = self.peak_bytes - self.weights_and_cache
+        return [self.weights_bytes, self.cache_bytes, rest]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times better the first model of a profile is than the second.
+
+    at_least: it is a lower bound, of memory: the second model's peak was not measured, and its
+        weights and cache, which are computed, stand for it.
+    """
+
+    times: float
+    at_least: bool = False
+
+    def __str__(self) -> str:
+        mark = AT_LEAST if self.at_least else ""
+        return f"{mark}{self.times:.{2 if self.times < 1 else 1}f}x"
 
 
 @dataclass(frozen=True)
@@ -145,17 +146,26 @@ class Profile:
         rows = [row for row in self.rows if (row.model, row.length) == (model, length)]
         return rows[0] if rows else None
 
-    def gain(self, quantity: str, length: int) -> float | None:
-        """How many times better the first model is than the second, where both were measured.
+    def gain(self, quantity: str, length: int) -> Gain | None:
+        """How many times better the first model is than the second.
+
+        It is known where both were measured, and of memory also where the second one was out of
+        memory or patience. A first model's peak is always measured: on a CPU, where no peaks are,
+        there is no gain of memory.
 
         quantity: "peak_bytes", "prefill_seconds" or "decode_tokens_per_second".
         """
-        rows = [self.row(model, length) for model in self.models[:2]]
-        values: list[Any] = [getattr(row, quantity) if row else None for row in rows]
-        if len(values) < 2 or not all(values):
+        rows = [row for model in self.models if (row := self.row(model, length))]
+        if len(rows) < 2:
             return None
-        first, second = values
-        return first / second if quantity == "decode_tokens_per_second" else second / first
+        first, second = (getattr(row, quantity) for row in rows)
+        bounded = quantity == "peak_bytes" and rows[1].outcome != MEASURED
+        if bounded:
+            second = rows[1].weights_and_cache
+        if not first or not second:
+            return None
+        faster = quantity == "decode_tokens_per_second"
+        return Gain(first / second if faster else second / first, bounded)
 
 
 class NotAProfile(ResultsError):
@@ -163,7 +173,7 @@ class NotAProfile(ResultsError):
 
 
 def load_profile(path: str | Path) -> Profile:
-    """Reads what `save_profile` wrote.
+    """Reads what `profile_files.save_profile` wrote.
 
     Raises ResultsError if it cannot be read or is damaged, NotAProfile if it is something else.
     """
@@ -213,25 +223,6 @@ def _is_flat(found: Any) -> bool:
     return _is_table(found) and all(isinstance(one, plain) for one in found.values())
 
 
-def check_output(path: Path) -> None:
-    """Raises ResultsError if `save_profile` cannot write to such a path."""
-    check_path(path, (".json", *FIGURES))
-
-
-def save_profile(profile: Profile, path: str | Path) -> None:
-    """Writes the profile to `path`, whose suffix says how: .json, .png, .svg or .pdf.
-
-    Raises ResultsError for another suffix or a folder that is not there.
-    """
-    path = Path(path)
-    check_output(path)
-    if path.suffix.lower() == ".json":
-        write_text(path, to_json({"kind": KIND, **asdict(profile)}, indent=2) + "\n")
-        return
-    with figure_style():
-        write_figure(path, profile_figure(profile))
-
-
 def describe_row(row: ProfileRow) -> str:
     """One line, for those who wait for the rest."""
     start = f"{row.model}, {format_length(row.length)} tokens"
@@ -254,17 +245,25 @@ def describe(profile: Profile) -> str:
     )
 
 
-def explain_gain(profile: Profile) -> str:
-    """What a gain divides by what, of a profile of two models."""
-    first, second = (one_line(model, _LONGEST) for model in profile.models)
-    return f"gain: {second} / {first} of memory and time, {first} / {second} of tokens/s"
+def explain_gain(profile: Profile) -> list[str]:
+    """What a gain divides by what, and what the mark of a bound means; of one model, nothing."""
+    if len(profile.models) < 2:
+        return []
+    first, second = (one_line(model, LONGEST) for model in profile.models)
+    lines = [f"gain: {second} / {first} of memory and time, {first} / {second} of tokens/s"]
+    gains = [profile.gain("peak_bytes", length) for length in profile.lengths]
+    if any(gain and gain.at_least for gain in gains):
+        lines.append(
+            f"{AT_LEAST}: at least; weights + cache of {second}, computed, stand for its peak"
+        )
+    return lines
 
 
 def print_profile(profile: Profile, console: Console) -> None:
     """Prints two tables of at most 80 columns: memory and its parts, and speed."""
     console.print(Text(one_line(profile.name, VALUE), style="bold"))
     console.print(Text(describe(profile)))
-    unit, unit_name = _memory_unit(profile)
+    unit, unit_name = memory_unit(profile)
 
     def memory(row: ProfileRow) -> list[str]:
         numbers = [
@@ -286,9 +285,9 @@ def print_profile(profile: Profile, console: Console) -> None:
     columns = [("prefill", 9), ("decode", 9)]
     gains = [("prefill", "prefill_seconds"), ("decode", "decode_tokens_per_second")]
     _print_table(profile, console, columns, speed, gains)
-    if len(profile.models) > 1:
+    if explained := explain_gain(profile):
         console.print()
-        console.print(Text(explain_gain(profile)))
+        console.print(Text("\n".join(explained)))
 
 
 def _print_table(
@@ -322,154 +321,11 @@ def _print_table(
             line.append(f"{texts[-1]:>{room}}", style="dim" if missing else "")
         for _, quantity in gains:
             gain = profile.gain(quantity, length)
-            line.append(f"{_gain(gain):>9}", style="bold" if gain else "dim")
+            line.append(f"{gain or '-'!s:>9}", style="bold" if gain else "dim")
         console.print(line)
 
 
-def profile_figure(profile: Profile) -> Figure:
-    """Three panels, a page wide: memory and its parts, prefill time, decode speed.
-
-    Below each context length stands the gain of the first model over the second.
-    """
-    figure = Figure(figsize=(PAGE_WIDTH, HEIGHT), layout="constrained")
-    axes = figure.subplots(1, 3)
-    _draw_memory(profile, axes[0])
-    _draw_line(profile, axes[1], "Prefill (s)", "prefill_seconds", "log")
-    _draw_line(profile, axes[2], "Decode (tokens/s)", "decode_tokens_per_second", "linear")
-    for ax, quantity in zip(
-        axes, ("peak_bytes", "prefill_seconds", "decode_tokens_per_second"), strict=True
-    ):
-        _label_lengths(profile, ax, quantity)
-    handles: list[Artist] = [
-        Line2D([], [], label=one_line(model, _LONGEST), **series(index))
-        for index, model in enumerate(profile.models)
-    ]
-    handles += [Patch(color=_tint("#000000", strength), label=part) for part, strength in PARTS]
-    figure.legend(
-        handles=handles,
-        loc="outside upper center",
-        ncols=len(handles),
-        frameon=False,
-        fontsize=FONT,
-        title=one_line(profile.name, _LONGEST),
-        title_fontproperties={"size": TITLE_FONT, "weight": "bold"},
-    )
-    notes = [describe(profile)]
-    if len(profile.models) > 1:
-        notes.append(explain_gain(profile))
-    figure.supxlabel("\n".join(notes), size=SMALL_FONT, color="0.3")
-    return figure
-
-
-def _draw_memory(profile: Profile, ax: Axes) -> None:
-    """Stacked bars; a dashed outline is what weights and cache would have taken."""
-    unit, unit_name = _memory_unit(profile)
-    ax.set_title(f"Memory ({unit_name})", size=FONT)
-    models = profile.models
-    width = 0.84 * spacing(profile.lengths) / len(models)
-    tallest = 0.0
-    for index, model in enumerate(models):
-        hue = color(index)
-        for row in (row for row in profile.rows if row.model == model):
-            x = math.log2(row.length) + (index - (len(models) - 1) / 2) * width
-            bottom = 0.0
-            if row.outcome == MEASURED:
-                for part, (_, strength) in zip(row.parts, PARTS, strict=True):
-                    height = (part or 0) / unit
-                    ax.bar(x, height, 0.94 * width, bottom, color=_tint(hue, strength))
-                    bottom += height
-            elif row.weights_bytes is not None and row.cache_bytes is not None:
-                bottom = (row.weights_bytes + row.cache_bytes) / unit
-                ax.bar(
-                    x, bottom, 0.94 * width,
-                    fill=False, edgecolor=hue, linestyle=":", linewidth=0.8,
-                )  # fmt: skip
-            if row.outcome != MEASURED:
-                ax.annotate(
-                    row.outcome,
-                    (x, 0),
-                    (0, 3),
-                    textcoords="offset points",
-                    size=SMALL_FONT,
-                    color=hue,
-                    rotation=90,
-                    ha="center",
-                    va="bottom",
-                )
-            tallest = max(tallest, bottom)
-    limit = (profile.device_bytes or 0) / unit
-    if 0 < limit < 2 * tallest:
-        ax.axhline(limit, color="0.4", linewidth=0.6, linestyle="--")
-        ax.annotate(
-            "the card's memory",
-            (0, limit),
-            (2, 2),
-            size=SMALL_FONT,
-            color="0.4",
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-        )
-        tallest = max(tallest, limit)
-    ax.set_ylim(0, 1.08 * tallest or 1)
-
-
-def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str) -> None:
-    """A line per model; where one was not measured, the top of the panel says why."""
-    ax.set_title(title, size=FONT)
-    set_scale(ax, scale)
-    missing = Counter(row.length for row in profile.rows if row.outcome != MEASURED)
-    said: Counter[int] = Counter()
-    highest = 0.0
-    below = 0.0  # the highest value that such a word hangs over
-    for index, model in enumerate(profile.models):
-        rows = sorted((row for row in profile.rows if row.model == model), key=lambda r: r.length)
-        measured = [row for row in rows if getattr(row, quantity) is not None]
-        ax.plot(
-            [math.log2(row.length) for row in measured],
-            [getattr(row, quantity) for row in measured],
-            **series(index),
-        )
-        highest = max([highest, *(getattr(row, quantity) for row in measured)])
-        below = max([below, *(getattr(row, quantity) for row in measured if row.length in missing)])
-        for row in rows:
-            if row.outcome != MEASURED:
-                aside = said[row.length] - (missing[row.length] - 1) / 2
-                said[row.length] += 1
-                ax.annotate(
-                    f"{row.outcome} ×",
-                    (math.log2(row.length), 0.98),
-                    (1.3 * SMALL_FONT * aside, 0),
-                    textcoords="offset points",
-                    xycoords=ax.get_xaxis_transform(),
-                    size=SMALL_FONT,
-                    color=color(index),
-                    rotation=90,
-                    ha="center",
-                    va="top",
-                )
-    if scale == "linear":
-        ax.set_ylim(0, max(ax.get_ylim()[1], 1.04 * highest))  # room for the markers
-    if below:  # leave the words room
-        low, top = ax.transScale.transform([(1, ax.get_ylim()[0]), (1, below)])[:, 1]
-        room = ax.transScale.inverted().transform((1, low + (top - low) / 0.45))[1]
-        ax.set_ylim(top=max(room, ax.get_ylim()[1]))
-    ax.grid(axis="y", color=GRID, linewidth=0.5)
-    ax.set_axisbelow(True)
-
-
-def _label_lengths(profile: Profile, ax: Axes, quantity: str) -> None:
-    lengths = profile.lengths
-    compared = len(profile.models) > 1
-    labels = None
-    if compared:
-        labels = [f"{format_length(n)}\n{_gain(profile.gain(quantity, n))}" for n in lengths]
-    size = FONT - 1 if len(lengths) <= 6 else max(3.5, (FONT - 1) * 6 / len(lengths))
-    length_axis(ax, lengths, labels, size)
-    if compared:
-        ax.set_xlabel(ax.get_xlabel() + " and gain", size=FONT)
-
-
-def _memory_unit(profile: Profile) -> tuple[int, str]:
+def memory_unit(profile: Profile) -> tuple[int, str]:
     """GiB, or MiB where all is less than one GiB."""
     known = [
         row.peak_bytes or (row.weights_bytes or 0) + (row.cache_bytes or 0) for row in profile.rows
@@ -483,15 +339,3 @@ def _number(value: float | None) -> str:
         return "-"
     decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{decimals}f}"
-
-
-def _gain(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{2 if value < 1 else 1}f}x"
-
-
-def _tint(color: str, strength: float) -> tuple[float, float, float]:
-    """The colour mixed with white: all of it at strength 1."""
-    red, green, blue = (1 - strength * (1 - channel) for channel in to_rgb(color))
-    return red, green, blue

@@ -219,7 +219,8 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from yoco_eval.reports.profile import check_output, load_profile, print_profile, save_profile
+    from yoco_eval.reports.profile import load_profile, print_profile
+    from yoco_eval.reports.profile_files import check_output, save_profile
     from yoco_eval.reports.results import ResultsError
 
     try:
@@ -273,7 +274,8 @@ def _measure_profile(args: argparse.Namespace) -> tuple[Profile, int]:
     """What was measured, which is saved row by row; and the exit code, 130 if that is not all."""
     from yoco_eval.model.checkpoint import CheckpointError
     from yoco_eval.profile import ProfileError, run_profile
-    from yoco_eval.reports.profile import describe_row, save_profile
+    from yoco_eval.reports.profile import describe_row
+    from yoco_eval.reports.profile_files import save_profile
     from yoco_eval.reports.results import ResultsError
 
     measured: Profile | None = None

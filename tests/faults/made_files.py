@@ -16,7 +16,8 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from yoco_eval.model import GatedRetentionSettings, SlidingWindowSettings, Yoco, YocoConfig, save
 from yoco_eval.model import checkpoint as checkpoints
-from yoco_eval.reports.profile import Profile, ProfileRow, save_profile
+from yoco_eval.reports.profile import Profile, ProfileRow
+from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.tokenizers import save_tokenizer
 
 VOCABULARY = 320

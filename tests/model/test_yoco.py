@@ -275,17 +275,19 @@ def test_a_new_model_is_initialised():
 
 
 @pytest.mark.slow
-def test_evaluating_on_a_cpu_imports_no_compiler():
+def test_running_on_a_cpu_imports_no_compiler_and_draws_nothing():
     """They would take longer to import than all else that a short run does."""
     code = (
         "import sys, numpy as np\n"
         "from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest\n"
         "from yoco_eval.model import load\n"
+        "from yoco_eval.profile import run_profile\n"
         "engine, ids = Engine(load('demo-64k', device='cpu')), np.arange(9)\n"
         "nothing = lambda tokens: None\n"
         "assert len(list(engine.score([ScoreRequest(ids, ids)], nothing, nothing))) == 1\n"
         "assert len(list(engine.generate([GenerateRequest(ids, 3)], nothing, nothing))) == 1\n"
-        "sys.exit(str({'triton', 'torch._dynamo'} & set(sys.modules) or ''))"
+        "assert len(run_profile([9], pretrained='demo-64k', device='cpu').rows) == 1\n"
+        "sys.exit(str({'triton', 'torch._dynamo', 'matplotlib'} & set(sys.modules) or ''))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stderr.strip() == ""

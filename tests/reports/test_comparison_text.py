@@ -14,7 +14,8 @@ from yoco_eval.reports.comparison import compare
 from yoco_eval.reports.comparison_figures import panels
 from yoco_eval.reports.comparison_files import save_comparison
 from yoco_eval.reports.comparison_text import print_comparison
-from yoco_eval.reports.profile import Profile, ProfileRow, save_profile
+from yoco_eval.reports.profile import Profile, ProfileRow
+from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.reports.results import ResultsError
 from yoco_eval.reports.runs import load_checkpoints
 

@@ -13,16 +13,16 @@ from rich.console import Console
 
 from yoco_eval.reports.profile import (
     GIB,
+    Gain,
     NotAProfile,
     Profile,
     ProfileRow,
-    check_output,
     describe_row,
     load_profile,
     print_profile,
-    profile_figure,
-    save_profile,
 )
+from yoco_eval.reports.profile_figure import profile_figure
+from yoco_eval.reports.profile_files import check_output, save_profile
 from yoco_eval.reports.results import ResultsError
 from yoco_eval.reports.style import color
 
@@ -91,8 +91,8 @@ def cells(profile):
 def test_tables():
     memory, speed = cells(PROFILE)
     assert memory["32K"] == "6.00 0.12 0.50 6.62 6.00 3.25 0.50 9.75 1.5x".split()
-    assert memory["512K"] == "6.00 2.00 0.50 8.50 6.00 52.00 out of patience -".split()
-    assert memory["1M"] == "6.00 4.00 0.50 10.50 6.00 104.00 out of memory -".split()
+    assert memory["512K"] == "6.00 2.00 0.50 8.50 6.00 52.00 out of patience ≥6.8x".split()
+    assert memory["1M"] == "6.00 4.00 0.50 10.50 6.00 104.00 out of memory ≥10.5x".split()
     assert speed["256K"] == "1.25 140 22.5 42.0 18.0x 3.3x".split()
     assert speed["1M"] == "5.00 40.0 out of memory - -".split()
 
@@ -108,7 +108,7 @@ def test_tables_fit_80_columns():
 def test_table_of_one_model():
     memory, speed = cells(ALONE)
     assert memory["32K"] == "6.00 0.12 0.50 6.62".split() and speed["32K"] == ["0.150", "260"]
-    assert not any("gain" in line for line in terminal(ALONE))
+    assert not any("gain" in line or "≥" in line for line in terminal(ALONE))
 
 
 def test_table_without_peaks():
@@ -123,13 +123,41 @@ def test_small_models_are_in_mib():
     assert any(line.split() == ["2K", "1.00", "0.50", "-", "-"] for line in lines)
 
 
-def test_gains_only_where_both_are_measured():
-    assert PROFILE.gain("prefill_seconds", 2**15) == pytest.approx(5)
-    assert PROFILE.gain("decode_tokens_per_second", 2**15) == pytest.approx(260 / 180)
-    assert PROFILE.gain("peak_bytes", 2**15) == pytest.approx(9.75 / 6.625)
+def test_gains():
+    assert PROFILE.gain("prefill_seconds", 2**15) == Gain(5)
+    assert PROFILE.gain("decode_tokens_per_second", 2**15) == Gain(260 / 180)
+    assert PROFILE.gain("peak_bytes", 2**15) == Gain(9.75 / 6.625)
     assert PROFILE.gain("prefill_seconds", 2**20) is None
     assert ALONE.gain("prefill_seconds", 2**15) is None
-    assert ON_A_CPU.gain("peak_bytes", 2**15) is None
+    assert str(Gain(260 / 180)) == "1.4x" and str(Gain(0.25)) == "0.25x"
+
+
+def test_computed_gains_of_memory():
+    """At least as much as weights and cache is what the second model would have taken."""
+    for length, cache in ((2**19, 52), (2**20, 104)):
+        gain = PROFILE.gain("peak_bytes", length)
+        assert gain == Gain((6 + cache) / (6.5 + length * 4096 / GIB), at_least=True)
+        assert PROFILE.gain("decode_tokens_per_second", length) is None
+    assert str(Gain(10.5, at_least=True)) == "≥10.5x"
+    # A bound of the first model's peak says nothing of a gain; nor is one made of two bounds.
+    swapped = replace(PROFILE, rows=(*TRANSFORMER, *YOCO))
+    assert swapped.gain("peak_bytes", 2**20) is None
+    neither = tuple(replace(row, outcome="out of memory", peak_bytes=None) for row in YOCO)
+    assert replace(PROFILE, rows=(*neither, *TRANSFORMER)).gain("peak_bytes", 2**20) is None
+    unknown = tuple(replace(row, weights_bytes=None, peak_bytes=None) for row in TRANSFORMER)
+    assert replace(PROFILE, rows=(*YOCO, *unknown)).gain("peak_bytes", 2**20) is None
+    for length in LENGTHS:
+        assert ON_A_CPU.gain("peak_bytes", length) is None
+
+
+def test_the_mark_of_computed_gains_is_explained():
+    legend = "≥: at least; weights + cache of Transformer, computed, stand for its peak"
+    assert terminal(PROFILE)[-1] == legend
+    assert profile_figure(PROFILE).get_supxlabel().splitlines()[-1] == legend
+    measured = replace(PROFILE, rows=(*YOCO[:4], *TRANSFORMER[:4]))
+    for profile in (measured, ON_A_CPU):
+        assert not any("≥" in line for line in terminal(profile))
+        assert "≥" not in profile_figure(profile).get_supxlabel()
 
 
 def test_describe_row():
@@ -209,7 +237,7 @@ def test_length_labels_carry_the_gains():
     memory, prefill, decode = profile_figure(PROFILE).axes
     labels = [[t.get_text() for t in ax.get_xticklabels()] for ax in (memory, prefill, decode)]
     assert labels[0][0] == "32K\n1.5x" and labels[1][3] == "256K\n18.0x"
-    assert labels[2][5] == "1M\n-"
+    assert labels[0][5] == "1M\n≥10.5x" and labels[2][5] == "1M\n-"
     labels = [t.get_text() for t in profile_figure(ALONE).axes[0].get_xticklabels()]
     assert labels == ["32K", "64K", "128K", "256K", "512K", "1M"]
 

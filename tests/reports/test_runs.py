@@ -6,7 +6,8 @@ import os
 import pytest
 from made_results import needle_results, results, write
 
-from yoco_eval.reports.profile import Profile, ProfileRow, save_profile
+from yoco_eval.reports.profile import Profile, ProfileRow
+from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.reports.results import ResultsError
 from yoco_eval.reports.runs import load_checkpoints
 from yoco_eval.reports.samples import NeedleSample, read_samples
