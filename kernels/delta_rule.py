@@ -13,10 +13,13 @@ state [B, H, Dk, Dv] (None stands for zeros); outputs [B, H, T, Dv] in v's dtype
 
 What a layer calls is `gated_delta_rule`, over sequences packed on one token axis, and, for one
 token of each, `gated_delta_rule_step`: they also bring q and k to length 1, scale q, take decay and
-beta from their logits, normalise and apply the gate.
+beta from their logits, normalise and apply the gate. On a GPU both are Triton kernels
+(`delta_rule_triton`).
 
 Several heads of v may share one head of q and k: with HV = r H heads of v, head h of v reads head
 h // r of q and k.
+
+Float16 inputs are multiplied as float32 ones, as those of gated retention, and for its reasons.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import run_triton, use_triton
 from .norm import rms_norm_reference
 from .sequences import Sequences
 
@@ -70,6 +74,14 @@ def gated_delta_rule(
         sequences, [n, HV, Dk, Dv] in float32 (float64 for float64 inputs), or None unless `keep`.
     """
     args = (a, b, a_log, dt_bias, sequences, states, gate, weight, eps, negative, keep)
+    if use_triton(q, k, v, a, b, a_log, dt_bias):
+        from .delta_rule_triton import gated_delta_rule as fast
+
+        dtype = q.dtype
+        if dtype == torch.float16:
+            q, k, v = (x.float() for x in (q, k, v))
+        out, last = run_triton(fast, q, k, v, *args)
+        return out.to(dtype), last
     return gated_delta_rule_reference(q, k, v, *args)
 
 
@@ -155,6 +167,10 @@ def gated_delta_rule_step(
         The output, [B, HV, Dv] in q's dtype.
     """
     args = (a, b, a_log, dt_bias, state, gate, weight, eps, negative)
+    if use_triton(q, k, v, a, b, a_log, dt_bias):
+        from .delta_rule_triton import gated_delta_rule_step as fast
+
+        return run_triton(fast, q, k, v, *args)
     return gated_delta_rule_step_reference(q, k, v, *args)
 
 

@@ -33,8 +33,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common_triton import load_head, silu, softplus
 from .launch import dense_rows, in_units, packed_heads, padded, programs
-from .sequences import Sequences, to_device
+from .segments import segments
+from .sequences import Sequences
 
 MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
 _SCAN_BLOCK = 1024
@@ -67,7 +69,7 @@ def gated_retention(
     tiles = triton.cdiv(dim, config.block)
     inner, scanned, table = sequences.table(
         ("retention", heads * tiles, config.chunk),
-        lambda: _segments(sequences, heads * tiles, config.chunk),
+        lambda: segments(sequences, heads * tiles, config.chunk, MIN_SEGMENT, programs(q.device)),
     )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     starts = torch.empty(inner, heads, dim, dim, dtype=torch.float32, device=q.device)
@@ -87,7 +89,7 @@ def gated_retention(
         "BLOCK": config.block,
         "TEMPERATURE": temperature,
     }
-    segments = inner + len(sequences.lengths)
+    total = inner + len(sequences.lengths)
     if inner:
         decays = starts.new_empty(inner, heads)
         _sum_segments[(tiles * heads * inner,)](
@@ -96,10 +98,10 @@ def gated_retention(
         )  # fmt: skip
         blocks = triton.cdiv(dim * dim, _SCAN_BLOCK)
         _scan_segments[(blocks * heads * scanned,)](
-            table, states, starts, decays, segments,
+            table, states, starts, decays, total,
             HEADS=heads, SIZE=dim * dim, BLOCK=_SCAN_BLOCK, BLOCKS=blocks,
         )  # fmt: skip
-    _retain[(tiles * heads * segments,)](
+    _retain[(tiles * heads * total,)](
         q, k, v, gate, table, states, starts, out, last,
         q_row, k_row, v_row, gate.stride(0), inner,
         **shared, num_warps=config.warps, num_stages=config.stages,
@@ -162,64 +164,10 @@ def _config(dim: int, dtype: torch.dtype) -> _Config:
     return _Config(64, padded(dim), 8 if dim > 64 else 4, 3, 4, 2)
 
 
-def _segments(sequences: Sequences, rows: int, chunk: int) -> tuple[int, int, Tensor]:
-    """Cuts the sequences into segments; `rows` programs work on each.
-
-    Returns:
-        How many segments are not the last of their sequence; how many sequences have such; and,
-        on the device, int32 [.., 4]:
-        - first those segments in order, then the last segment of each sequence: first token, end
-          token, the segment before it (-1: none), the state that its sequence continues;
-        - then for each sequence of several segments: its first segment, the end of those that are
-          not its last, the state that it continues, 0.
-    """
-    target = max(MIN_SEGMENT, sequences.total * rows / programs(sequences.device))
-    inner: list[tuple[int, int, int, int]] = []
-    last, scans = [], []
-    for i, length in enumerate(sequences.lengths):
-        source = i if sequences.sources is None else sequences.sources[i]
-        first, end = sequences.offsets[i], sequences.offsets[i + 1]
-        chunks = -(-length // chunk)
-        count = max(1, min(chunks, round(length / target)))
-        begin = len(inner)
-        for j in range(1, count):
-            cut = sequences.offsets[i] + chunks * j // count * chunk
-            inner.append((first, cut, len(inner) - 1 if j > 1 else -1, source))
-            first = cut
-        last.append((first, end, len(inner) - 1 if count > 1 else -1, source))
-        if count > 1:
-            scans.append((begin, len(inner), source, 0))
-    table = torch.tensor(inner + last + scans, dtype=torch.int32)
-    return len(inner), len(scans), to_device(table, sequences.device)
-
-
 @triton.jit
 def _log_gate(gate, TEMPERATURE: tl.constexpr):
-    """log2(sigmoid(gate)) / TEMPERATURE, to full relative precision.
-
-    log(1 + y) = 2 artanh(z), z = y / (2 + y) <= 1/3: the logarithm itself would lose the gates
-    nearest to 1, which decide how far a state reaches.
-    """
-    y = tl.exp2(-tl.abs(gate) * 1.4426950408889634)
-    z = y / (2.0 + y)
-    s = z * z
-    series = 1.0 / 13.0 + s * (1.0 / 15.0 + s * (1.0 / 17.0))
-    series = 1.0 / 7.0 + s * (1.0 / 9.0 + s * (1.0 / 11.0 + s * series))
-    series = 1.0 + s * (1.0 / 3.0 + s * (1.0 / 5.0 + s * series))
-    return (tl.minimum(gate, 0.0) - 2.0 * z * series) * (1.4426950408889634 / TEMPERATURE)
-
-
-@triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp2(x * -1.4426950408889634))
-
-
-@triton.jit
-def _head(x_ptr, start, row_stride, head, rows, mask, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """One head's channels of a chunk, [CHUNK, PADDED]."""
-    x_ptr += start * tl.cast(row_stride, tl.int64) + head * DIM
-    at = rows[:, None] * row_stride + tl.arange(0, PADDED)[None, :]
-    return tl.load(x_ptr + at, mask=mask, other=0.0)
+    """log2(sigmoid(gate)) / TEMPERATURE, to full relative precision."""
+    return softplus(-gate) * (-1.4426950408889634 / TEMPERATURE)
 
 
 @triton.jit(do_not_specialize=["k_row", "v_row", "gate_row"])
@@ -274,8 +222,8 @@ def _sum_segments(
             stop = batch  # what is older adds nothing
         for i in range(batch, stop):
             start = end - (i + 1) * CHUNK
-            k = _head(k_ptr, start, k_row * UNIT, head, rows, k_mask, DIM, PADDED)
-            v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
+            k = load_head(k_ptr, start, k_row * UNIT, head, rows, k_mask, DIM, PADDED)
+            v = load_head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
             log_gate = _log_gate(gate.to(tl.float32), TEMPERATURE)
             # Loaded one chunk ahead; at the last one, that chunk's own again.
             ahead = tl.maximum(start - CHUNK, first)
@@ -376,9 +324,9 @@ def _retain(
         present = start + rows < end
         mask = present[:, None] & (channel < DIM)
         v_mask = present[:, None] & (value < DIM)[None, :]
-        q = _head(q_ptr, start, q_row * UNIT, head, rows, mask, DIM, PADDED)
-        k = _head(k_ptr, start, k_row * UNIT, head, rows, mask, DIM, PADDED)
-        v = _head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
+        q = load_head(q_ptr, start, q_row * UNIT, head, rows, mask, DIM, PADDED)
+        k = load_head(k_ptr, start, k_row * UNIT, head, rows, mask, DIM, PADDED)
+        v = load_head(v_ptr + tile * BLOCK, start, v_row * UNIT, head, rows, v_mask, DIM, BLOCK)
         log_gate = tl.where(present, _log_gate(gate.to(tl.float32), TEMPERATURE), 0.0)
         gate = tl.load(  # of the next chunk, ahead of its use
             gates + (start + CHUNK) * tl.cast(gate_row, tl.int64),
@@ -431,7 +379,7 @@ def _norm_swish(
     swish_ptr += index // HEADS * swish_row + index % HEADS * DIM
     swish = tl.load(swish_ptr + column, mask=mask, other=0.0).to(tl.float32)
     out *= tl.rsqrt(tl.sum(out * out, axis=1) / DIM + eps)[:, None]
-    out *= _silu(swish)
+    out *= silu(swish)
     tl.store(out_ptr + index * DIM + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -502,5 +450,5 @@ def _step(
         out += tl.sum(even * q_even[:, None] + odd * q_odd[:, None], axis=0)
 
     out *= tl.rsqrt(tl.sum(out * out, axis=0) / DIM + eps)
-    out *= _silu(swish)
+    out *= silu(swish)
     tl.store(out_ptr + (sequence * HEADS + head) * DIM + value, out.to(dtype), mask=here)

@@ -4,7 +4,8 @@
 
 per channel, with the weights in the order of PyTorch's `conv1d`: the last is that of token p. What
 a text that goes on needs of the tokens before it is its tail, the last W - 1 inputs. The sums are
-taken in float32, or in float64 for float64 inputs.
+taken in float32, or in float64 for float64 inputs. On a GPU both functions are Triton kernels
+(`short_convolution_triton`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import run_triton, use_triton
 from .sequences import Sequences
 
 
@@ -27,7 +29,8 @@ def short_convolution(
 
     Args:
         x: [T, C], a view with any row stride.
-        weight: [C, W] of x's dtype, W at least 2.
+        weight: [C, W] of x's dtype, W at least 2; its fastest layout is the transpose of a
+            contiguous [W, C].
         sequences: which tokens form a sequence, and which tail it continues.
         tails: [m, W - 1, C] of x's dtype, the inputs before the sequences, of which
             `sequences.sources` picks each sequence's; None stands for zeros. Not changed.
@@ -38,6 +41,10 @@ def short_convolution(
         sequences, [n, W - 1, C], those of its tail before it where it is shorter, or None unless
         `keep`.
     """
+    if use_triton(x, weight):
+        from .short_convolution_triton import short_convolution as fast
+
+        return run_triton(fast, x, weight, sequences, tails, keep)
     return short_convolution_reference(x, weight, sequences, tails, keep)
 
 
@@ -85,6 +92,10 @@ def short_convolution_step(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     Returns:
         silu(y) [B, C] in x's dtype, contiguous.
     """
+    if use_triton(x, weight):
+        from .short_convolution_triton import short_convolution_step as fast
+
+        return run_triton(fast, x, weight, tail)
     return short_convolution_step_reference(x, weight, tail)
 
 

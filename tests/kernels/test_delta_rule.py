@@ -1,17 +1,22 @@
 """The gated delta rule: its two forms against the definition, packed sequences against the
-recurrence."""
+recurrence, and the Triton kernels against the reference in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from yoco_eval.kernels import delta_rule
 from yoco_eval.kernels.delta_rule import (
     delta_rule_chunkwise,
     delta_rule_recurrent,
     gated_delta_rule,
+    gated_delta_rule_reference,
     gated_delta_rule_step,
+    gated_delta_rule_step_reference,
 )
 from yoco_eval.kernels.sequences import Sequences
+
+ON_GPU = torch.cuda.is_available()
 
 
 def inputs(length, batch=2, heads=3, dk=8, dv=6, dtype=torch.float64):
@@ -223,3 +228,159 @@ def test_step_changes_its_states_in_place():
     out = gated_delta_rule_step(**step_arguments(args), state=state)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(state, last, rtol=0, atol=1e-12)
+
+
+# From here on: the Triton kernels, on the GPU or in the interpreter.
+
+
+@pytest.fixture
+def triton_version(monkeypatch):
+    """The kernels' module, cutting sequences into segments wherever they can be cut."""
+    pytest.importorskip("triton")
+    from yoco_eval.kernels import delta_rule_triton
+
+    if not ON_GPU:
+        monkeypatch.setattr(delta_rule_triton, "MIN_SEGMENT", 32)
+    return delta_rule_triton
+
+
+def compare(triton_version, close, args):
+    """Runs the kernels and checks all that they return, and that their inputs are not changed."""
+    before = {name: x.clone() for name, x in args.items() if isinstance(x, torch.Tensor)}
+    expected, expected_last = gated_delta_rule_reference(**in_float64(args))
+    out, last = triton_version.gated_delta_rule(**args)
+    assert out.dtype == args["q"].dtype and out.is_contiguous()
+    close(out, expected)
+    if args["keep"]:
+        assert last.dtype == torch.float32
+        close(last, expected_last)
+    else:
+        assert last is None
+    assert all(torch.equal(x, args[name]) for name, x in before.items())
+
+
+LENGTHS = [[1], [70, 1, 33]]
+DIMS = [(24, 40)]
+if ON_GPU:
+    LENGTHS += [[63], [1000], [8193], [5000, 1, 700, 64, 65], [170] * 100]
+    DIMS += [(32, 48), (64, 128), (128, 128), (128, 256), (256, 100), (256, 512)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: f"{len(lengths)}x{max(lengths)}")
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("given", [True, False], ids=["with_states", "from_zero"])
+def test_triton(triton_version, close, dtype, device, dims, lengths, given):
+    sources = tuple((2 * i + 1) % 3 for i in range(len(lengths))) if given else None
+    args = packed(lengths, 1, 2, *dims, dtype, device, sources, 3 if given else 0, pad=6)
+    if not given:
+        args |= {"gate": None, "weight": None}
+    compare(triton_version, close, args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"gate": None}, {"keep": False}], ids=str)
+def test_triton_options(triton_version, close, dtype, device, changes):
+    compare(triton_version, close, packed([70, 7], 1, 1, 136, 20, dtype, device, pad=1) | changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [-30.0, 20.0], ids=["open", "closed"])
+@pytest.mark.parametrize("beta", [0.001, 1.0, 2.0])
+def test_triton_extremes(triton_version, close, dtype, device, beta, decay):
+    """Keys that are nearly one, in states that last, are overwritten or reflected, or vanish."""
+    args = packed([200 if ON_GPU else 70], 1, 1, 32, 32, dtype, device, states=1)
+    args |= {"negative": True, "dt_bias": torch.full_like(args["dt_bias"], decay)}
+    args["b"].fill_(torch.tensor(beta / 2).logit().clamp(max=30).item())
+    args["k"].add_(3)
+    compare(triton_version, close, args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [-9.0, -2.0, 2.0])
+@pytest.mark.parametrize("dims", [(16, 16), *(DIMS[-1:] if ON_GPU else ())], ids=str)
+def test_triton_segments(triton_version, close, dtype, device, monkeypatch, dims, decay):
+    """With decays over whole segments, over some of their chunks, and over less than one."""
+    monkeypatch.setattr(triton_version, "programs", lambda device: 1 << 20)
+    lengths = [9000, 2100] if ON_GPU else [100, 70]
+    args = packed(lengths, 1, 1, *dims, dtype, device, (1, 0), 2)
+    args |= {"a_log": torch.zeros_like(args["a_log"])}
+    compare(triton_version, close, args | {"dt_bias": torch.full_like(args["dt_bias"], decay)})
+
+
+@pytest.mark.slow
+def test_triton_sums_leave_out_what_has_decayed(triton_version, close, dtype, device, monkeypatch):
+    monkeypatch.setattr(triton_version, "MIN_SEGMENT", 128)
+    args = packed([256], 1, 1, 16, 16, dtype, device) | {"keep": False}
+    args |= {"a_log": torch.full_like(args["a_log"], 1.5)}
+    args |= {"dt_bias": torch.zeros_like(args["dt_bias"])}  # 2^-126 in some 25 tokens
+    expected, _ = gated_delta_rule_reference(**in_float64(args))
+    args["k"][0] = float("nan")
+    out, _ = triton_version.gated_delta_rule(**args)
+    assert out[:128].isnan().all()  # in its own segment, all outputs see it
+    close(out[128:], expected[128:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [(8, 20), *(DIMS[1:] if ON_GPU else ())], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"negative": True, "gate": None, "weight": None}], ids=str)
+def test_triton_step(triton_version, close, dtype, device, dims, changes):
+    args = packed([1] * 3, 1, 2, *dims, dtype, device, states=3, pad=1) | changes
+    step, state = step_arguments(args), args["states"]
+    wide, wide_state = in_float64(step), state.double()
+    out = triton_version.gated_delta_rule_step(**step, state=state)
+    expected = gated_delta_rule_step_reference(**wide, state=wide_state)
+    assert out.dtype == dtype and out.is_contiguous()
+    close(out, expected)
+    close(state, wide_state)
+
+
+@pytest.mark.slow
+def test_triton_takes_any_strides(triton_version, dtype, device, head_by_head):
+    args = packed([1] * 3, 2, 2, 8, 8, dtype, device, states=3)
+    other = {
+        name: head_by_head(x) if name in ("q", "k", "v", "a", "b", "gate") else x
+        for name, x in args.items()
+    }
+    pairs = zip(*(triton_version.gated_delta_rule(**a) for a in (args, other)), strict=True)
+    steps = [
+        triton_version.gated_delta_rule_step(**step_arguments(a), state=args["states"].clone())
+        for a in (args, other)
+    ]
+    assert all(torch.equal(a, b) for a, b in (*pairs, steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "triton"])
+def test_sums_beyond_the_range_of_float16(kernels, device, monkeypatch):
+    """Inputs within the range, and outputs, but not what lies between them."""
+    if kernels:
+        pytest.importorskip("triton")
+    monkeypatch.setattr(delta_rule, "use_triton", lambda *tensors: kernels)
+    args = packed([30, 20], 1, 1, dtype=torch.float16, device=device, states=2)
+    args |= {"v": 3000 * args["v"], "states": 1e6 * args["states"]}
+    out, last = gated_delta_rule(**args)
+    expected, expected_last = gated_delta_rule_reference(**in_float64(args))
+    assert out.dtype == torch.float16 and last.dtype == torch.float32
+    assert (out - expected).norm() < 1e-2 * expected.norm()
+    assert (last - expected_last).norm() < 1e-2 * expected_last.norm()
+
+    first = {name: args[name][:2] for name in ("q", "k", "v", "a", "b", "gate")}
+    step = step_arguments(args) | first
+    expected = gated_delta_rule_step_reference(**in_float64(step), state=last.double())
+    assert (gated_delta_rule_step(**step, state=last) - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_dispatch(monkeypatch):
+    """Tensors that the kernels take go to them, by the same arguments; these do not."""
+    pytest.importorskip("triton")
+    from yoco_eval.kernels import delta_rule_triton
+
+    args = packed([4])
+    monkeypatch.setattr(delta_rule, "use_triton", lambda *tensors: True)
+    given = []
+    monkeypatch.setattr(
+        delta_rule_triton, "gated_delta_rule", lambda *a: given.extend(a) or (a[0], None)
+    )
+    assert gated_delta_rule(**args) == (args["q"], None)
+    assert all(a is b for a, b in zip(given, args.values(), strict=True))

@@ -399,26 +399,6 @@ def test_triton_takes_any_strides(triton_version, dtype, device, head_by_head):
     assert all(torch.equal(a, b) for a, b in (*pairs, steps))
 
 
-@pytest.mark.parametrize("lengths", [[1], [64], [65], [5000], [3000, 10, 640, 1], [64] * 50])
-def test_segments_cover_the_sequences(triton_version, lengths):
-    sequences = Sequences(tuple(lengths), (0,) * len(lengths), torch.device("cpu"))
-    inner, scanned, table = triton_version._segments(sequences, rows=2, chunk=64)
-    segments = table[: inner + len(lengths)].tolist()
-    scans = table[inner + len(lengths) :].tolist()
-    assert len(scans) == scanned
-    ends = {}  # of each sequence so far
-    for i, (first, end, before, source) in enumerate(segments):
-        assert first == ends.get(source, (sequences.offsets[source], -1))[0] < end
-        assert before == ends.get(source, (0, -1))[1]
-        assert i >= inner or (end - first) % 64 == 0
-        ends[source] = (end, i)
-    assert [ends[i][0] for i in range(len(lengths))] == list(sequences.offsets[1:])
-    assert [ends[i][1] for i in range(len(lengths))] == list(range(inner, len(segments)))
-    assert [s for begin, end, source, _ in scans for s in range(begin, end)] == list(range(inner))
-    assert all(segments[s][3] == scan[2] for scan in scans for s in range(scan[0], scan[1]))
-    assert inner > 0 or max(lengths) < 128
-
-
 def test_dispatch(monkeypatch):
     """Tensors that the kernels take go to them, by the same arguments; these do not."""
     pytest.importorskip("triton")

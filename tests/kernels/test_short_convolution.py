@@ -1,4 +1,5 @@
-"""The short convolution against its sum, term by term."""
+"""The short convolution against its sum, term by term, and the Triton kernels against the
+reference in float64."""
 
 import pytest
 import torch
@@ -6,8 +7,12 @@ import torch
 from yoco_eval.kernels.sequences import Sequences
 from yoco_eval.kernels.short_convolution import (
     short_convolution,
+    short_convolution_reference,
     short_convolution_step,
+    short_convolution_step_reference,
 )
+
+ON_GPU = torch.cuda.is_available()
 
 
 def packed(
@@ -75,3 +80,49 @@ def test_step_changes_its_tails_in_place(width):
     out = short_convolution_step(args["x"], args["weight"], tail)
     for a, e in zip((out, tail), by_definition(**args), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-13)
+
+
+# From here on: the Triton kernels, on the GPU or in the interpreter.
+
+
+@pytest.fixture
+def triton_version():
+    pytest.importorskip("triton")
+    from yoco_eval.kernels import short_convolution_triton
+
+    return short_convolution_triton
+
+
+def in_float64(args):
+    """The same arguments in float64."""
+    return {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in args.items()}
+
+
+LENGTHS = [[1], [2, 40, 1, 3]]
+if ON_GPU:
+    LENGTHS += [[5000, 1, 700, 64, 65], [170] * 100]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("width", [2, 4, 7])
+@pytest.mark.parametrize("given", [True, False], ids=["with_tails", "from_zero"])
+def test_triton(triton_version, close, dtype, device, lengths, width, given):
+    sources = tuple((2 * i + 1) % 3 for i in range(len(lengths))) if given else None
+    args = packed(lengths, 200, width, dtype, device, sources, 3 if given else 0, pad=3)
+    expected, expected_last = short_convolution_reference(**in_float64(args))
+    out, last = triton_version.short_convolution(**args)
+    assert out.dtype == last.dtype == dtype and out.is_contiguous()
+    close(out, expected)
+    assert torch.equal(last.double(), expected_last)
+    assert triton_version.short_convolution(**args | {"keep": False})[1] is None
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_triton_step(triton_version, close, dtype, device, width):
+    args = packed([1] * 3, 200, width, dtype, device, tails=3, pad=1)
+    tail, wide_tail = args["tails"], args["tails"].double()
+    wide = in_float64(args)
+    out = triton_version.short_convolution_step(args["x"], args["weight"], tail)
+    close(out, short_convolution_step_reference(wide["x"], wide["weight"], wide_tail))
+    assert torch.equal(tail.double(), wide_tail)
