@@ -96,15 +96,14 @@ def gated_delta_rule(
         ),
     )  # fmt: skip
     out = torch.empty(length, heads, value_dim, dtype=q.dtype, device=q.device)
-    numbers = {"dtype": torch.float32, "device": q.device}
-    starts = torch.empty(inner, heads, key_dim, value_dim, **numbers)
+    factors = torch.empty(heads, length, 4, dtype=torch.float32, device=q.device)
+    starts = factors.new_empty(inner, heads, key_dim, value_dim)
     last = None
     if keep:
-        last = torch.empty(len(sequences.lengths), heads, key_dim, value_dim, **numbers)
+        last = starts.new_empty(len(sequences.lengths), heads, key_dim, value_dim)
 
     inverse = torch.empty(2, heads, length, config.chunk, dtype=q.dtype, device=q.device)
     scores = torch.empty_like(inverse[0])
-    factors = torch.empty(heads, length, 4, **numbers)
     chunks = blocks(sequences, config.chunk)
     unit, (q_row, k_row, v_row) = in_units(q.stride(0), k.stride(0), v.stride(0))
     shared = {
@@ -125,7 +124,7 @@ def gated_delta_rule(
     )  # fmt: skip
     shared |= {"PADDED": padded(key_dim), "VALUE_DIM": value_dim, "BLOCK": config.block}
     if inner:
-        transitions = torch.empty(inner, heads, key_dim, key_dim, **numbers)
+        transitions = starts.new_empty(inner, heads, key_dim, key_dim)
         whole = torch.empty(inner, heads, dtype=torch.int32, device=q.device)
         columns = tiles + triton.cdiv(key_dim, config.block)
         _sum_segments[(columns * heads * inner,)](
