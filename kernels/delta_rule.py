@@ -29,10 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import run_triton, use_triton
-from .norm import rms_norm_reference
+from .norm import LENGTH_EPS, rms_norm_reference
 from .sequences import Sequences
-
-LENGTH_EPS = 1e-6  # added to the squared length of q and k
 
 
 def gated_delta_rule(

@@ -46,8 +46,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common_triton import load_head, sigmoid, silu, softplus
-from .delta_rule import LENGTH_EPS
 from .launch import dense_rows, in_units, packed_heads, padded, programs
+from .norm import LENGTH_EPS
 from .segments import blocks, segments
 from .sequences import Sequences
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .dispatch import run_triton, use_triton
 
+LENGTH_EPS = 1e-6  # added to the squared length of vectors that are brought to length 1
+
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, cast back to `x.dtype`, times `weight`.
