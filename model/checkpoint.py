@@ -139,10 +139,27 @@ def load_config(path: str | Path) -> YocoConfig:
     """
     path = resolve_checkpoint(path)
     if _is_native(path):
-        return _native_config(path)
+        return _native_config(path / _CONFIG)
     file = _torch_file(path)
     params = file.parent / _PARAMS
-    return _config(params, _read_json(params)) if params.exists() else _load_torch(file)[0]
+    return _params_config(params) if params.exists() else _load_torch(file)[0]
+
+
+def load_shape(path: Path) -> YocoConfig:
+    """The configuration in a `config.json` or `params.json`; no weights need to be there.
+
+    Args:
+        path: of the file, whatever it is called but for `.json`, of its folder, or else what
+            `load_config` takes.
+
+    Raises:
+        CheckpointError: as `load_config`.
+    """
+    if path.is_dir():
+        path = next((path / name for name in (_CONFIG, _PARAMS) if (path / name).exists()), path)
+    if path.suffix != ".json":
+        return load_config(path)
+    return _native_config(path) if "model_type" in _read_json(path) else _params_config(path)
 
 
 def load_checkpoint(
@@ -216,8 +233,7 @@ def _is_native(path: Path) -> bool:
     return path.is_dir() and (path / _CONFIG).exists()
 
 
-def _native_config(folder: Path) -> YocoConfig:
-    file = folder / _CONFIG
+def _native_config(file: Path) -> YocoConfig:
     settings = _read_json(file)
     if settings.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
@@ -234,6 +250,10 @@ def _native_config(folder: Path) -> YocoConfig:
     return _config(file, {k: v for k, v in settings.items() if k in SETTINGS})
 
 
+def _params_config(file: Path) -> YocoConfig:
+    return _config(file, _read_json(file))
+
+
 def _config(
     file: Path,
     settings: dict[str, Any],
@@ -246,7 +266,7 @@ def _config(
 
 
 def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
-    config = _native_config(folder)
+    config = _native_config(folder / _CONFIG)
     weights: dict[str, Tensor] = {}
     for file in _shards(folder / _INDEX) if (folder / _INDEX).exists() else [_WEIGHTS]:
         if not (folder / file).exists():
@@ -311,7 +331,7 @@ def _load_torch(file: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
     prefix = found[0][0].removesuffix(found[0][1])
     params = file.parent / _PARAMS
     if params.exists():
-        config = _config(params, _read_json(params))
+        config = _params_config(params)
     elif settings := _training_settings(content):
         rows = len(weights[found[0][0]]) if weights[found[0][0]].dim() else 0
         config = _config(file, {"vocab_size": rows, **settings})

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from yoco_eval.printable import VALUE, shortened
+
+from .checkpoint import load_shape
 from .config import YocoConfig
+from .fla import fla_config
 from .interface import Blueprint, Config
 from .mixers import GatedRetentionSettings
 from .transformer import Transformer, TransformerConfig
@@ -18,30 +24,53 @@ Kind = TypeVar("Kind", Yoco, Transformer)
 
 SEED = 0  # of the weights
 
-SHAPES = {
-    "3b": YocoConfig(
-        dim=3072,
-        n_layers=26,
-        hidden_dim=8192,
-        n_attn_heads=24,
+
+def _like_3b(dim: int, n_layers: int, hidden_dim: int) -> YocoConfig:
+    """What YOCO-3B is in other sizes: heads of 128 channels in both decoders, 8 of keys and values;
+    its vocabulary; its rotary embedding for contexts of 1M tokens."""
+    heads = dim // 128
+    return YocoConfig(
+        dim=dim,
+        n_layers=n_layers,
+        hidden_dim=hidden_dim,
+        n_attn_heads=heads,
         n_attn_kv_heads=8,
         vocab_size=100288,
-        self_decoder=GatedRetentionSettings(n_self_heads=24, self_rope_theta=8e7),
+        self_decoder=GatedRetentionSettings(n_self_heads=heads, self_rope_theta=8e7),
         rope_theta=8e7,
         max_position_embeddings=2**20,
-    ),
+    )
+
+
+# 3b is the published model. The others of its kind are chosen here, for want of published ones: 7b
+# and 13b as wide and deep as LLaMA 7B and 13B (arXiv:2302.13971, table 2), 1.6b as Pythia 1.4B
+# (arXiv:2304.01373, table 1), whose vocabulary is half as large; feed-forward layers 8/3 times as
+# wide as the model, in multiples of 256. fla-1.3b-gdn is the configuration that
+# flash-linear-attention has by default, of 1.21e9 parameters.
+SHAPES = {
+    "1.6b": _like_3b(2048, 24, 5632),
+    "3b": _like_3b(3072, 26, 8192),
+    "7b": _like_3b(4096, 32, 11008),
+    "13b": _like_3b(5120, 40, 13824),
+    "fla-1.3b-gdn": fla_config({"hidden_size": 2048}),
 }
 
 
 def find_shape(name: str) -> YocoConfig:
-    """The shape of a name.
+    """The shape of a name; or else of a path, as `load_shape` reads it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a CheckpointError, the file is of no YOCO model.
     """
-    if name not in SHAPES:
-        raise ValueError(f"shape {name!r} is unknown; choose from {', '.join(sorted(SHAPES))}")
-    return SHAPES[name]
+    if name in SHAPES:
+        return SHAPES[name]
+    path = os.path.expanduser(name)
+    if not os.path.exists(path):  # whatever the system has against such a name
+        raise ValueError(
+            f"shape {shortened(repr(name), VALUE)} is unknown; choose from {', '.join(SHAPES)}, or "
+            "give the path of a config.json or params.json, or of a folder with one"
+        )
+    return load_shape(Path(path))
 
 
 def with_random_weights(config: YocoConfig) -> Blueprint:

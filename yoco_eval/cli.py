@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 # Heavy modules (torch, matplotlib, lm_eval) are imported by the subcommand that needs them.
 
+_SHAPES = (
+    "this size: 1.6b, 3b, 7b, 13b, or fla-1.3b-gdn, flash-linear-attention's default; or of the "
+    "configuration in a config.json or params.json, given by its path or its folder's"
+)
+
 
 class UserError(Exception):
     """What the user can mend; its message is shown, without a traceback."""
@@ -252,13 +257,13 @@ def _plan(args: argparse.Namespace) -> int:
         dtype = find_dtype(args.dtype, device)
         blueprint = (
             with_random_weights(find_shape(args.shape))
-            if args.shape
+            if args.shape is not None
             else open_checkpoint(args.pretrained, args.revision)
         )
         result = estimate(blueprint.costs, dtype, device, args.length, args.prefill_chunk)
     except ValueError as error:
         raise UserError(error) from error
-    name = args.shape or args.pretrained
+    name = args.pretrained if args.shape is None else args.shape
     if args.revision:
         name += f" revision={args.revision}"
     print_estimate(result, name, dtype, device, _console())
@@ -435,7 +440,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
   yoco-eval plan --pretrained yoco-3b-1m/ --length 256k --device cuda:1""",
     )
     what = plan.add_mutually_exclusive_group(required=True)
-    what.add_argument("--shape", metavar="NAME", help="a model of this size: 3b")
+    what.add_argument("--shape", metavar="NAME", help=f"a model of {_SHAPES}")
     what.add_argument(
         "--pretrained",
         metavar="DIR",
@@ -469,9 +474,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
   yoco-eval profile --read profile.json -o profile.svg""",
     )
     what = profile.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--shape", metavar="NAME", help="a model of this size with random weights: 3b"
-    )
+    what.add_argument("--shape", metavar="NAME", help=f"a model with random weights of {_SHAPES}")
     what.add_argument(
         "--pretrained",
         metavar="DIR",

@@ -21,7 +21,7 @@ from torch import Tensor
 from yoco_eval import __version__
 from yoco_eval.model import Blueprint, Cache, Model, Rows, Span, Spans, open_checkpoint
 from yoco_eval.model.interface import take
-from yoco_eval.model.shapes import SEED, find_shape, transformer_beside, with_random_weights
+from yoco_eval.model.shapes import SEED, SHAPES, find_shape, transformer_beside, with_random_weights
 from yoco_eval.reports.profile import (
     MEASURED,
     OUT_OF_MEMORY,
@@ -61,7 +61,7 @@ def run_profile(
 
     Args:
         lengths: in tokens, ascending.
-        shape: a name in `SHAPES`, for random weights; or
+        shape: what `find_shape` takes, for random weights; or
         pretrained: a checkpoint's path, or the name of a bundled one or of one on the hub.
         revision: of a name on the hub.
         against: "transformer" or None.
@@ -88,7 +88,9 @@ def run_profile(
     except ValueError as error:
         raise ProfileError(error) from error
     on_gpu = where.type == "cuda"
-    name = f"YOCO-{shape.upper()}, random weights" if shape else str(pretrained)
+    name = str(pretrained)
+    if shape is not None:
+        name = f"{f'YOCO-{shape.upper()}' if shape in SHAPES else shape}, random weights"
     if revision is not None:
         name += f" revision={revision}"
 

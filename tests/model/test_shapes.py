@@ -1,15 +1,35 @@
-"""Named shapes, and random weights for them."""
+"""Shapes by name and by file, and random weights for them."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig
+from yoco_eval.model import CheckpointError, GatedRetentionSettings, Yoco, YocoConfig
+from yoco_eval.model.checkpoint import BUNDLED, load_config
+from yoco_eval.model.costs import YocoCosts
 from yoco_eval.model.shapes import SHAPES, find_shape, set_random_weights
 
+DATA = Path(__file__).parents[1] / "data"
+# Billions of parameters. YOCO-3B has 3.4: its vocabulary is a large one.
+SIZES = {"1.6b": 1.6, "3b": 3.4, "7b": 7.0, "13b": 13.2, "fla-1.3b-gdn": 1.21}
 
-def test_the_published_size():
-    model = Yoco.empty(SHAPES["3b"], torch.device("meta"), torch.bfloat16)
-    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(3.4e9, rel=0.02)
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_sizes(name):
+    numbers = YocoCosts(SHAPES[name]).weight_bytes(torch.bfloat16) / 2
+    assert numbers == pytest.approx(SIZES[name] * 1e9, rel=0.02)
+
+
+def test_the_default_of_flash_linear_attention():
+    config = SHAPES["fla-1.3b-gdn"]
+    assert (config.dim, config.hidden_dim, config.vocab_size) == (2048, 5632, 32000)
+    assert (config.self_layers, config.cross_layers) == (10, 11)
+    assert config.n_attn_heads == config.n_attn_kv_heads == 32
+    mixer = config.self_decoder
+    assert (mixer.kind, mixer.n_self_heads) == ("gated_deltanet", 6)
+    assert (mixer.self_key_dim, mixer.self_value_dim) == (256, 512)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -29,7 +49,41 @@ def test_random_weights(dtype):
             assert weight.float().std() == pytest.approx(0.02, rel=0.1), name
 
 
-def test_find_shape():
-    assert find_shape("3b") is SHAPES["3b"]
-    with pytest.raises(ValueError, match="shape '7b' is unknown; choose from 3b"):
-        find_shape("7b")
+def test_shapes_by_name():
+    for name, config in SHAPES.items():
+        assert find_shape(name) is config
+    for name in ("4b", "", "demo-64k", "x" * 5000):
+        with pytest.raises(ValueError, match=r"shape '.*' is unknown; choose from 1\.6b, ") as told:
+            find_shape(name)
+        assert "or give the path of a config.json or params.json" in str(told.value)
+        assert len(str(told.value)) < 500
+
+
+@pytest.mark.parametrize("layout", ["published", "native", "fla"])
+def test_shapes_by_path(layout, tmp_path):
+    """Of the file, under another name, too; of its folder, of weights that are not there."""
+    whole, file = {
+        "published": (DATA / "published" / "gated_retention", "params.json"),
+        "native": (BUNDLED / "demo-64k", "config.json"),
+        "fla": (DATA / "fla" / "gated_deltanet", "config.json"),
+    }[layout]
+    shutil.copy(whole / file, tmp_path)
+    shutil.copy(whole / file, tmp_path / "mine.json")
+    expected = load_config(whole)
+    for path in (tmp_path, tmp_path / file, tmp_path / "mine.json", whole):
+        assert find_shape(str(path)) == expected
+
+
+def test_what_is_no_shape(tmp_path):
+    for content, reason in [
+        ('{"model_type": "llama"}', "says model_type 'llama', not 'yoco'"),
+        ('{"dim": 64}', "missing settings: hidden_dim, "),
+        ("[]", "holds a list, not an object"),
+    ]:
+        (tmp_path / "config.json").write_text(content)
+        for path in (tmp_path, tmp_path / "config.json"):
+            with pytest.raises(CheckpointError, match=rf"config\.json: {reason}"):
+                find_shape(str(path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="not a YOCO checkpoint"):
+        find_shape(str(tmp_path))

@@ -13,6 +13,7 @@ import pytest
 from yoco_eval import __version__
 from yoco_eval.cli import main
 from yoco_eval.model.checkpoint import CheckpointError
+from yoco_eval.model.shapes import SHAPES
 from yoco_eval.reports.profile import Profile, ProfileRow, load_profile
 from yoco_eval.tokenizers import TokenizerError
 
@@ -401,6 +402,8 @@ def test_help_and_version(capsys):
         out = capsys.readouterr().out
         assert stop.value.code == 0 and said in out
         assert max(map(len, out.splitlines())) <= 80
+        if "--shape" in out:
+            assert all(name in " ".join(out.split()) for name in (*SHAPES, "config.json"))
 
 
 def test_help_imports_nothing_heavy():

@@ -78,7 +78,10 @@ def test_a_full_device_leaves_the_times_out(monkeypatch, capsys):
     assert "activations" in shown and "prefill" not in shown
 
 
-@pytest.mark.parametrize("what", [["--shape", "3b"], ["--pretrained", "demo-64k"]])
+@pytest.mark.parametrize(
+    "what",
+    [["--shape", "3b"], ["--shape", str(BUNDLED / "demo-64k")], ["--pretrained", "demo-64k"]],
+)
 def test_command(what, capsys):
     assert main(["plan", *what, "--length", "64k", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
@@ -99,7 +102,7 @@ def test_a_name_on_the_hub_needs_no_weights(hub_cache, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
-        (["--shape", "4b"], "shape '4b' is unknown; choose from 3b"),
+        (["--shape", "4b"], "shape '4b' is unknown; choose from 1.6b, 3b"),
         (["--pretrained", "nowhere"], "nowhere: no such checkpoint"),
         (["--shape", "3b", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],

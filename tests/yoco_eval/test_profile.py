@@ -1,6 +1,8 @@
 """Profiles: what is measured, what is left out and why, and that cost is measured of the model."""
 
+import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,10 @@ from yoco_eval.model import Blueprint, Yoco, save
 from yoco_eval.model.shapes import SHAPES
 from yoco_eval.model.transformer import Transformer
 from yoco_eval.profile import ProfileError, profile, run_profile
+from yoco_eval.reports.profile import load_profile
+from yoco_eval.reports.profile_files import save_profile
 
+DATA = Path(__file__).parents[1] / "data"
 CPU = torch.device("cpu")
 
 
@@ -208,9 +213,19 @@ def test_a_shape(small_model, monkeypatch):
     assert result.name == "YOCO-TINY, random weights" and result.dtype == "float32"
 
 
+def test_a_shape_of_a_file(tmp_path):
+    """Of another kind of self-decoder; its weights are not there, nor asked for."""
+    path = str(shutil.copy(DATA / "fla" / "gated_deltanet" / "config.json", tmp_path))
+    result = run_profile([50], shape=path, against="transformer", device="cpu")
+    assert [row.outcome for row in result.rows] == ["measured"] * 2
+    assert result.name == f"{path}, random weights"
+    save_profile(result, tmp_path / "profile.json")
+    assert load_profile(tmp_path / "profile.json") == result
+
+
 def test_refusals(tmp_path):
-    with pytest.raises(ProfileError, match="shape '7b' is unknown; choose from 3b"):
-        run_profile([10], shape="7b")
+    with pytest.raises(ProfileError, match=r"shape '4b' is unknown; choose from 1\.6b, 3b"):
+        run_profile([10], shape="4b")
     with pytest.raises(ProfileError, match="device 'gpu' cannot be used: "):
         run_profile([10], shape="3b", device="gpu")
     with pytest.raises(ProfileError, match="dtype 'int8' is unknown"):
