@@ -55,7 +55,15 @@ def main() -> None:
     device = require_gpu()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the peer is not loaded by lm-eval
     questions = make_questions(args.questions)
-    rows = []
+    rows: list[dict[str, str | float | None]] = []
+
+    def keep(kind: str, name: str, figures: dict[str, float], faster: bool) -> None:
+        """Adds a row, and tells it; `faster`: whether more is better."""
+        ratio = figures["here"] / figures["fla"]
+        better = ratio if faster else 1 / ratio
+        rows.append({"self-decoder": kind, "": name, **figures, "times better": better})
+        print(*rows[-1].values(), file=sys.stderr, flush=True)
+
     for kind in args.kinds:
         peer = make_peer(kind, device)
         settings = peer.config.to_dict()
@@ -66,17 +74,20 @@ def main() -> None:
         for length in args.lengths:
             ids = torch.randint(config.vocab_size, (length,), device=device)
             forms = {"here": partial(prefill, ours, ids), "fla": partial(peer_prefill, peer, ids)}
-            rows += compare(kind, f"prefill {format_length(length)}, s", forms, faster=False)
+            times, peaks = compare(forms)
+            name = f"prefill {format_length(length)}"
+            keep(kind, f"{name}, s", times, faster=False)
+            keep(kind, f"{name}, GiB beside the weights", peaks, faster=False)
         ids = torch.randint(config.vocab_size, (args.lengths[0],), device=device)
         speeds = {"here": decode_speed(ours, ids), "fla": peer_decode_speed(peer, ids)}
         after = format_length(args.lengths[0])
-        rows.append(row(kind, f"decoding after {after}, tokens/s", speeds, faster=True))
+        keep(kind, f"decoding after {after}, tokens/s", speeds, faster=True)
         engine = Engine(ours, batch_size=None)
         score(engine, questions[:TRIAL])  # kernels are compiled and chosen
         time = seconds(partial(score, engine, questions))
         peer_time, _ = time_hf(peer, questions)
         speeds = {"here": len(questions) / time, "fla": len(questions) / peer_time}
-        rows.append(row(kind, "multiple choice, questions/s", speeds, faster=True))
+        keep(kind, "multiple choice, questions/s", speeds, faster=True)
         del peer, ours, engine
         clear()
     versions = environment("flash-linear-attention", "transformers", "lm_eval")
@@ -122,10 +133,8 @@ def peer_prefill(model: YOCOForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     ).logits
 
 
-def compare(
-    kind: str, name: str, forms: dict[str, Callable[[], object]], faster: bool
-) -> list[dict[str, str | float | None]]:
-    """Rows of the seconds, and of the memory at the peak beside both models' weights."""
+def compare(forms: dict[str, Callable[[], object]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each form the seconds, and the GiB at the peak beside both models' weights."""
     times, peaks = {}, {}
     for who, form in forms.items():
         clear()
@@ -135,8 +144,7 @@ def compare(
         times[who] = min(seconds(form) for _ in range(3))
         peaks[who] = (torch.cuda.max_memory_allocated() - before) / GIB
         clear()
-    memory = name.replace(", s", ", GiB beside the weights")
-    return [row(kind, name, times, faster), row(kind, memory, peaks, faster)]
+    return times, peaks
 
 
 @torch.inference_mode()
@@ -164,15 +172,6 @@ def peer_decode_speed(model: YOCOForCausalLM, ids: torch.Tensor) -> float:
 
     steps()
     return STEPS / seconds(steps)
-
-
-def row(
-    kind: str, name: str, figures: dict[str, float], faster: bool
-) -> dict[str, str | float | None]:
-    """`faster`: whether more is better."""
-    ratio = figures["here"] / figures["fla"]
-    better = ratio if faster else 1 / ratio
-    return {"self-decoder": kind, "": name, **figures, "times better": better}
 
 
 def clear() -> None:

@@ -9,11 +9,14 @@ vocabulary], in float32 without TF32, of its recurrent mode. It needs a GPU and 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import torch
-from fla.models.yoco import YOCOConfig, YOCOForCausalLM
+
+os.environ["TRITON_F32_DEFAULT"] = "ieee"  # when its kernels are compiled, not TF32 either
+from fla.models.yoco import YOCOConfig, YOCOForCausalLM  # noqa: E402
 
 TOKENS = 100
 MODE = {"mode": "fused_recurrent"}
