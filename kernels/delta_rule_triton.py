@@ -192,12 +192,12 @@ def _normalise(x: Tensor, out: Tensor, gate: Tensor | None, weight: Tensor, eps:
     """out = RMSNorm(x) * weight * silu(gate) of each head of x [T, HV, Dv]; out may be x."""
     length, heads, dim = x.shape
     gate = None if gate is None else packed_heads(gate)
+    unit, (gate_row,) = in_units(0 if gate is None else gate.stride(0))
     columns = triton.next_power_of_2(dim)
     rows = max(1, _NORM_NUMBERS // columns)
     _norm_gate[(triton.cdiv(length * heads, rows),)](
-        x, out, gate, weight.contiguous(),
-        length * heads, 0 if gate is None else gate.stride(0), eps,
-        HEADS=heads, DIM=dim, PADDED=columns, ROWS=rows,
+        x, out, gate, weight.contiguous(), length * heads, gate_row, eps,
+        UNIT=unit, HEADS=heads, DIM=dim, PADDED=columns, ROWS=rows,
     )  # fmt: skip
 
 
@@ -650,7 +650,7 @@ def _apply(
                 tl.store(last_ptr + index * (DIM * VALUE_DIM) + at, rest, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "gate_row"])
 def _norm_gate(
     x_ptr,  # [T, HEADS, DIM], contiguous
     out_ptr,  # likewise, or x_ptr
@@ -659,6 +659,7 @@ def _norm_gate(
     count,  # T * HEADS
     gate_row,
     eps,
+    UNIT: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -672,7 +673,7 @@ def _norm_gate(
     out *= tl.rsqrt(tl.sum(out * out, axis=1) / DIM + eps)[:, None]
     out *= tl.load(weight_ptr + column, mask=column < DIM, other=0.0).to(tl.float32)
     if gate_ptr is not None:
-        gate_ptr += index // HEADS * gate_row + index % HEADS * DIM
+        gate_ptr += index // HEADS * gate_row * UNIT + index % HEADS * DIM
         out *= silu(tl.load(gate_ptr + column, mask=mask, other=0.0).to(tl.float32))
     tl.store(out_ptr + index * DIM + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common_triton import silu
-from .launch import dense_rows
+from .launch import dense_rows, in_units
 from .segments import blocks
 from .sequences import Sequences
 
@@ -37,8 +37,9 @@ def short_convolution(
     tokens = max(before, _TOKENS)  # only a sequence's first tile reaches back into its tail
     table = blocks(sequences, tokens)
     tiles = triton.cdiv(channels, _CHANNELS)
+    unit, (x_row,) = in_units(x.stride(0))
     _convolve[(tiles * len(table),)](
-        x, taps, table, tails, out, last, x.stride(0), taps.stride(0), channels, tiles,
+        x, taps, table, tails, out, last, x_row, taps.stride(0), channels, tiles, UNIT=unit,
         WIDTH=width, BEFORE=before, TOKENS=tokens, CHANNELS=_CHANNELS, num_warps=4,
     )  # fmt: skip
     return out, last
@@ -57,7 +58,7 @@ def short_convolution_step(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["x_row", "tiles"])
 def _convolve(
     x_ptr,  # [T, C]
     taps_ptr,  # [WIDTH, C]
@@ -69,12 +70,14 @@ def _convolve(
     taps_row,
     channels,
     tiles,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     BEFORE: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """A block of tokens of one sequence, in some channels."""
+    x_row *= UNIT
     table_ptr += tl.program_id(0) // tiles * 5
     first = tl.load(table_ptr)
     begin = tl.load(table_ptr + 1)
