@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import shutil
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from yoco_eval.reports.profile import Profile, ProfileRow
 from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.tokenizers import save_tokenizer
 
+FLA = Path(__file__).parents[1] / "data" / "fla"
 VOCABULARY = 320
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n"
@@ -43,6 +45,10 @@ def make_files(folder: Path) -> None:
         )
         model = Yoco(config).requires_grad_(False)
         _checkpoints(folder / "checkpoints", model, "window" if window else "retention")
+    for name in ("deltanet_bare", "deltanet_value_heads"):
+        fla = folder / "checkpoints" / f"fla-{name}"
+        shutil.copytree(FLA / name, fla, ignore=shutil.ignore_patterns("expected.pt"))
+        _letters(fla, json.loads((fla / "config.json").read_text())["vocab_size"])
     _tokenizers(folder / "tokenizers")
     _results(folder / "results")
     _profile(folder / "profiles")
@@ -95,11 +101,11 @@ def _tokenizers(folder: Path) -> None:
         (sentencepiece / f"{name.lower()}.model").write_bytes(proto.SerializeToString())
 
 
-def _letters(folder: Path) -> None:
-    """Writes a tokenizer of single letters with a chat template."""
-    tokens = ["<s>", "<pad>", "</s>", "<unk>", *map(chr, range(32, 127)), "th", "the"]
+def _letters(folder: Path, size: int = VOCABULARY) -> None:
+    """Writes a tokenizer of single letters with a chat template, and of `size` tokens at most."""
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *map(chr, range(32, 127)), "th", "the"][:size]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = [("t", "h"), ("th", "e")]
+    merges = [("t", "h"), ("th", "e")] if "the" in vocabulary else []
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
     tokenizer.decoder = decoders.Fuse()
