@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import shutil
 import os
+import shutil
 from pathlib import Path
 
 import torch
