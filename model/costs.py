@@ -56,6 +56,7 @@ class YocoCosts:
         mixing = max(mixer, attention.numbers(dtype))
         layers = layer_bytes(config.dim, config.hidden_dim, mixing, angles, dtype, chunk, device)
         cross = attention.bytes(dtype, length, chunk, fast)
+        layers += config.self_decoder.workspace_bytes(config.dim, fast)
         return max(layers, cross, logit_bytes(dtype, logits)) + OVERHEAD
 
     def prefill_operations(self, length: int) -> int:

@@ -107,7 +107,8 @@ def fla_weights(config: YocoConfig, weights: Mapping[str, Tensor]) -> dict[str, 
             taps.setdefault(found[1], {})[found[2]] = renamed.pop(name)
     for layer, parts in taps.items():
         if parts.keys() == {"q", "k", "v"}:
-            renamed[f"{layer}convolution"] = torch.cat([parts[part] for part in "qkv"])
+            stacked = torch.cat([parts[part] for part in "qkv"])  # [channels, 1, taps] each
+            renamed[f"{layer}convolution"] = stacked.flatten(1).T.contiguous()
         else:
             renamed |= {f"{layer}{part}_conv1d.weight": taps for part, taps in parts.items()}
     if isinstance(config.self_decoder, SlidingWindowSettings):

@@ -150,7 +150,7 @@ def _from_cache(name: str, revision: str | None, weights: bool, reason: str | Ex
         if isinstance(reason, str):
             raise CheckpointError(
                 f"{name}: no such path, and {where}, which alone counts where {reason}; check the "
-                "path, or download it once without"
+                "path, or download it once without that"
             )
         raise CheckpointError(
             f"{name}: no such path, {where}, and the hub gives no answer ({told}); check the path, "

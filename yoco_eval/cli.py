@@ -407,8 +407,9 @@ for their number; a difference is told only if significant at the 5 % level.""",
     convert.add_argument(
         "source",
         metavar="SRC",
-        help="a folder with params.json and checkpoint.pth, a fairseq training checkpoint, "
-        "a folder written by this command, or a name on the hub, org/name",
+        help="a folder with params.json and checkpoint.pth, a fairseq training checkpoint, a "
+        "folder of flash-linear-attention's or of this command's, the name of a bundled "
+        "checkpoint, or one on the hub, org/name",
     )
     convert.add_argument("destination", metavar="DST", help="the folder to write")
     _add_revision(convert, "SRC")
@@ -416,13 +417,14 @@ for their number; a difference is told only if significant at the 5 % level.""",
         "--tokenizer",
         metavar="PATH",
         help="a folder, tokenizer.json, SentencePiece *.model, *.tiktoken, tekken.json, "
-        "cl100k_base or o200k_base (default: the checkpoint's own)",
+        "cl100k_base, o200k_base, or a name on the hub (default: the checkpoint's own)",
     )
     convert.add_argument(
         "--max-length",
         type=as_argument(parse_length),
         metavar="N",
-        help="the longest context the checkpoint is meant for, in tokens: 65536, 64k, 1m",
+        help="the longest context the checkpoint is meant for, in tokens: 65536, 64k, 1m "
+        "(default: what it says)",
     )
     convert.add_argument(
         "--dtype",

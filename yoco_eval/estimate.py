@@ -81,7 +81,7 @@ def print_estimate(
     else:
         up_to = f"texts of up to {fitted.longest} tokens" if fitted.longest else "no text"
         console.print(
-            f"It does not fit; fed {fitted.chunk} tokens at a time, {up_to} would. Shorter texts, "
+            f"It does not fit. Fed {fitted.chunk} tokens at a time, {up_to} would. Shorter texts, "
             "a smaller chunk or dtype, or a device with more memory may help."
         )
     if result.prefill_seconds is not None and result.decode_tokens_per_second is not None:

@@ -95,17 +95,18 @@ class Settings:
         """Numbers for each token that all layers share, such as rotary angles."""
         return 0
 
-    def parameters(self, dim: int) -> int:
-        """Numbers in all weights of a layer's mixer."""
-        return sum(weight.numel() for weight in _weights(self, dim))
+    def workspace_bytes(self, dim: int, fast: bool) -> int:
+        """What a layer takes while tokens pass it, however many they are."""
+        return 0
 
     def operations(self, dim: int) -> int:
         """Floating-point operations of a layer's matrix products for each token."""
-        return sum(2 * weight.numel() for weight in _weights(self, dim) if weight.dim() == 2)
+        return _operations(self, dim)
 
 
 @cache
-def _weights(settings: Settings, dim: int) -> list[Tensor]:
-    """Of a layer's mixer, without memory."""
+def _operations(settings: Settings, dim: int) -> int:
+    """Of all linear maps of a layer's mixer."""
     with torch.device("meta"):
-        return list(settings.build(dim, eps=1e-5).parameters())
+        mixer = settings.build(dim, eps=1e-5)
+    return sum(2 * part.weight.numel() for part in mixer.modules() if isinstance(part, nn.Linear))

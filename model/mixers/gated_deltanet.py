@@ -23,6 +23,9 @@ from ..linear import Stack, linear
 from .contract import Mixer, Settings
 
 State = tuple[Tensor, Tensor]  # of the delta rule, and the convolution's tail
+# Programs that the kernels are cut into, two for each multiprocessor of the largest cards, with so
+# many channels of the values each.
+_PROGRAMS, _TILE = 300, 128
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,26 @@ class GatedDeltaNetSettings(Settings):
         return self.values * self.self_key_dim * max(dtype.itemsize, 4) + tail * dtype.itemsize
 
     def activations(self, dim: int, dtype: torch.dtype, fast: bool) -> int:
-        wide = max(dtype.itemsize, 4) // dtype.itemsize
+        wide, heads = max(dtype.itemsize, 4) // dtype.itemsize, self.n_self_value_heads
         mixed = 2 * self.keys + self.values
         # The norm's output, the projections, what the convolution makes of them, the output.
         numbers = dim + 2 * mixed + (2 if self.output_gate else 1) * self.values
-        # The states between chunks of 64 tokens; keys and values within them, as they are used.
-        numbers += self.values * self.self_key_dim // 64 * wide
-        numbers += self.n_self_value_heads * self.self_key_dim + self.values
+        # Of each chunk of 64 tokens the scores, the inverse in two parts, factors of the tokens.
+        numbers += heads * (192 + 16 // dtype.itemsize)
+        if fast and dtype == torch.float16:
+            numbers += 2 * (mixed + 2 * self.values)  # the rule runs in float32
         if not fast:
-            # Widened, normalised and repeated copies, and the chunks' systems of equations.
-            heads = self.n_self_value_heads
+            # Widened, normalised and repeated copies, the chunks' systems of equations, and the
+            # states between chunks.
             numbers += (8 * heads * self.self_key_dim + 8 * self.values + 256 * heads) * wide
-            numbers += 2 * self.values * self.self_key_dim // 64 * wide
+            numbers += 3 * self.values * self.self_key_dim // 64 * wide
         return numbers
+
+    def workspace_bytes(self, dim: int, fast: bool) -> int:
+        """Of segments that fill the card, the states after them and their transitions."""
+        tiles = -(-self.self_value_dim // _TILE)
+        segments = -(-_PROGRAMS // tiles) if fast else 0
+        return segments * 4 * self.self_key_dim * (self.self_key_dim + self.self_value_dim)
 
 
 class GatedDeltaNet(Mixer[State]):
@@ -113,9 +123,10 @@ class GatedDeltaNet(Mixer[State]):
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.out_norm = RMSNorm(settings.self_value_dim)
         if settings.convolution:
-            # As PyTorch's `conv1d` has it: of the queries', keys' and values' channels.
-            taps = torch.zeros(2 * keys + values, 1, settings.convolution)
-            taps[..., -1] = 1
+            # [taps, channels of queries, keys and values], as the kernel reads them; made so that
+            # nothing is convolved.
+            taps = torch.zeros(settings.convolution, 2 * keys + values)
+            taps[-1] = 1
             self.convolution = nn.Parameter(taps)
 
     def forward(
@@ -124,8 +135,7 @@ class GatedDeltaNet(Mixer[State]):
         before, tails = state or (None, None)
         mixed, gate, a, b = self._project(x, norm)
         if self.settings.convolution:
-            taps = self.convolution.squeeze(1)
-            mixed, tails = short_convolution(mixed, taps, sequences, tails, keep)
+            mixed, tails = short_convolution(mixed, self.convolution.T, sequences, tails, keep)
         else:
             mixed = F.silu(mixed)
             tails = mixed.new_empty(len(sequences.lengths), 0, mixed.shape[1])
@@ -155,7 +165,7 @@ class GatedDeltaNet(Mixer[State]):
         state, tail = memory
         mixed, gate, a, b = self._project(x, norm)
         if self.settings.convolution:
-            mixed = short_convolution_step(mixed, self.convolution.squeeze(1), tail)
+            mixed = short_convolution_step(mixed, self.convolution.T, tail)
         else:
             mixed = F.silu(mixed)
         q, k, v, a, b, gate = self._heads(mixed, gate, a, b)

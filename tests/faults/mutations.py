@@ -244,7 +244,9 @@ def _edited(data: Any, rng: Random) -> Any:
     elif kind == 3 and isinstance(parent, dict):
         parent[str(rng.choice(_VALUES))[:_BLOCK]] = rng.choice(_VALUES)
     elif kind == 4 and isinstance(parent[key], int | float):
-        parent[key] = rng.choice((-parent[key], parent[key] + 1, parent[key] / 2, parent[key] * 2))
+        number = parent[key]
+        half = number // 2 if isinstance(number, int) else number / 2  # of any size
+        parent[key] = rng.choice((-number, number + 1, half, number * 2))
     elif kind == 4 and isinstance(parent[key], str):
         parent[key] += rng.choice([value for value in _VALUES if isinstance(value, str)])
     elif kind == 5:

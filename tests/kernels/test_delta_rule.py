@@ -289,7 +289,10 @@ def test_triton_options(triton_version, close, dtype, device, changes):
 @pytest.mark.parametrize("beta", [0.001, 1.0, 2.0])
 def test_triton_extremes(triton_version, close, dtype, device, beta, decay):
     """Keys that are nearly one, in states that last, are overwritten or reflected, or vanish."""
-    args = packed([200 if ON_GPU else 70], 1, 1, 32, 32, dtype, device, states=1)
+    # Reflections that nothing fades keep every rounding of bfloat16, from chunk to chunk.
+    lasting = dtype == torch.bfloat16 and beta == 2 and decay < 0
+    length = 200 if ON_GPU and not lasting else 70
+    args = packed([length], 1, 1, 32, 32, dtype, device, states=1)
     args |= {"negative": True, "dt_bias": torch.full_like(args["dt_bias"], decay)}
     args["b"].fill_(torch.tensor(beta / 2).logit().clamp(max=30).item())
     args["k"].add_(3)

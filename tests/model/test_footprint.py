@@ -12,6 +12,7 @@ from yoco_eval.model import GatedRetentionSettings, SlidingWindowSettings, Yoco,
 from yoco_eval.model import costs as module
 from yoco_eval.model.costs import OVERHEAD, YocoCosts
 from yoco_eval.model.footprint import footprint
+from yoco_eval.model.mixers import GatedDeltaNetSettings
 from yoco_eval.model.shapes import SHAPES, set_random_weights
 
 
@@ -124,14 +125,21 @@ def test_attention_on_a_cpu(gap, dtype, live_bytes):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("window", [None, 1024])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        SHAPES["3b"].self_decoder,
+        SlidingWindowSettings(24, 1024),
+        GatedDeltaNetSettings(9, 9, 256, 512),
+        GatedDeltaNetSettings(6, 12, 128, 64, convolution=None, output_gate=False),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("chunk", [2112, 12672])
-def test_activations_on_a_gpu(window, chunk):
+def test_activations_on_a_gpu(mixer, chunk):
     """Not more than estimated, and not much less, of a chunk and of fewer tokens than are fused."""
     device = torch.device("cuda")
-    config = replace(SHAPES["3b"], n_layers=2, vocab_size=1000)
-    if window:
-        config = replace(config, self_decoder=SlidingWindowSettings(24, window))
+    config = replace(SHAPES["3b"], n_layers=2, vocab_size=1000, self_decoder=mixer)
     gc.collect()  # what is freed meanwhile would be missed
     model = Yoco.empty(config, device, torch.bfloat16)
     set_random_weights(model, 0)
