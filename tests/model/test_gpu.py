@@ -1,5 +1,7 @@
 """On a GPU, where Triton kernels and CUDA graphs take over: the same results as on the CPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,20 +10,28 @@ from yoco_eval.model import Sequences, Span, Spans, load
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+DATA = Path(__file__).parents[1] / "data"
+FOLDERS = sorted([*DATA.glob("published/*/"), *DATA.glob("fla/*/")])
+TOKENS = 60  # of the vocabulary of each
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def folder(request):
+    return request.param
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def pair(published, request):
+def pair(folder, request):
     """A model on the GPU and what it is compared with: itself in float64 on the CPU."""
-    fast = load(published, device="cuda", dtype=request.param)
-    exact = load(published, device="cpu", dtype=request.param).double()
+    fast = load(folder, device="cuda", dtype=request.param)
+    exact = load(folder, device="cpu", dtype=request.param).double()
     return fast, exact
 
 
 @pytest.fixture
 def ids():
     torch.manual_seed(0)
-    return torch.randint(90, (300,))
+    return torch.randint(TOKENS, (300,))
 
 
 def assert_near(output, reference, dtype):
@@ -33,7 +43,7 @@ def assert_near(output, reference, dtype):
 def test_prefill_of_many_tokens(pair):
     """So many that products are fused, in bfloat16 on Hopper."""
     torch.manual_seed(0)
-    ids = torch.randint(90, (5000,))
+    ids = torch.randint(TOKENS, (5000,))
     out, expected = (model.prefill(ids.to(model.device), model.new_cache(5000)) for model in pair)
     assert_near(out, expected, pair[0].dtype)
 
@@ -74,8 +84,8 @@ def test_decoding_under_a_graph(pair, ids, prompt):
 def test_packed_sequences(pair):
     fast, exact = pair
     torch.manual_seed(1)
-    texts = [torch.randint(90, (n,)) for n in (20, 133)]
-    rests = [torch.randint(90, (n,)) for n in (5, 70, 1)]
+    texts = [torch.randint(TOKENS, (n,)) for n in (20, 133)]
+    rests = [torch.randint(TOKENS, (n,)) for n in (5, 70, 1)]
     sources, cache = (1, 0, 1), fast.new_cache(300)
     device = cache.keys.device
     texts_packed = Sequences((20, 133), (0, 0), device)
@@ -99,10 +109,10 @@ def test_packed_sequences(pair):
 
 
 @torch.inference_mode()
-def test_float64_runs_the_references(published, ids):
+def test_float64_runs_the_references(folder, ids):
     """Which read lengths on the host, so that no graph can hold them."""
-    exact = load(published, device="cpu", dtype=torch.float64)
-    model = load(published, device="cuda", dtype=torch.float64)
+    exact = load(folder, device="cpu", dtype=torch.float64)
+    model = load(folder, device="cuda", dtype=torch.float64)
     cache, logits = model.new_cache(len(ids)), []
     model.prefill(ids[:200].cuda(), cache)
     decoder = model.decoder(cache)
