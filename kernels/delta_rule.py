@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .dispatch import run_triton, use_triton
 from .norm import LENGTH_EPS, rms_norm_reference
-from .sequences import Sequences
+from .sequences import Sequences, in_batches
 
 
 def gated_delta_rule(
@@ -101,31 +101,7 @@ def gated_delta_rule_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """`gated_delta_rule` in PyTorch, on any device and differentiable."""
     inputs = (*_unit(q, k, v.shape[1]), _wide(v), *_gates(a, b, a_log, dt_bias, negative))
-    if states is not None and sequences.sources is not None:
-        states = states[list(sequences.sources)]
-
-    # Sequences of equal length are a batch: one sequence, or n equal ones, are the common cases.
-    by_length: dict[int, list[int]] = {}
-    for i, length in enumerate(sequences.lengths):
-        by_length.setdefault(length, []).append(i)
-    if len(by_length) == 1:
-        batches = [x.unflatten(0, (len(sequences.lengths), -1)) for x in inputs]
-        out, last = _batch(states, *batches)
-        out = out.flatten(0, 1)
-    else:
-        tokens, outputs, lasts, members = [], [], [], []
-        offsets = torch.tensor(sequences.offsets[:-1], device=q.device)
-        for length, group in by_length.items():
-            rows = offsets[group][:, None] + torch.arange(length, device=q.device)
-            starts = None if states is None else states[group]
-            out, last = _batch(starts, *(x[rows] for x in inputs))
-            tokens.append(rows.flatten())
-            outputs.append(out.flatten(0, 1))
-            lasts.append(last)
-            members += group
-        out = torch.cat(outputs)[torch.cat(tokens).argsort()]
-        last = torch.cat(lasts)[torch.tensor(members).argsort().to(q.device)]
-
+    out, last = in_batches(_batch, sequences, states, inputs)
     return _norm_gate(out, gate, weight, eps).to(q.dtype), last if keep else None
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from .dispatch import run_triton, use_triton
 from .norm import rms_norm_reference
 from .rotary import rotate
-from .sequences import Sequences
+from .sequences import Sequences, in_batches
 
 GATE_TEMPERATURE = 16.0  # YOCO's
 
@@ -98,31 +98,7 @@ def gated_retention_reference(
     """`gated_retention` in PyTorch, on any device and differentiable."""
     k = _wide(k) * q.shape[-1] ** -0.5
     inputs = (q, k, _wide(v), _log_gate(gate, q.dtype, temperature))
-    if states is not None and sequences.sources is not None:
-        states = states[list(sequences.sources)]
-
-    # Sequences of equal length are a batch: one sequence, or n equal ones, are the common cases.
-    by_length: dict[int, list[int]] = {}
-    for i, length in enumerate(sequences.lengths):
-        by_length.setdefault(length, []).append(i)
-    if len(by_length) == 1:
-        batches = [x.unflatten(0, (len(sequences.lengths), -1)) for x in inputs]
-        out, last = _retain_batch(states, *batches)
-        out = out.flatten(0, 1)
-    else:
-        tokens, outputs, lasts, members = [], [], [], []
-        offsets = torch.tensor(sequences.offsets[:-1], device=q.device)
-        for length, group in by_length.items():
-            rows = offsets[group][:, None] + torch.arange(length, device=q.device)
-            starts = None if states is None else states[group]
-            out, last = _retain_batch(starts, *(x[rows] for x in inputs))
-            tokens.append(rows.flatten())
-            outputs.append(out.flatten(0, 1))
-            lasts.append(last)
-            members += group
-        out = torch.cat(outputs)[torch.cat(tokens).argsort()]
-        last = torch.cat(lasts)[torch.tensor(members).argsort().to(q.device)]
-
+    out, last = in_batches(_retain_batch, sequences, states, inputs)
     out = out.to(q.dtype) if swish is None else _norm_swish(out, swish, eps)
     return out, last if keep else None
 

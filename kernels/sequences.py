@@ -81,6 +81,46 @@ class Sequences(Packing):
         return tuple(ends)
 
 
+def in_batches(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    sequences: Sequences,
+    states: Tensor | None,
+    inputs: Iterable[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Runs what takes batches of sequences of one length over sequences of any lengths.
+
+    Args:
+        run: takes the states [n, ...] that n sequences continue, or None, and their inputs
+            [n, T, ...]; returns their outputs [n, T, ...] and the states after them [n, ...].
+        states: [m, ...], of which `sequences.sources` picks each sequence's; None stands for none.
+        inputs: [T, ...] each, packed.
+
+    Returns:
+        The outputs [T, ...], and the states after the sequences [n, ...].
+    """
+    inputs = list(inputs)
+    if states is not None and sequences.sources is not None:
+        states = states[list(sequences.sources)]
+    by_length: dict[int, list[int]] = {}
+    for i, length in enumerate(sequences.lengths):
+        by_length.setdefault(length, []).append(i)
+    if len(by_length) == 1:  # one sequence, or n equal ones, are the common cases
+        out, last = run(states, *(x.unflatten(0, (len(sequences.lengths), -1)) for x in inputs))
+        return out.flatten(0, 1), last
+    tokens, outputs, lasts, members = [], [], [], []
+    offsets = torch.tensor(sequences.offsets[:-1], device=inputs[0].device)
+    for length, group in by_length.items():
+        rows = offsets[group][:, None] + torch.arange(length, device=offsets.device)
+        starts = None if states is None else states[group]
+        out, last = run(starts, *(x[rows] for x in inputs))
+        tokens.append(rows.flatten())
+        outputs.append(out.flatten(0, 1))
+        lasts.append(last)
+        members += group
+    order = torch.tensor(members).argsort().to(offsets.device)
+    return torch.cat(outputs)[torch.cat(tokens).argsort()], torch.cat(lasts)[order]
+
+
 @dataclass(frozen=True, eq=False)
 class Step(Packing):
     """One token of each of B texts, as decoding feeds them.
