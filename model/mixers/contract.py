@@ -24,13 +24,15 @@ S = TypeVar("S", bound=MixerState)
 class Mixer(nn.Module, Generic[S]):
     """One layer's token mixing, of an input x [T, dim] that is not normed yet.
 
-    Both `forward` and `step` return x + mixing(RMSNorm(x) * norm).
+    Both `forward` and `step` return x + mixing(RMSNorm(x) * norm), in x's memory if they like where
+    no gradient is asked for. All tensors that a layer is made with are parameters: it is built on
+    the meta device, and buffers would stay there.
     """
 
     def forward(
         self, x: Tensor, norm: Tensor, sequences: Sequences, state: S | None, keep: bool
     ) -> tuple[Tensor, S | None]:
-        """Mixes packed tokens.
+        """Mixes packed tokens, with gradients where they are asked for.
 
         Args:
             x: [T, dim].
@@ -45,11 +47,18 @@ class Mixer(nn.Module, Generic[S]):
         raise NotImplementedError
 
     def memory(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Tensors that decoding one text changes in place, of whatever structure."""
+        """Tensors that decoding one text changes in place, of whatever structure; dtype is x's."""
         raise NotImplementedError
 
     def begin(self, memory: Any, state: S | None, length: int) -> None:
-        """Sets the memory to a text's state after `length` tokens; None: before the first."""
+        """Sets the memory to a text's state after `length` tokens.
+
+        It is called whenever decoding starts, again and again with one memory, which holds what
+        earlier steps have left there.
+
+        Args:
+            state: of this text alone, [1, ...] in each tensor. None: before the first token.
+        """
         raise NotImplementedError
 
     def step(self, x: Tensor, norm: Tensor, step: Step, memory: Any) -> Tensor:
@@ -61,8 +70,8 @@ class Mixer(nn.Module, Generic[S]):
 class Settings:
     """What a configuration file states of a kind of self-decoder, beside the model's width.
 
-    A kind's fields have the names under which files state them. ValueError in `__post_init__` or
-    `check` refuses them.
+    A kind's fields have the names under which files state them, beside those of `YocoConfig`, and
+    hold numbers, strings, booleans or None. ValueError in `__post_init__` or `check` refuses them.
     """
 
     kind: ClassVar[str]
@@ -80,11 +89,14 @@ class Settings:
         raise NotImplementedError
 
     def state_bytes(self, dim: int, dtype: torch.dtype) -> int:
-        """Of one layer's state of one text."""
+        """Of one layer's state of one text; `dtype` is that of x."""
         raise NotImplementedError
 
     def activations(self, dim: int, dtype: torch.dtype, fast: bool) -> int:
         """Numbers of `dtype` for each token at the widest point, beside the layer's input.
+
+        These are all tensors of T rows that are alive there, copies widened to float32 among them,
+        which count twice in bfloat16. What grows with the number of sequences is in `stages`.
 
         Args:
             fast: whether Triton kernels run, which keep less.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from toy_self_decoder import MovingAverageSettings
 
 from yoco_eval.model import Sequences, Span, Spans, Yoco, YocoConfig, load, save
 from yoco_eval.model.costs import OVERHEAD
@@ -40,7 +41,9 @@ MODELS = {
         GatedDeltaNetSettings(1, 2, 8, 8, convolution=None, output_gate=False),
         {},
     ),
+    "moving_average, a toy": (MovingAverageSettings(9), {"n_layers": 3, "n_self_layers": 2}),
 }
+pytestmark = pytest.mark.usefixtures("toy_kind")
 
 
 @pytest.fixture(params=MODELS)

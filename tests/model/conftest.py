@@ -1,0 +1,15 @@
+"""A kind of self-decoder that the product does not have."""
+
+import pytest
+from toy_self_decoder import MovingAverageSettings
+
+from yoco_eval.model import checkpoint
+from yoco_eval.model.mixers import KINDS
+
+
+@pytest.fixture
+def toy_kind(monkeypatch) -> type[MovingAverageSettings]:
+    """The toy, in the table of kinds, and its setting among those that checkpoints are read for."""
+    monkeypatch.setitem(KINDS, MovingAverageSettings.kind, MovingAverageSettings)
+    monkeypatch.setattr(checkpoint, "SETTINGS", checkpoint.SETTINGS | {"average_window"})
+    return MovingAverageSettings
