@@ -46,6 +46,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common_triton import load_head, sigmoid, silu, softplus
+from .dispatch import on_hopper
 from .launch import dense_rows, in_units, packed_heads, padded, programs
 from .norm import LENGTH_EPS
 from .segments import blocks, segments
@@ -85,7 +86,7 @@ def gated_delta_rule(
     a, b = dense_rows(a), dense_rows(b)
     if states is not None:
         states = states.contiguous()
-    config = _config(key_dim, value_dim, q.dtype)
+    config = _config(key_dim, value_dim, q.dtype, q.device)
     tiles = triton.cdiv(value_dim, config.block)
     rows = heads * tiles
     inner, scanned, table = sequences.table(
@@ -209,10 +210,16 @@ class _Config(NamedTuple):
     warps: int
 
 
-def _config(key_dim: int, value_dim: int, dtype: torch.dtype) -> _Config:
-    """In float32, which has no tensor cores here, small tiles keep the products compilable."""
+def _config(key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> _Config:
+    """In float32, which has no tensor cores here, small tiles keep the products compilable.
+
+    Hopper's matrix units take operands from shared memory; other cards' take all from registers,
+    which only half the columns fit.
+    """
     if dtype == torch.float32:
         return _Config(16, 16 if key_dim > 128 else min(32, padded(value_dim)), 4)
+    if not on_hopper(device):
+        return _Config(64, 64, 8) if key_dim > 64 else _Config(64, 32, 4)
     return _Config(64, 128, 8) if key_dim > 64 and value_dim > 64 else _Config(64, 64, 4)
 
 

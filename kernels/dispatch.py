@@ -40,6 +40,13 @@ def run_triton(fast: Callable[..., Result], x: Tensor, *args: Any) -> Result:
         return fast(x, *args)
 
 
+def on_hopper(device: torch.device) -> bool:
+    """Whether the device is a Hopper GPU, for whose matrix units some kernels are cut."""
+    # ROCm gives some AMD GPUs the same number.
+    nvidia = torch.version.hip is None and torch.cuda.is_available()
+    return nvidia and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None

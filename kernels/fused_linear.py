@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import run_triton, triton_takes, use_triton
+from .dispatch import on_hopper, run_triton, triton_takes, use_triton
 from .rotary import rotate
 from .swiglu import swiglu
 
@@ -97,7 +97,7 @@ def _fuses(tokens: int, width: int, dtype: torch.dtype, device: torch.device) ->
         and width % 8 == 0
         and triton_takes(device, dtype)
         and dtype != torch.float32
-        and _on_hopper(device)
+        and on_hopper(device)
         and _has_descriptors()
     )
 
@@ -110,12 +110,6 @@ def _described(x: Tensor, weight: Tensor, *angles: Tensor) -> bool:
         and all(len(part) == len(x) for part in angles)
         and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, weight, *angles))
     )
-
-
-def _on_hopper(device: torch.device) -> bool:
-    # ROCm gives some AMD GPUs the same number.
-    nvidia = torch.version.hip is None and torch.cuda.is_available()
-    return nvidia and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @cache

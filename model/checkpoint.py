@@ -27,7 +27,7 @@ from torch import Tensor
 
 from yoco_eval.printable import VALUE, listed, shortened, shown
 
-from .config import SETTINGS, YocoConfig
+from .config import YocoConfig, known_settings
 from .errors import CheckpointError
 from .fla import fla_config, fla_weights, is_fla
 from .hub import hub_commit, hub_folder, is_hub_name
@@ -247,7 +247,8 @@ def _native_config(file: Path) -> YocoConfig:
             f"{file}: is of another project's models of model_type 'yoco', with hidden_size in "
             "place of dim, which are not read; evaluate it with that project"
         )
-    return _config(file, {k: v for k, v in settings.items() if k in SETTINGS})
+    known = known_settings()
+    return _config(file, {k: v for k, v in settings.items() if k in known})
 
 
 def _params_config(file: Path) -> YocoConfig:
@@ -345,7 +346,7 @@ def _training_settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
     cfg = _as_dict(content.get("cfg"))
     model = _as_dict(cfg.get("model")) or _as_dict(content.get("args"))
     task = _as_dict(cfg.get("task"))
-    settings = {name: _plain(model[name]) for name in SETTINGS if name in model}
+    settings = {name: _plain(model[name]) for name in known_settings() if name in model}
     lengths = (group.get("tokens_per_sample") for group in (model, task))
     length = next((length for length in lengths if isinstance(length, int)), None)
     return {**settings, "max_seq_len": length} if settings and length is not None else settings

@@ -161,6 +161,7 @@ def _known(described: type) -> dict[str, bool]:
     return {field.name: field.default is MISSING for field in fields(described)}
 
 
-_ALL: list[type] = [YocoConfig, *KINDS.values()]
-# All names of settings that there are, whatever the kind of the self-decoder.
-SETTINGS = frozenset(name for described in _ALL for name in _known(described))
+def known_settings() -> set[str]:
+    """All names of settings that there are, whatever the kind of the self-decoder."""
+    described: list[type] = [YocoConfig, *KINDS.values()]
+    return {name for one in described for name in _known(one)}

@@ -115,7 +115,7 @@ def test_triton_more_tiles_than_programs(device, dtype, close, kernels, monkeypa
 @pytest.fixture
 def on_hopper(monkeypatch):
     monkeypatch.setattr(fused_linear, "triton_takes", lambda device, dtype: True)
-    monkeypatch.setattr(fused_linear, "_on_hopper", lambda device: True)
+    monkeypatch.setattr(fused_linear, "on_hopper", lambda device: True)
     monkeypatch.setattr(fused_linear, "_has_descriptors", lambda: True)
 
 
@@ -128,7 +128,7 @@ def test_kernels_where_they_pay(on_hopper, monkeypatch):
         assert rule(*case)
         for i, other in ((0, 2047), (1, 3076), (2, 100), (3, torch.float32)):
             assert not rule(*case[:i], other, *case[i + 1 :])
-    for reason in ("triton_takes", "_on_hopper", "_has_descriptors"):
+    for reason in ("triton_takes", "on_hopper", "_has_descriptors"):
         with monkeypatch.context() as patch:
             patch.setattr(fused_linear, reason, lambda *_: False)
             assert not any(rule(*case) for rule, case in rules.items())

@@ -3,13 +3,11 @@
 import pytest
 from toy_self_decoder import MovingAverageSettings
 
-from yoco_eval.model import checkpoint
 from yoco_eval.model.mixers import KINDS
 
 
 @pytest.fixture
 def toy_kind(monkeypatch) -> type[MovingAverageSettings]:
-    """The toy, in the table of kinds, and its setting among those that checkpoints are read for."""
+    """The toy, in the table of kinds."""
     monkeypatch.setitem(KINDS, MovingAverageSettings.kind, MovingAverageSettings)
-    monkeypatch.setattr(checkpoint, "SETTINGS", checkpoint.SETTINGS | {"average_window"})
     return MovingAverageSettings
