@@ -38,6 +38,13 @@ BUNDLED = Path(__file__).parent / "checkpoints"
 DEFAULT_CHECKPOINT = (BUNDLED / "DEFAULT").read_text(encoding="utf-8").strip()
 
 MODEL_TYPE = "yoco"
+# What Hugging Face's libraries write into any config.json, and says nothing about the model.
+_BOOKKEEPING = {
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+    "dtype", "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
+    "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
+    "return_dict", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
 _PARAMS = "params.json"
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -247,8 +254,7 @@ def _native_config(file: Path) -> YocoConfig:
             f"{file}: is of another project's models of model_type 'yoco', with hidden_size in "
             "place of dim, which are not read; evaluate it with that project"
         )
-    known = known_settings()
-    return _config(file, {k: v for k, v in settings.items() if k in known})
+    return _config(file, {k: v for k, v in settings.items() if k not in _BOOKKEEPING})
 
 
 def _params_config(file: Path) -> YocoConfig:
@@ -271,7 +277,10 @@ def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
     weights: dict[str, Tensor] = {}
     for file in _shards(folder / _INDEX) if (folder / _INDEX).exists() else [_WEIGHTS]:
         if not (folder / file).exists():
-            raise CheckpointError(f"{folder}: {file} is missing; copy the whole folder")
+            mend = "copy the whole folder"
+            if hub_commit(folder):
+                mend = "its download is not complete; download it once without HF_HUB_OFFLINE"
+            raise CheckpointError(f"{folder}: {file} is missing; {mend}")
         _check_regular(folder / file)
         try:
             weights |= load_file(folder / file)

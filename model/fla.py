@@ -6,6 +6,7 @@ Version 0.6.0 of that library has them as `fla.models.yoco`: Hugging Face folder
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yoco_eval.printable import shown
+from yoco_eval.printable import listed, shown
 
-from .checks import check_count, check_number
+from .checks import check_count, check_flag, check_number
 from .config import YocoConfig
 from .mixers import (
     GatedDeltaNetSettings,
@@ -25,6 +26,33 @@ from .mixers import (
 )
 
 _QUERY_NORM_EPS = 1e-5  # that norm's own default, whatever `norm_eps` is
+# All that version 0.6.0 writes; others' may change the model.
+_SELF_DECODER = {
+    "type", "mode", "use_gate", "expand_v", "use_short_conv", "allow_neg_eigval", "conv_size",
+    "head_dim", "num_heads", "num_v_heads", "window_size", "qkv_bias", "rope_theta",
+    "rope_inv_freq", "gate_logit_normalizer",
+}  # fmt: skip
+_CROSS_DECODER = {
+    "num_heads", "num_kv_heads", "qkv_bias", "qk_norm", "rope_theta", "rope_inv_freq",
+}  # fmt: skip
+_THEIRS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_self_layers": "num_self_decoder_layers",
+    "hidden_dim": "intermediate_size",
+    "n_attn_heads": "cross_decoder_attn's num_heads",
+    "n_attn_kv_heads": "num_kv_heads",
+    "n_self_heads": "self_decoder_attn's num_heads",
+    "n_self_kv_heads": "num_v_heads",
+    "n_self_value_heads": "num_v_heads",
+    "self_key_dim": "head_dim",
+    "self_value_dim": "head_dim * expand_v",
+    "self_rope_theta": "rope_theta",
+    "sliding_window": "window_size",
+    "convolution": "conv_size",
+    "gate_temperature": "gate_logit_normalizer",
+}
+_OURS = re.compile(r"\b(" + "|".join(_THEIRS) + r")\b")
 _NAMES = {
     "model.embeddings.": "embed_tokens.",
     "model.self_layers.": "self_decoder.layers.",
@@ -59,7 +87,8 @@ def fla_config(settings: Mapping[str, Any]) -> YocoConfig:
     """The configuration in a `config.json`; what it leaves out has that library's defaults.
 
     Raises:
-        ValueError: a setting is out of range, or of a part that is not known here.
+        ValueError: a setting is out of range, or unknown in one of the two tables, or of a part
+            that is not supported.
     """
     if settings.get("attnres_block_size") is not None:
         raise ValueError(
@@ -68,27 +97,31 @@ def fla_config(settings: Mapping[str, Any]) -> YocoConfig:
         )
     if settings.get("hidden_act", "swish") not in ("swish", "silu"):
         raise ValueError(f"hidden_act {shown(settings['hidden_act'])} is not 'swish'")
-    own = _table(settings, "self_decoder_attn")
-    cross = _table(settings, "cross_decoder_attn")
+    own = _table(settings, "self_decoder_attn", _SELF_DECODER)
+    cross = _table(settings, "cross_decoder_attn", _CROSS_DECODER)
     dim, heads = settings["hidden_size"], cross.get("num_heads", 32)
     check_count("hidden_size", dim, 2**17)
-    return YocoConfig(
-        dim=dim,
-        n_layers=settings.get("num_hidden_layers", 21),
-        n_self_layers=settings.get("num_self_decoder_layers", 10),
-        hidden_dim=_hidden(settings, dim),
-        n_attn_heads=heads,
-        n_attn_kv_heads=_given(cross, "num_kv_heads", heads),
-        vocab_size=settings.get("vocab_size", 32000),
-        self_decoder=_self_decoder(own),
-        rope_theta=cross.get("rope_theta", 10000.0),
-        rope_endpoint=_endpoint(cross),
-        norm_eps=settings.get("norm_eps", 1e-6),
-        query_norm_eps=_QUERY_NORM_EPS if cross.get("qk_norm", False) else None,
-        qkv_bias=cross.get("qkv_bias", False),
-        tied_embeddings=settings.get("tie_word_embeddings", False),
-        max_position_embeddings=settings.get("max_position_embeddings", 2048),
-    )
+    try:
+        return YocoConfig(
+            dim=dim,
+            n_layers=settings.get("num_hidden_layers", 21),
+            n_self_layers=settings.get("num_self_decoder_layers", 10),
+            hidden_dim=_hidden(settings, dim),
+            n_attn_heads=heads,
+            n_attn_kv_heads=_given(cross, "num_kv_heads", heads),
+            vocab_size=settings.get("vocab_size", 32000),
+            self_decoder=_self_decoder(own),
+            rope_theta=cross.get("rope_theta", 10000.0),
+            rope_endpoint=_endpoint(cross),
+            norm_eps=settings.get("norm_eps", 1e-6),
+            query_norm_eps=_QUERY_NORM_EPS if _flag(cross, "qk_norm") else None,
+            qkv_bias=_flag(cross, "qkv_bias"),
+            tied_embeddings=_flag(settings, "tie_word_embeddings"),
+            max_position_embeddings=settings.get("max_position_embeddings", 2048),
+        )
+    except ValueError as error:
+        # As the file has the names.
+        raise ValueError(_OURS.sub(lambda found: _THEIRS[found[0]], str(error))) from None
 
 
 def fla_weights(config: YocoConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,11 +139,12 @@ def fla_weights(config: YocoConfig, weights: Mapping[str, Tensor]) -> dict[str, 
         if found := _CONVOLUTION.fullmatch(name):
             taps.setdefault(found[1], {})[found[2]] = renamed.pop(name)
     for layer, parts in taps.items():
-        if parts.keys() == {"q", "k", "v"}:
+        alike = len({(part.dtype, part.shape[1:]) for part in parts.values()}) == 1
+        if parts.keys() == {"q", "k", "v"} and alike and parts["q"].dim() == 3:
             stacked = torch.cat([parts[part] for part in "qkv"])  # [channels, 1, taps] each
             renamed[f"{layer}convolution"] = stacked.flatten(1).T.contiguous()
         else:
-            renamed |= {f"{layer}{part}_conv1d.weight": taps for part, taps in parts.items()}
+            renamed |= {f"{layer}{part}_conv1d.weight": tap for part, tap in parts.items()}
     if isinstance(config.self_decoder, SlidingWindowSettings):
         head_dim = config.self_decoder.head_dim(config.dim)
         for name in renamed:
@@ -137,29 +171,41 @@ def _self_decoder(own: Mapping[str, Any]) -> Settings:
             self_rope_theta=theta,
             self_rope_endpoint=False,
             n_self_kv_heads=_given(own, "num_v_heads", heads),
-            self_qkv_bias=own.get("qkv_bias", False),
+            self_qkv_bias=_flag(own, "qkv_bias"),
         )
     if kind != "gated_deltanet":
         raise ValueError(f"self_decoder_attn type {shown(kind)} is not known here")
     width, expansion = own.get("head_dim", 256), own.get("expand_v", 2.0)
     check_count("head_dim", width, 2**16)
     check_number("expand_v", expansion, 1e-3, 1e3)
+    if not math.isclose(width * expansion, int(width * expansion), rel_tol=1e-5):
+        raise ValueError(f"head_dim {width} times expand_v {expansion} is no whole number")
     return GatedDeltaNetSettings(
         n_self_heads=heads,
         n_self_value_heads=_given(own, "num_v_heads", heads),
         self_key_dim=width,
         self_value_dim=int(width * expansion),
-        convolution=own.get("conv_size", 4) if own.get("use_short_conv", True) else None,
-        output_gate=own.get("use_gate", True),
-        negative_eigenvalues=own.get("allow_neg_eigval", False),
+        convolution=own.get("conv_size", 4) if _flag(own, "use_short_conv", True) else None,
+        output_gate=_flag(own, "use_gate", True),
+        negative_eigenvalues=_flag(own, "allow_neg_eigval"),
     )
 
 
-def _table(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _table(settings: Mapping[str, Any], name: str, known: set[str]) -> Mapping[str, Any]:
     table = _given(settings, name, {})
     if not isinstance(table, Mapping):
         raise ValueError(f"{name} is {shown(table)}, not an object")
+    if unknown := table.keys() - known:
+        raise ValueError(f"{name} has unknown settings: {listed(sorted(unknown))}")
     return table
+
+
+def _flag(settings: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """null is false, as it is there."""
+    value = settings.get(name, default)
+    if value is not None:
+        check_flag(name, value)
+    return bool(value)
 
 
 def _given(settings: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -198,7 +244,7 @@ def _renamed(name: str) -> str:
 
 def _neighbours(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of heads whose halves belong together, with what belongs together side by side."""
-    if len(weight) % head_dim:
+    if not weight.dim() or len(weight) % head_dim:
         return weight  # which will be refused for its shape
     halves = weight.unflatten(0, (-1, 2, head_dim // 2))
     return halves.transpose(1, 2).reshape(weight.shape)

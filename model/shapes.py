@@ -16,7 +16,7 @@ from .checkpoint import load_shape
 from .config import YocoConfig
 from .fla import fla_config
 from .interface import Blueprint, Config
-from .mixers import GatedRetentionSettings
+from .mixers import GatedRetentionSettings, Mixer
 from .transformer import Transformer, TransformerConfig
 from .yoco import Yoco
 
@@ -85,7 +85,7 @@ def transformer_beside(config: Config) -> Blueprint:
         ValueError: it is no YOCO model.
     """
     if not isinstance(config, YocoConfig):
-        raise ValueError("against=transformer: is for YOCO models; leave it out")
+        raise ValueError("--against transformer is for YOCO models; leave it out")
     plain = TransformerConfig.like(config)
     return Blueprint(plain, Transformer.costs_of(plain), _maker(partial(Transformer.empty, plain)))
 
@@ -102,11 +102,15 @@ def _maker(
 
 
 def set_random_weights(model: Yoco | Transformer, seed: int) -> None:
-    """Sets weights where they lie: matrices normal with deviation 0.02, norms' weights 1."""
+    """Sets weights where they lie: matrices normal with deviation 0.02, norms' weights 1, biases
+    0, and what else mixers have as they draw it."""
     generator = torch.Generator(model.device).manual_seed(seed)
     with torch.no_grad():
-        for weight in model.parameters():
+        for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 weight.normal_(0, 0.02, generator=generator)
             else:
-                weight.fill_(1)
+                weight.fill_(0 if name.endswith(".bias") else 1)
+        for module in model.modules():
+            if isinstance(module, Mixer):
+                module.draw(generator)

@@ -54,6 +54,7 @@ class TransformerConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     max_position_embeddings: int | None = None
+    tied_embeddings: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -75,6 +76,7 @@ class TransformerConfig:
             rope_theta=config.rope_theta,
             norm_eps=config.norm_eps,
             max_position_embeddings=config.max_position_embeddings,
+            tied_embeddings=config.tied_embeddings,
         )
 
 
@@ -89,7 +91,8 @@ class TransformerCosts:
         return self.config.dim, 2 * self.config.hidden_dim
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        embeddings = 2 * self.config.vocab_size * self.config.dim
+        embeddings = self.config.vocab_size * self.config.dim
+        embeddings *= 1 if self.config.tied_embeddings else 2
         layers = self.config.n_layers * count(_layer(self.config, torch.device("meta")))
         return (layers + embeddings + self.config.dim) * dtype.itemsize
 
@@ -123,7 +126,8 @@ class TransformerCosts:
         return config.n_layers * (2 * length * layer + 2 * length * (length + 1) * config.dim)
 
     def decode_bytes(self, dtype: torch.dtype, length: int) -> int:
-        embedding = (self.config.vocab_size - 1) * self.config.dim * dtype.itemsize
+        unread = 0 if self.config.tied_embeddings else self.config.vocab_size - 1
+        embedding = unread * self.config.dim * dtype.itemsize
         return self.weight_bytes(dtype) - embedding + self.cache_bytes(dtype, length)
 
     @property
@@ -185,6 +189,11 @@ class Transformer(nn.Module):
         self.layer_norm = RMSNorm(config.dim)
         self.output_projection = linear(config.dim, config.vocab_size)
         self.rotary = Rotary(config.head_dim, config.rope_theta)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tied_embeddings:
+            self.output_projection.weight = self.embed_tokens.weight
 
     @staticmethod
     def costs_of(config: TransformerConfig) -> TransformerCosts:
@@ -210,6 +219,7 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         allocate(model, device, dtype)
+        model._tie()
         return model.requires_grad_(False).eval()
 
     def new_cache(self, capacity: int) -> Cache:

@@ -231,7 +231,7 @@ class Engine:
                 yield step, walk
 
     def _outputs_long(self, step: Step, walk: _Walk, progress: Progress) -> Iterator[Tensor]:
-        """The model's output for the asked positions of a step's only item: [T, dim] at a time."""
+        """The model's output for the asked positions of a step's only item: [T, ...] at a time."""
         item = step.nodes[0].item
         walk.feed(item, item.first)
         for start in range(item.first, len(item.tokens), walk.chunk):
@@ -244,7 +244,7 @@ class Engine:
             progress(count)
 
     def _outputs_packed(self, step: Step, walk: _Walk, progress: Progress) -> Iterator[Tensor]:
-        """The model's output for the asked positions of all items of a step: one [T, dim]."""
+        """The model's output for the asked positions of all items of a step: one [T, ...]."""
         places, asked = self._feed_levels(step, walk)
         leaves = [leaf for node in step.nodes for leaf in node.leaves()]
         positions = np.concatenate([np.arange(leaf.item.first, leaf.end) for leaf in leaves])
@@ -339,7 +339,7 @@ class _Scores:
 
     Args:
         answers: from `_answers`.
-        outputs: the model's output [T, dim] at a time, for the items' asked positions in order.
+        outputs: the model's output [T, ...] at a time, for the items' asked positions in order.
         most: how many logits may exist at a time.
     """
 

@@ -90,7 +90,8 @@ def run_profile(
     on_gpu = where.type == "cuda"
     name = str(pretrained)
     if shape is not None:
-        name = f"{f'YOCO-{shape.upper()}' if shape in SHAPES else shape}, random weights"
+        sized = f"YOCO-{shape.upper()}" if shape[0].isdigit() else f"YOCO {shape}"
+        name = f"{sized if shape in SHAPES else shape}, random weights"
     if revision is not None:
         name += f" revision={revision}"
 

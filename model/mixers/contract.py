@@ -46,6 +46,10 @@ class Mixer(nn.Module, Generic[S]):
         """
         raise NotImplementedError
 
+    def draw(self, generator: torch.Generator) -> None:
+        """Draws weights that are neither matrices nor norms' nor biases, for models with random
+        weights: such that they cost what trained ones do."""
+
     def memory(self, device: torch.device, dtype: torch.dtype) -> Any:
         """Tensors that decoding one text changes in place, of whatever structure; dtype is x's."""
         raise NotImplementedError

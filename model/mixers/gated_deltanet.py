@@ -5,6 +5,7 @@ Gated Delta Networks, arXiv:2412.06464. Queries, keys and values pass a short co
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,7 +59,7 @@ class GatedDeltaNetSettings(Settings):
         if self.convolution is not None:
             check_count("convolution", self.convolution, 64)
             if self.convolution == 1:
-                raise ValueError("convolution must be 2 at least, or null where there is none")
+                raise ValueError("convolution must be at least 2, not 1")
         for name in ("output_gate", "negative_eigenvalues"):
             check_flag(name, getattr(self, name))
         check_multiple("n_self_value_heads", self.n_self_value_heads, self.n_self_heads)
@@ -128,6 +129,14 @@ class GatedDeltaNet(Mixer[State]):
             taps = torch.zeros(settings.convolution, 2 * keys + values)
             taps[-1] = 1
             self.convolution = nn.Parameter(taps)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """As flash-linear-attention does: per token, exp(a_log) is uniform in 0 to 16, and softplus
+        of dt_bias log-uniform in 0.001 to 0.1. States last for a few up to thousands of tokens."""
+        self.a_log.uniform_(1e-3, 16, generator=generator).log_()
+        low, high = math.log(1e-3), math.log(0.1)
+        steps = self.dt_bias.float().uniform_(low, high, generator=generator).exp()
+        self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus undone
 
     def forward(
         self, x: Tensor, norm: Tensor, sequences: Sequences, state: State | None, keep: bool

@@ -25,33 +25,24 @@ from .contract import Mixer, Settings
 
 
 @dataclass(frozen=True)
-class GatedRetentionSettings(Settings):
-    """Heads of dim / n_self_heads channels. YOCO, arXiv:2405.05254, section 3.1.
-
-    `gate_temperature` divides the gates' logarithms.
-    """
-
-    kind: ClassVar[str] = "gated_retention"
+class RetentionHeads(Settings):
+    """What both kinds of retention state: heads of dim / n_self_heads channels, and their rotary
+    embedding."""
 
     n_self_heads: int
     self_rope_theta: float = 10000.0
     self_rope_endpoint: bool = True
-    gate_temperature: float = GATE_TEMPERATURE
 
     def __post_init__(self) -> None:
         check_count("n_self_heads", self.n_self_heads, 2**16)
         check_number("self_rope_theta", self.self_rope_theta, 1, 1e30)
         check_flag("self_rope_endpoint", self.self_rope_endpoint)
-        check_number("gate_temperature", self.gate_temperature, 1e-3, 1e6)
 
     def check(self, dim: int) -> None:
         check_multiple("dim", dim, 2 * self.n_self_heads)
 
     def head_dim(self, dim: int) -> int:
         return dim // self.n_self_heads
-
-    def build(self, dim: int, eps: float) -> GatedRetention:
-        return GatedRetention(self, dim, eps)
 
     def state_bytes(self, dim: int, dtype: torch.dtype) -> int:
         return dim * self.head_dim(dim) * max(dtype.itemsize, 4)
@@ -71,11 +62,33 @@ class GatedRetentionSettings(Settings):
         return self.head_dim(dim)
 
 
+@dataclass(frozen=True)
+class GatedRetentionSettings(RetentionHeads):
+    """YOCO, arXiv:2405.05254, section 3.1. `gate_temperature` divides the gates' logarithms."""
+
+    kind: ClassVar[str] = "gated_retention"
+
+    gate_temperature: float = GATE_TEMPERATURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("gate_temperature", self.gate_temperature, 1e-3, 1e6)
+
+    def build(self, dim: int, eps: float) -> GatedRetention:
+        return GatedRetention(self, dim, eps, self.gate_temperature)
+
+
 class GatedRetention(Mixer[Tensor]):
-    def __init__(self, settings: GatedRetentionSettings, dim: int, eps: float) -> None:
+    def __init__(
+        self,
+        settings: RetentionHeads,
+        dim: int,
+        eps: float,
+        temperature: float = GATE_TEMPERATURE,
+    ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.eps = settings.n_self_heads, settings.head_dim(dim), eps
-        self.temperature = settings.gate_temperature
+        self.temperature = temperature
         self.rotary = Rotary(self.head_dim, settings.self_rope_theta, settings.self_rope_endpoint)
         self.q_proj = linear(dim, dim)
         self.k_proj = linear(dim, dim)

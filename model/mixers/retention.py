@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..linear import Stack
-from .gated_retention import GatedRetention, GatedRetentionSettings
+from .gated_retention import GatedRetention, RetentionHeads
 
 
 @dataclass(frozen=True)
-class RetentionSettings(GatedRetentionSettings):
+class RetentionSettings(RetentionHeads):
     """gamma = 1 - 2^(-5 - h) in head h. RetNet, arXiv:2307.08621, equation 8."""
 
     kind: ClassVar[str] = "retention"

@@ -427,6 +427,17 @@ def test_settings_of_a_training_checkpoint_may_be_anything(params, weights, tmp_
     assert "vocab_size must be a positive whole number, not 0" in fault(tmp_path)
 
 
+def test_a_setting_that_is_not_known_is_refused(published, tmp_path):
+    """Ignored, it could change the model; what Hugging Face's libraries add does not."""
+    save(load(published, device="cpu"), tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    added = {"torch_dtype": "float32", "transformers_version": "5.0.0", "eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(settings | added))
+    load(tmp_path, device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"head_norm": True}))
+    assert "unknown settings: head_norm" in fault(tmp_path)
+
+
 def test_bundled_checkpoint_by_name():
     config, _ = load_checkpoint("demo-64k")
     assert config.max_position_embeddings == 65536

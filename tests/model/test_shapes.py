@@ -1,15 +1,22 @@
 """Shapes by name and by file, and random weights for them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from yoco_eval.model import CheckpointError, GatedRetentionSettings, Yoco, YocoConfig
 from yoco_eval.model.checkpoint import BUNDLED, load_config
 from yoco_eval.model.costs import YocoCosts
-from yoco_eval.model.shapes import SHAPES, find_shape, set_random_weights
+from yoco_eval.model.shapes import (
+    SHAPES,
+    find_shape,
+    set_random_weights,
+    with_random_weights,
+)
 
 DATA = Path(__file__).parents[1] / "data"
 # Billions of parameters. YOCO-3B has 3.4: its vocabulary is a large one.
@@ -87,3 +94,13 @@ def test_what_is_no_shape(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match="not a YOCO checkpoint"):
         find_shape(str(tmp_path))
+
+
+def test_random_states_of_gated_deltanet_last():
+    """Else what they cost would be left out when it is measured."""
+    config = replace(SHAPES["fla-1.3b-gdn"], dim=64, hidden_dim=8, n_layers=2, n_self_layers=1)
+    config = replace(config, vocab_size=8, n_attn_heads=1, n_attn_kv_heads=1)
+    model = with_random_weights(config).make(torch.device("cpu"), torch.float32)
+    mixer = model.self_decoder.layers[0].mixer
+    decays = 64 * mixer.a_log.exp() * F.softplus(mixer.dt_bias)  # over a chunk
+    assert decays.min() < 20 and decays.max() < 64 * 16 * 0.11 and len(decays.unique()) == 6

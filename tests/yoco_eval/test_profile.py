@@ -210,7 +210,7 @@ def test_a_shape(small_model, monkeypatch):
     (row,) = result.rows
     assert row.model == "YOCO" and row.outcome == "measured"
     assert row.weights_bytes >= 4 * sum(p.numel() for p in small_model.parameters())
-    assert result.name == "YOCO-TINY, random weights" and result.dtype == "float32"
+    assert result.name == "YOCO tiny, random weights" and result.dtype == "float32"
 
 
 def test_a_shape_of_a_file(tmp_path):
