@@ -29,7 +29,7 @@ from yoco_eval.printable import VALUE, listed, shortened, shown
 
 from .config import YocoConfig, known_settings
 from .errors import CheckpointError
-from .fla import fla_config, fla_weights, is_fla
+from .fla import fla_config, fla_name, fla_weights, is_fla
 from .hub import hub_commit, hub_folder, is_hub_name
 from .interface import Blueprint
 from .yoco import Yoco
@@ -177,10 +177,10 @@ def load_checkpoint(
     Every weight is looked at once: none is NaN or infinite.
 
     Args:
-        path: a native folder (`config.json`, `model.safetensors` or shards with an index); a
-            published folder (`params.json`, `checkpoint.pth`); a fairseq checkpoint file, or a
-            folder that holds one `.pt` file; or the name of a bundled checkpoint, or of one on the
-            hub.
+        path: a native folder (`config.json`, `model.safetensors` or shards with an index), or one
+            of flash-linear-attention's; a published folder (`params.json`, `checkpoint.pth`); a
+            fairseq checkpoint file, or a folder that holds one `.pt` file; or the name of a bundled
+            checkpoint, or of one on the hub.
         dtype: what the weights are going to be converted to, which must not make any infinite.
         revision: of a name on the hub.
 
@@ -195,9 +195,11 @@ def load_checkpoint(
     if commit := hub_commit(folder):
         load_config(folder)  # says that it is of another model before weights are fetched
     path = resolve_checkpoint(path, commit, weights=True)
-    config, weights = _load_native(path) if _is_native(path) else _load_torch(_torch_file(path))
-    _check_names(path, config, weights)
-    _check_numbers(path, weights, dtype)
+    native = _is_native(path)
+    config, weights = _load_native(path) if native else _load_torch(_torch_file(path))
+    said = fla_name if native and is_fla(_read_json(path / _CONFIG)) else str
+    _check_names(path, config, weights, said)
+    _check_numbers(path, {said(name): weight for name, weight in weights.items()}, dtype)
     return config, weights
 
 
@@ -432,16 +434,21 @@ def _is_stored(file: Path) -> bool:
     )
 
 
-def _check_names(path: Path, config: YocoConfig, weights: Mapping[str, Tensor]) -> None:
-    """Refuses parameters that are not those of the configuration, in name and shape."""
+def _check_names(
+    path: Path, config: YocoConfig, weights: Mapping[str, Tensor], said: Callable[[str], str]
+) -> None:
+    """Refuses parameters that are not those of the configuration, in name and shape.
+
+    `said` gives the name that the file has for a parameter.
+    """
     expected = _expected_shapes(config)
     faults = []
-    if missing := [name for name in expected if name not in weights]:
+    if missing := [said(name) for name in expected if name not in weights]:
         faults.append(f"missing: {listed(missing)}")
-    if surplus := [name for name in weights if name not in expected]:
+    if surplus := [said(name) for name in weights if name not in expected]:
         faults.append(f"surplus: {listed(surplus)}")
     if wrong := [
-        f"{name} is {list(weights[name].shape)}, not {list(shape)}"
+        f"{said(name)} is {list(weights[name].shape)}, not {list(shape)}"
         for name, shape in expected.items()
         if name in weights and weights[name].shape != shape
     ]:

@@ -153,6 +153,14 @@ def fla_weights(config: YocoConfig, weights: Mapping[str, Tensor]) -> dict[str, 
     return renamed
 
 
+def fla_name(name: str) -> str:
+    """What that library calls a weight, given its name here."""
+    if found := _LAYER.fullmatch(name):
+        rest = found[2].replace("mixer.convolution", "mixer.{q,k,v}_conv1d.weight")
+        name = found[1] + _translated(rest, {ours: theirs for theirs, ours in _LAYER_NAMES.items()})
+    return _translated(name, {ours: theirs for theirs, ours in _NAMES.items()})
+
+
 def _self_decoder(own: Mapping[str, Any]) -> Settings:
     kind, heads = own.get("type", "gated_deltanet"), own.get("num_heads", 6)
     theta = own.get("rope_theta", 10000.0)
@@ -231,14 +239,16 @@ def _hidden(settings: Mapping[str, Any], dim: int) -> Any:
 
 
 def _renamed(name: str) -> str:
-    for theirs, ours in _NAMES.items():
-        if name.startswith(theirs):
-            name = ours + name.removeprefix(theirs)
-            break
-    if found := _LAYER.fullmatch(name):
-        for theirs, ours in _LAYER_NAMES.items():
-            if found[2].startswith(theirs):
-                return found[1] + ours + found[2].removeprefix(theirs)
+    name = _translated(name, _NAMES)
+    found = _LAYER.fullmatch(name)
+    return found[1] + _translated(found[2], _LAYER_NAMES) if found else name
+
+
+def _translated(name: str, beginnings: Mapping[str, str]) -> str:
+    """With another beginning, the first of those that it has."""
+    for beginning, other in beginnings.items():
+        if name.startswith(beginning):
+            return other + name.removeprefix(beginning)
     return name
 
 

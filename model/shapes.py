@@ -42,10 +42,10 @@ def _like_3b(dim: int, n_layers: int, hidden_dim: int) -> YocoConfig:
     )
 
 
-# 3b is the published model. The others of its kind are chosen here, for want of published ones: 7b
-# and 13b as wide and deep as LLaMA 7B and 13B (arXiv:2302.13971, table 2), 1.6b as Pythia 1.4B
-# (arXiv:2304.01373, table 1), whose vocabulary is half as large; feed-forward layers 8/3 times as
-# wide as the model, in multiples of 256. fla-1.3b-gdn is the configuration that
+# 3b is the published model. The others of its kind are chosen here, in the range of the paper's
+# scaling figures: 7b and 13b as wide and deep as LLaMA 7B and 13B (arXiv:2302.13971, table 2), 1.6b
+# as Pythia 1.4B (arXiv:2304.01373, table 1), whose vocabulary is half as large; feed-forward layers
+# 8/3 times as wide as the model, in multiples of 256. fla-1.3b-gdn is the configuration that
 # flash-linear-attention has by default, of 1.21e9 parameters.
 SHAPES = {
     "1.6b": _like_3b(2048, 24, 5632),

@@ -4,6 +4,7 @@ recurrence, and the Triton kernels against the reference in float64."""
 import pytest
 import torch
 import torch.nn.functional as F
+from arguments import in_float64
 
 from yoco_eval.kernels import delta_rule
 from yoco_eval.kernels.delta_rule import (
@@ -133,11 +134,6 @@ def packed(
         "negative": False,
         "keep": True,
     }
-
-
-def in_float64(args):
-    """The same arguments in float64."""
-    return {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in args.items()}
 
 
 def one_by_one(q, k, v, a, b, a_log, dt_bias, sequences, states, gate, weight, eps, negative, keep):

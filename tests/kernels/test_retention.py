@@ -4,6 +4,7 @@ and the Triton kernels against the reference in float64."""
 import pytest
 import torch
 import torch.nn.functional as F
+from arguments import in_float64
 
 from yoco_eval.kernels import retention
 from yoco_eval.kernels.norm import rms_norm_reference
@@ -136,17 +137,6 @@ def packed(
         "keep": True,
         "temperature": 16.0,
     }
-
-
-def in_float64(args):
-    """The same arguments in float64."""
-
-    def wide(x):
-        if isinstance(x, tuple):
-            return tuple(wide(part) for part in x)
-        return x.double() if isinstance(x, torch.Tensor) else x
-
-    return {name: wide(x) for name, x in args.items()}
 
 
 def one_by_one(q, k, v, gate, sequences, states, swish, eps, keep, temperature):

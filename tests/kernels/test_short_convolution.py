@@ -3,6 +3,7 @@ reference in float64."""
 
 import pytest
 import torch
+from arguments import in_float64
 
 from yoco_eval.kernels.sequences import Sequences
 from yoco_eval.kernels.short_convolution import (
@@ -91,11 +92,6 @@ def triton_version():
     from yoco_eval.kernels import short_convolution_triton
 
     return short_convolution_triton
-
-
-def in_float64(args):
-    """The same arguments in float64."""
-    return {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in args.items()}
 
 
 LENGTHS = [[1], [2, 40, 1, 3]]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from yoco_eval.convert import convert
 from yoco_eval.model import CheckpointError, load
 from yoco_eval.model.checkpoint import load_config
+from yoco_eval.model.fla import fla_name, fla_weights
 
 FOLDERS = sorted(Path(__file__).parents[1].glob("data/fla/*/"))
 
@@ -225,5 +226,27 @@ def test_damaged_weights_are_named(tmp_path, damage):
         "number": torch.tensor(1.0),
     }[damage]
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="q_conv1d|convolution"):
+    with pytest.raises(CheckpointError, match="model.self_layers.0.attn.({q,k,v}|q)_conv1d.weight"):
         load(folder, "cpu")
+
+
+def test_weights_have_that_library_s_names_where_they_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "fla")
+    for file in (tmp_path / "fla").glob("*.safetensors"):
+        weights = load_file(file)
+        names = {name for name in weights if "_conv1d" not in name}
+        save_file({name: weights[name].int() for name in names}, file)
+        with pytest.raises(CheckpointError) as caught:
+            load(tmp_path / "fla", "cpu")
+        said = str(caught.value)
+        assert "model.self_layers.0.attn.{q,k,v}_conv1d.weight" in said or "holds int32" in said
+        assert "self_decoder" not in said and "output_projection" not in said
+        shutil.copy(folder / file.name, file)
+
+
+def test_names_there_and_back(folder):
+    for file in folder.glob("*.safetensors"):
+        for name in load_file(file):
+            if "_conv1d" not in name:
+                ours = next(iter(fla_weights(load_config(folder), {name: torch.zeros(4, 4)})), None)
+                assert ours is None or (fla_name(ours) == name and ours != name)

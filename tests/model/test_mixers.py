@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from predicting import predictions
 from torch.utils._pytree import tree_leaves
 from toy_self_decoder import MovingAverageSettings
 
@@ -69,13 +70,6 @@ def model(request):
 @pytest.fixture
 def ids():
     return torch.randint(50, (LENGTH,), generator=torch.Generator().manual_seed(1))
-
-
-def predictions(model, x, cache):
-    """Logits of the last tokens of the cache's only text, whose rows x are."""
-    end = cache.state.length
-    spans = Spans((Span(0, len(x), 0, end, causal=True),))
-    return model.logits(model.predict(x, torch.arange(end - len(x), end), cache, spans))
 
 
 def same(a, b):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from predicting import predictions
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,14 +66,6 @@ def expected(model):
         hidden = F.silu(z @ w[f"{layer}.ffn.fc1.weight"].T) * (z @ w[f"{layer}.ffn.gate.weight"].T)
         x = x + hidden @ w[f"{layer}.ffn.fc2.weight"].T
     return norm(x, "layer_norm") @ w["output_projection.weight"].T
-
-
-def predictions(model, x, cache):
-    """Logits of the cache's last tokens, whose rows x are."""
-    end = cache.state.length
-    positions = torch.arange(end - len(x), end, device=x.device)
-    spans = Spans((Span(0, len(x), 0, end, causal=True),))
-    return model.logits(model.predict(x, positions, cache, spans))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50])

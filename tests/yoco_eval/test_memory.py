@@ -237,7 +237,7 @@ def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monke
         for p in (1, 2)
         for a in (3, 4)
     ]
-    need = fit(config, torch.float32, model.device, 350, loaded=True, tokens=10**6).need
+    need = fit(model.costs, torch.float32, model.device, 350, loaded=True, tokens=10**6).need
     left = 16 * 2**20
     monkeypatch.setattr(memory, "free_bytes", lambda device: round((need + left) / 0.95))
     results, peaks = [], []
