@@ -425,6 +425,7 @@ def test_triton_sliding_window(window, lengths, dtype, device, close, triton_ker
     check_window(triton_kernels, close, window, 64, sequences, past, dtype, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", HEAD_SIZES)
 def test_triton_sliding_window_head_sizes(dim, dtype, device, close, triton_kernels):
     if device == "cpu" and dtype != torch.float32:
@@ -433,6 +434,7 @@ def test_triton_sliding_window_head_sizes(dim, dtype, device, close, triton_kern
     check_window(triton_kernels, close, 30, dim, sequences, None, dtype, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [(4, 2), (4, 1), (6, 2)])
 def test_triton_sliding_window_groups(heads, dtype, device, close, triton_kernels):
     if device == "cpu" and dtype != torch.float32:
@@ -451,6 +453,7 @@ def test_triton_sliding_window_of_long_texts(length, dtype, device, close, trito
     check_window(triton_kernels, close, 1024, 128, sequences, past, dtype, sequences.device)
 
 
+@pytest.mark.slow
 def test_triton_takes_any_strides(device, dtype, triton_kernels, head_by_head):
     q, k, v = randn(3, 40, 2, 32, dtype=dtype, device=device)
     keys, values = randn(2, 2, 60, 32, dtype=dtype, device=device)

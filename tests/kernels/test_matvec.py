@@ -60,6 +60,7 @@ def test_gradients(device):
     assert first.any() and not torch.equal(first, x.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton(shape, device, dtype, close):
     pytest.importorskip("triton")

@@ -286,6 +286,7 @@ def test_triton(triton_version, close, dtype, device, dim, lengths, given):
     compare(triton_version, close, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"swish": None}, {"keep": False, "temperature": 3.0}], ids=str)
 def test_triton_options(triton_version, close, dtype, device, changes):
     compare(triton_version, close, packed([200, 7], 1, 64, dtype, device) | changes)
@@ -330,6 +331,7 @@ def test_triton_sums_leave_out_what_has_decayed(triton_version, close, dtype, de
     close(out[1216:], expected[1216:])
 
 
+@pytest.mark.slow
 def test_triton_constant_gate(triton_version, close, dtype, device):
     args = packed([130], 2, 16, dtype, device, states=1)
     compare(triton_version, close, args | {"gate": constant_gate(DECAYS[::23], 130, device)})

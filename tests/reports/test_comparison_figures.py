@@ -129,6 +129,7 @@ def test_curves(full):
     assert [line.get_ydata()[0] for line in loss.lines] == [3.0, 2.0, 1.0]
 
 
+@pytest.mark.slow
 def test_long_names_are_told_apart(tmp_path):
     folders = [
         write(tmp_path / f"yoco-3b-pretrained-step-{k}000-lr-3e-4", needle_results(lambda *_: 1.0))
@@ -138,6 +139,7 @@ def test_long_names_are_told_apart(tmp_path):
     assert [ax.texts[-2].get_text() for ax in maps] == ["…9000…", "…10000…"]
 
 
+@pytest.mark.slow
 def test_many_checkpoints_stand_at_their_lengths(tmp_path):
     """However many there are and however close the lengths, points stay by their length."""
     lengths = [4096, 6144, 8192, 12288, 16384, 2**19, 3 * 2**18, 2**20]

@@ -209,6 +209,7 @@ def test_lines():
     assert figure.axes[2].get_ylim()[0] == 0
 
 
+@pytest.mark.slow
 def test_words_hang_above_the_lines():
     figure = profile_figure(PROFILE)
     figure.draw_without_rendering()

@@ -162,6 +162,7 @@ def test_prompts_are_those_of_lm_eval(data, monkeypatch):
 # Scores
 
 
+@pytest.mark.slow
 def test_whole_group(data, answerer):
     paths = [TASKS, Path(lm_eval.tasks.__file__).parent / "babilong"]
     settings = {"context_lengths": ["0k", "1k", "1M"], "max_length": "1m", "data": data}

@@ -22,6 +22,7 @@ def test_millions_of_tokens_without_a_repeated_paragraph(long_text):
     assert len(set(paragraphs)) == len(paragraphs)
 
 
+@pytest.mark.slow
 def test_nothing_in_it_is_taken_for_a_needle(long_text):
     words = set(re.findall(r"\w+", long_text))
     assert not words & set(" ".join(CITIES).split())

@@ -298,6 +298,7 @@ def check(scores, task, logits_of, encode):
     assert scores.keys() == {*pooled, "bits_per_byte"}
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_one_pass(settings, monkeypatch):
     """And cost it: no token of a document is fed twice."""
     model = YocoLM(dtype="float64", device="cpu")

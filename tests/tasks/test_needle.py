@@ -157,6 +157,7 @@ def test_short_haystack_file(tmp_path):
 # Documents
 
 
+@pytest.mark.slow
 def test_default_grid_fits_its_context_lengths(tokenizers):
     task = load()
     assert len(task.eval_docs) == 5 * 11 * 2
