@@ -345,6 +345,44 @@ def _at(column, first, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
+def _load_state(
+    ptr,  # float32 [ROWS, COLUMNS]
+    column,
+    SPLIT: tl.constexpr,
+    PART: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Some columns of a state, transposed; of one that is split, its two parts."""
+    at, mask = _at(column, 0, PART, ROWS, COLUMNS)
+    state = tl.load(ptr + at, mask=mask, other=0.0)
+    rest = tl.zeros_like(state)
+    if SPLIT:
+        at, mask = _at(column, PART, PART, ROWS, COLUMNS)
+        rest = tl.load(ptr + at, mask=mask, other=0.0)
+    return state, rest
+
+
+@triton.jit
+def _store_state(
+    ptr,
+    state,
+    rest,
+    column,
+    SPLIT: tl.constexpr,
+    PART: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """What `_load_state` loads."""
+    at, mask = _at(column, 0, PART, ROWS, COLUMNS)
+    tl.store(ptr + at, state, mask=mask)
+    if SPLIT:
+        at, mask = _at(column, PART, PART, ROWS, COLUMNS)
+        tl.store(ptr + at, rest, mask=mask)
+
+
+@triton.jit
 def _factor(factors, index):
     """One of the factors [CHUNK, 4] of a chunk's tokens.
 
@@ -440,11 +478,8 @@ def _sum_segments(
     elif states_ptr is not None:
         if (before < 0) & is_whole:
             index = tl.load(table_ptr + segment * 4 + 3).to(tl.int64) * HEADS + head
-            at, mask = _at(column, 0, PART, DIM, VALUE_DIM)
-            state = tl.load(states_ptr + index * (DIM * VALUE_DIM) + at, mask=mask, other=0.0)
-            if SPLIT:
-                at, mask = _at(column, PART, PART, DIM, VALUE_DIM)
-                rest = tl.load(states_ptr + index * (DIM * VALUE_DIM) + at, mask=mask, other=0.0)
+            at = states_ptr + index * (DIM * VALUE_DIM)
+            state, rest = _load_state(at, column, SPLIT, PART, DIM, VALUE_DIM)
 
     for start in range(begin, end, CHUNK):
         k_mask = every & (channel < DIM)[None, :]
@@ -474,19 +509,13 @@ def _sum_segments(
 
     index = segment.to(tl.int64) * HEADS + head
     if writes:
-        at, mask = _at(column, 0, PART, DIM, VALUE_DIM)
-        tl.store(sums_ptr + index * (DIM * VALUE_DIM) + at, state, mask=mask)
-        if SPLIT:
-            at, mask = _at(column, PART, PART, DIM, VALUE_DIM)
-            tl.store(sums_ptr + index * (DIM * VALUE_DIM) + at, rest, mask=mask)
+        at = sums_ptr + index * (DIM * VALUE_DIM)
+        _store_state(at, state, rest, column, SPLIT, PART, DIM, VALUE_DIM)
         if tile == 0:
             tl.store(whole_ptr + index, is_whole.to(tl.int32))
     elif begin < end:
-        at, mask = _at(column, 0, PART, DIM, DIM)
-        tl.store(transitions_ptr + index * (DIM * DIM) + at, state, mask=mask)
-        if SPLIT:
-            at, mask = _at(column, PART, PART, DIM, DIM)
-            tl.store(transitions_ptr + index * (DIM * DIM) + at, rest, mask=mask)
+        at = transitions_ptr + index * (DIM * DIM)
+        _store_state(at, state, rest, column, SPLIT, PART, DIM, DIM)
 
 
 @triton.jit(do_not_specialize=["scans"])
@@ -583,18 +612,12 @@ def _apply(
     rest = tl.zeros((BLOCK, PART), tl.float32)
     if before >= 0:
         index = before.to(tl.int64) * HEADS + head
-        at, mask = _at(column, 0, PART, DIM, VALUE_DIM)
-        state = tl.load(starts_ptr + index * (DIM * VALUE_DIM) + at, mask=mask, other=0.0)
-        if SPLIT:
-            at, mask = _at(column, PART, PART, DIM, VALUE_DIM)
-            rest = tl.load(starts_ptr + index * (DIM * VALUE_DIM) + at, mask=mask, other=0.0)
+        at = starts_ptr + index * (DIM * VALUE_DIM)
+        state, rest = _load_state(at, column, SPLIT, PART, DIM, VALUE_DIM)
     elif states_ptr is not None:
         index = tl.load(table_ptr + segment * 4 + 3).to(tl.int64) * HEADS + head
-        at, mask = _at(column, 0, PART, DIM, VALUE_DIM)
-        state = tl.load(states_ptr + index * (DIM * VALUE_DIM) + at, mask=mask, other=0.0)
-        if SPLIT:
-            at, mask = _at(column, PART, PART, DIM, VALUE_DIM)
-            rest = tl.load(states_ptr + index * (DIM * VALUE_DIM) + at, mask=mask, other=0.0)
+        at = states_ptr + index * (DIM * VALUE_DIM)
+        state, rest = _load_state(at, column, SPLIT, PART, DIM, VALUE_DIM)
 
     of_head = head.to(tl.int64) * length
     plane = tl.cast(length, tl.int64) * HEADS
@@ -650,11 +673,8 @@ def _apply(
     if last_ptr is not None:
         if segment >= inner:
             index = (segment - inner).to(tl.int64) * HEADS + head
-            at, mask = _at(column, 0, PART, DIM, VALUE_DIM)
-            tl.store(last_ptr + index * (DIM * VALUE_DIM) + at, state, mask=mask)
-            if SPLIT:
-                at, mask = _at(column, PART, PART, DIM, VALUE_DIM)
-                tl.store(last_ptr + index * (DIM * VALUE_DIM) + at, rest, mask=mask)
+            at = last_ptr + index * (DIM * VALUE_DIM)
+            _store_state(at, state, rest, column, SPLIT, PART, DIM, VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=["count", "gate_row"])
