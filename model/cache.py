@@ -16,20 +16,24 @@ from .mixers import MixerState
 
 
 @dataclass(frozen=True)
-class SelfState:
-    """States of a self-decoder after `lengths` tokens of n texts.
-
-    `layers` holds those of the layers' mixers; None before the first token.
-    """
+class TextState:
+    """Of n texts after `lengths` tokens."""
 
     lengths: tuple[int, ...]
-    layers: tuple[MixerState | None, ...]
 
     @property
     def length(self) -> int:
         """Tokens of the only text."""
         (length,) = self.lengths
         return length
+
+
+@dataclass(frozen=True)
+class SelfState(TextState):
+    """States of a self-decoder: `layers` holds those of the layers' mixers; None before the first
+    token."""
+
+    layers: tuple[MixerState | None, ...]
 
 
 class KeyValueCache(Generic[S]):

@@ -195,9 +195,11 @@ def load_checkpoint(
     if commit := hub_commit(folder):
         load_config(folder)  # says that it is of another model before weights are fetched
     path = resolve_checkpoint(path, commit, weights=True)
-    native = _is_native(path)
-    config, weights = _load_native(path) if native else _load_torch(_torch_file(path))
-    said = fla_name if native and is_fla(_read_json(path / _CONFIG)) else str
+    said: Callable[[str], str] = str
+    if _is_native(path):
+        config, weights, said = _load_native(path)
+    else:
+        config, weights = _load_torch(_torch_file(path))
     _check_names(path, config, weights, said)
     _check_numbers(path, {said(name): weight for name, weight in weights.items()}, dtype)
     return config, weights
@@ -274,7 +276,8 @@ def _config(
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
+def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor], Callable[[str], str]]:
+    """With what the files call a weight, given its name here."""
     config = _native_config(folder / _CONFIG)
     weights: dict[str, Tensor] = {}
     for file in _shards(folder / _INDEX) if (folder / _INDEX).exists() else [_WEIGHTS]:
@@ -289,8 +292,8 @@ def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor]]:
         except Exception as error:  # the reader raises whatever a damaged file leads it to
             raise _damaged(folder / file, error) from error
     if is_fla(_read_json(folder / _CONFIG)):
-        weights = fla_weights(config, weights)
-    return config, weights
+        return config, fla_weights(config, weights), fla_name
+    return config, weights, str
 
 
 def _shards(index: Path) -> list[str]:

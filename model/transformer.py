@@ -8,9 +8,8 @@ through all of them: only the output projection is left to the tokens whose pred
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +27,7 @@ from yoco_eval.kernels.rotary import Angles, rotate
 from yoco_eval.kernels.sequences import Sequences, Span, Spans
 
 from . import costs
-from .cache import KeyValueCache
+from .cache import KeyValueCache, TextState
 from .config import YocoConfig
 from .decoder import Decoder
 from .interface import count
@@ -93,7 +92,7 @@ class TransformerCosts:
     def weight_bytes(self, dtype: torch.dtype) -> int:
         embeddings = self.config.vocab_size * self.config.dim
         embeddings *= 1 if self.config.tied_embeddings else 2
-        layers = self.config.n_layers * count(_layer(self.config, torch.device("meta")))
+        layers = self.config.n_layers * _layer_numbers(self.config)
         return (layers + embeddings + self.config.dim) * dtype.itemsize
 
     def cache_bytes(self, dtype: torch.dtype, length: int) -> int:
@@ -137,22 +136,13 @@ class TransformerCosts:
 
 
 @dataclass(frozen=True)
-class Places:
+class Places(TextState):
     """What a Transformer remembers of n texts: where in the cache their tokens lie.
 
-    Attributes:
-        lengths: tokens of each.
-        spans: of each, the stretches (first, end) of the cache, in the order of its tokens.
+    `spans` holds, of each, the stretches (first, end) of the cache, in the order of its tokens.
     """
 
-    lengths: tuple[int, ...]
     spans: tuple[tuple[tuple[int, int], ...], ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the only text."""
-        (length,) = self.lengths
-        return length
 
 
 Cache = KeyValueCache[Places]
@@ -302,11 +292,15 @@ class Transformer(nn.Module):
         return x
 
 
-def _layer(
-    config: TransformerConfig, device: torch.device | None = None
-) -> DecoderLayer[Attention]:
-    with device or nullcontext():
-        return DecoderLayer(config.dim, config.hidden_dim, config.norm_eps, Attention(config))
+def _layer(config: TransformerConfig) -> DecoderLayer[Attention]:
+    return DecoderLayer(config.dim, config.hidden_dim, config.norm_eps, Attention(config))
+
+
+@cache
+def _layer_numbers(config: TransformerConfig) -> int:
+    """In all weights of a layer; a plan asks for them again and again."""
+    with torch.device("meta"):
+        return count(_layer(config))
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
