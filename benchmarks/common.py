@@ -74,6 +74,32 @@ def measure(run: Callable[[], object], repeats: int = 20) -> float:
     return median(start.elapsed_time(end) for start, end in events) / 1000
 
 
+def graphed(
+    step: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, before: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """A run of `step` with each of the states, which it changes, as one CUDA graph.
+
+    The states are first set to what they were before.
+    """
+
+    def steps() -> torch.Tensor:
+        for state in states:
+            out = step(state)
+        return out
+
+    steps()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = steps()
+
+    def replay() -> torch.Tensor:
+        states.copy_(before)
+        graph.replay()
+        return out
+
+    return replay
+
+
 def in_turns(forms: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
     """Median GPU time in seconds of one run of each form.
 

@@ -25,6 +25,7 @@ from common import (
     copy_bandwidth,
     count,
     environment,
+    graphed,
     measure,
     report,
     require_gpu,
@@ -138,27 +139,12 @@ def step(
     q, k, v, gate, *rest, weight = inputs(1, shape, device)
     states = torch.randn(STEPS, 1, *shape, device=device)
 
-    def graphed(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        def steps() -> Tensor:
-            for state in states:
-                out = function(q, k, v, *rest, state, gate, weight)
-            return out
-
-        steps()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = steps()
-
-        def replay() -> Tensor:
-            states.copy_(before)
-            graph.replay()
-            return out
-
-        return replay
-
     before = states.clone()
     reset = measure(lambda: states.copy_(before))
-    kernel, reference = graphed(gated_delta_rule_step), graphed(gated_delta_rule_step_reference)
+    kernel, reference = (
+        graphed(lambda state, f=function: f(q, k, v, *rest, state, gate, weight), states, before)
+        for function in (gated_delta_rule_step, gated_delta_rule_step_reference)
+    )
     moved, operations = 2 * states[0].nbytes + q.nbytes + 4 * v.nbytes, 7 * states[0].numel()
     result = row(case, kernel, reference, None, moved / rates[0], operations / rates[1])
     for name in ("kernel ms", "reference ms"):

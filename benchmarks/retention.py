@@ -19,7 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import context_length, copy_bandwidth, environment, measure, report, require_gpu
+from common import (
+    context_length,
+    copy_bandwidth,
+    environment,
+    graphed,
+    measure,
+    report,
+    require_gpu,
+)
 from torch import Tensor
 
 from yoco_eval.kernels.retention import (
@@ -92,27 +100,12 @@ def step(bandwidth: float, device: torch.device) -> dict[str, str | float | None
     states = torch.randn(STEPS, 1, HEADS, DIM, DIM, device=device)
     moved = 2 * states[0].nbytes + 5 * q.nbytes
 
-    def graphed(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        def steps() -> Tensor:
-            for state in states:
-                out = function(q, k, v, gate, state, angles, swish)
-            return out
-
-        steps()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = steps()
-
-        def replay() -> Tensor:
-            states.copy_(before)
-            graph.replay()
-            return out
-
-        return replay
-
     before = states.clone()
     reset = measure(lambda: states.copy_(before))
-    kernel, reference = graphed(gated_retention_step), graphed(gated_retention_step_reference)
+    kernel, reference = (
+        graphed(lambda state, f=function: f(q, k, v, gate, state, angles, swish), states, before)
+        for function in (gated_retention_step, gated_retention_step_reference)
+    )
     result = row("1 token", kernel, reference, None, moved / bandwidth)
     for name in ("kernel", "reference"):
         result[f"{name} ms"] = (result[f"{name} ms"] - reset * 1e3) / STEPS
