@@ -1,4 +1,5 @@
-"""Memory, prefill time and decode speed by context length: what was measured, and its tables.
+"""Memory, prefill time, decode speed and throughput by context length: what was measured, and its
+tables.
 
 A profile is of one model, or of one and another that it is compared with. What could not be
 measured, for want of memory or patience, is said where its figure would stand.
@@ -7,6 +8,7 @@ measured, for want of memory or patience, is said where its figure would stand.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,41 @@ from yoco_eval.printable import VALUE, one_line, shown
 from .results import ResultsError, read_json
 
 MEASURED, OUT_OF_MEMORY, OUT_OF_PATIENCE = "measured", "out of memory", "out of patience"
+OUTCOMES = (MEASURED, OUT_OF_MEMORY, OUT_OF_PATIENCE)
 
 KIND = "yoco-eval profile"  # stands in the JSON
 LONGEST = 79  # letters of a name
 _MOST = 10**15  # of whatever is measured
 GIB, MIB = 2**30, 2**20
 AT_LEAST = "≥"  # before a gain that is a lower bound
+BATCHES = (1, 8, 64)  # whose throughput is told, beside that of the largest batch
+CONTEXTS = {False: "distinct contexts", True: "one shared context"}  # by whether it is shared
+
+# What a profile is about: fields or properties of its rows.
+PEAK, PREFILL, DECODE = "peak_bytes", "prefill_seconds", "decode_tokens_per_second"
+THROUGHPUT = {False: "distinct_tokens_per_second", True: "shared_tokens_per_second"}
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Of a batch of texts that decode side by side, two at least.
+
+    batch: how many.
+    shared: whether all continue one context, which is kept and read once; else each has its own.
+    outcome: as of a row; what did not fit, or took too long, and larger ones were not tried.
+    tokens_per_second: of all texts together.
+    """
+
+    batch: int
+    shared: bool
+    outcome: str
+    tokens_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, "batch", lambda found: _is_count(found) and found > 1)
+        _check(self, "shared", lambda found: isinstance(found, bool))
+        _check(self, "outcome", OUTCOMES.__contains__)
+        _check(self, "tokens_per_second", _is_figure, optional=self.outcome != MEASURED)
 
 
 @dataclass(frozen=True)
@@ -37,6 +68,7 @@ class ProfileRow:
     peak_bytes: the most that was allocated; None on a CPU.
     prefill_seconds: until the first prediction.
     decode_tokens_per_second: after `length` tokens, one text at a time.
+    throughput: of batches of such texts.
     """
 
     model: str
@@ -47,17 +79,20 @@ class ProfileRow:
     peak_bytes: int | None = None
     prefill_seconds: float | None = None
     decode_tokens_per_second: float | None = None
+    throughput: tuple[Throughput, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self, "model", _is_text)
         _check(self, "length", _is_count)
-        _check(self, "outcome", (MEASURED, OUT_OF_MEMORY, OUT_OF_PATIENCE).__contains__)
+        _check(self, "outcome", OUTCOMES.__contains__)
         for name in ("weights_bytes", "cache_bytes", "peak_bytes"):
             _check(self, name, _is_count, optional=True)
         for name in ("prefill_seconds", "decode_tokens_per_second"):
             _check(self, name, _is_figure, optional=True)
         if self.peak_bytes is not None and None in (self.weights_bytes, self.cache_bytes):
             raise ResultsError("peak_bytes without weights_bytes and cache_bytes")
+        if len({(one.batch, one.shared) for one in self.throughput}) < len(self.throughput):
+            raise ResultsError("throughput of one batch twice")
 
     @property
     def weights_and_cache(self) -> int | None:
@@ -73,6 +108,29 @@ class ProfileRow:
         if self.peak_bytes is not None and self.weights_and_cache is not None:
             rest = self.peak_bytes - self.weights_and_cache
         return [self.weights_bytes, self.cache_bytes, rest]
+
+    def speeds(self, shared: bool) -> dict[int, float]:
+        """Tokens per second by batch size, ascending; none where no batches were tried."""
+        tried = [one for one in self.throughput if one.shared == shared]
+        speeds = {one.batch: one.tokens_per_second for one in tried}
+        if tried:
+            speeds[1] = self.decode_tokens_per_second
+        return {batch: speed for batch, speed in sorted(speeds.items()) if speed is not None}
+
+    def fastest(self, shared: bool) -> int | None:
+        """The batch size of the highest throughput."""
+        speeds = self.speeds(shared)
+        return max(speeds, key=lambda batch: speeds[batch], default=None)
+
+    @property
+    def distinct_tokens_per_second(self) -> float | None:
+        """The highest throughput of batches with distinct contexts."""
+        return max(self.speeds(False).values(), default=None)
+
+    @property
+    def shared_tokens_per_second(self) -> float | None:
+        """The highest throughput of batches with one shared context."""
+        return max(self.speeds(True).values(), default=None)
 
 
 @dataclass(frozen=True)
@@ -103,6 +161,7 @@ class Profile:
     patience: seconds of prefill that were the limit; infinite if there was none.
     seed: of random weights and tokens.
     rows: by model, then length.
+    largest_batch: larger ones were not tried, whatever fits; None if none were.
     """
 
     name: str
@@ -116,13 +175,15 @@ class Profile:
     patience: float
     seed: int
     rows: tuple[ProfileRow, ...]
+    largest_batch: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "dtype", "device"):
             _check(self, name, _is_text)
         for name in ("prefill_chunk", "decode_steps"):
             _check(self, name, _is_count)
-        _check(self, "device_bytes", _is_count, optional=True)
+        for name in ("device_bytes", "largest_batch"):
+            _check(self, name, _is_count, optional=True)
         _check(self, "patience", lambda found: found == math.inf or _is_figure(found))
         _check(self, "versions", _is_flat)
         _check(self, "shapes", _is_table)
@@ -142,6 +203,11 @@ class Profile:
     def lengths(self) -> list[int]:
         return sorted({row.length for row in self.rows})
 
+    @property
+    def has_throughput(self) -> bool:
+        """Whether batches were tried, which older profiles did not do."""
+        return any(row.throughput for row in self.rows)
+
     def row(self, model: str, length: int) -> ProfileRow | None:
         rows = [row for row in self.rows if (row.model, row.length) == (model, length)]
         return rows[0] if rows else None
@@ -153,19 +219,19 @@ class Profile:
         memory or patience. A first model's peak is always measured: on a CPU, where no peaks are,
         there is no gain of memory.
 
-        quantity: "peak_bytes", "prefill_seconds" or "decode_tokens_per_second".
+        quantity: `PEAK`, `PREFILL`, `DECODE` or one of `THROUGHPUT`.
         """
         rows = [row for model in self.models if (row := self.row(model, length))]
         if len(rows) < 2:
             return None
         first, second = (getattr(row, quantity) for row in rows)
-        bounded = quantity == "peak_bytes" and rows[1].outcome != MEASURED
+        bounded = quantity == PEAK and rows[1].outcome != MEASURED
         if bounded:
             second = rows[1].weights_and_cache
         if not first or not second:
             return None
-        faster = quantity == "decode_tokens_per_second"
-        return Gain(first / second if faster else second / first, bounded)
+        less_is_better = quantity in (PEAK, PREFILL)
+        return Gain(second / first if less_is_better else first / second, bounded)
 
 
 class NotAProfile(ResultsError):
@@ -186,13 +252,17 @@ def load_profile(path: str | Path) -> Profile:
     if not isinstance(data, dict) or data.pop("kind", None) != KIND:
         raise NotAProfile(f"{path}: not a profile; yoco-eval profile -o FILE.json writes one")
     try:
-        rows = tuple(ProfileRow(**row) for row in data.pop("rows"))
+        rows = tuple(_row(**row) for row in data.pop("rows"))
         if data.get("patience", 0) is None:
             data["patience"] = math.inf
         return Profile(**data, rows=rows)
     except (ResultsError, TypeError, KeyError) as error:
         reason = shown(error.args[0]) if isinstance(error, KeyError) else error
         raise ResultsError(f"{path}: a damaged profile ({reason}); measure it again") from error
+
+
+def _row(throughput: Sequence[dict[str, Any]] = (), **row: Any) -> ProfileRow:
+    return ProfileRow(**row, throughput=tuple(Throughput(**one) for one in throughput))
 
 
 def _check(of: Any, name: str, holds: Callable[[Any], bool], optional: bool = False) -> None:
@@ -228,10 +298,14 @@ def describe_row(row: ProfileRow) -> str:
     start = f"{row.model}, {format_length(row.length)} tokens"
     if row.outcome != MEASURED:
         return f"{start}: {row.outcome}"
-    return (
+    text = (
         f"{start}: prefill {_number(row.prefill_seconds)} s, "
         f"decode {_number(row.decode_tokens_per_second)} tokens/s"
     )
+    for shared, contexts in CONTEXTS.items():
+        if batch := row.fastest(shared):
+            text += f", {_number(row.speeds(shared)[batch])} at batch {batch} ({contexts})"
+    return text
 
 
 def describe(profile: Profile) -> str:
@@ -239,9 +313,12 @@ def describe(profile: Profile) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
     what = one_line(f"{profile.device}, {profile.dtype}, {versions}", VALUE)
     peak = "" if profile.device_bytes else "; peaks of memory are measured on GPUs only"
+    batches = ""
+    if profile.has_throughput and profile.largest_batch:
+        batches = f", throughput at batches of up to {profile.largest_batch}"
     return (
         f"{what}; prefill {format_length(profile.prefill_chunk)} tokens at a time, "
-        f"decode at batch 1{peak}"
+        f"decode at batch 1{batches}{peak}"
     )
 
 
@@ -251,7 +328,9 @@ def explain_gain(profile: Profile) -> list[str]:
         return []
     first, second = (one_line(model, LONGEST) for model in profile.models)
     lines = [f"gain: {second} / {first} of memory and time, {first} / {second} of tokens/s"]
-    gains = [profile.gain("peak_bytes", length) for length in profile.lengths]
+    if profile.has_throughput:
+        lines.append("of throughput, the highest that each of them reaches is compared")
+    gains = [profile.gain(PEAK, length) for length in profile.lengths]
     if any(gain and gain.at_least for gain in gains):
         lines.append(
             f"{AT_LEAST}: at least; weights + cache of {second}, computed, stand for its peak"
@@ -260,7 +339,7 @@ def explain_gain(profile: Profile) -> list[str]:
 
 
 def print_profile(profile: Profile, console: Console) -> None:
-    """Prints two tables of at most 80 columns: memory and its parts, and speed."""
+    """Prints tables of at most 80 columns: memory and its parts, speed, and throughput."""
     console.print(Text(one_line(profile.name, VALUE), style="bold"))
     console.print(Text(describe(profile)))
     unit, unit_name = memory_unit(profile)
@@ -276,15 +355,35 @@ def print_profile(profile: Profile, console: Console) -> None:
             return [row.outcome]
         return [_number(row.prefill_seconds), _number(row.decode_tokens_per_second)]
 
+    def throughput(row: ProfileRow, shared: bool) -> list[str]:
+        if row.outcome != MEASURED:
+            return [row.outcome]
+        speeds = row.speeds(shared)
+        unmeasured = [one for one in row.throughput if one.outcome != MEASURED]
+        stopped = next((one for one in unmeasured if one.shared == shared), None)
+        told = [batch for batch in BATCHES if not stopped or batch < stopped.batch]
+        figures = [_number(speeds.get(batch)) for batch in told]
+        if stopped and told != list(BATCHES):
+            return [*figures, stopped.outcome]
+        largest = max(speeds, default=None)
+        return [*figures, str(largest or "-"), _number(speeds.get(largest or 0))]
+
     console.print()
     console.print(Text(f"Memory in {unit_name}: weights + cache + rest = peak", style="bold"))
     columns = [("weights", 8), ("cache", 7), ("rest", 8), ("peak", 8)]
-    _print_table(profile, console, columns, memory, [("peak", "peak_bytes")])
+    _print_table(profile, console, columns, memory, [("peak", PEAK)])
     console.print()
     console.print(Text("Prefill in seconds, decode in tokens per second", style="bold"))
     columns = [("prefill", 9), ("decode", 9)]
-    gains = [("prefill", "prefill_seconds"), ("decode", "decode_tokens_per_second")]
+    gains = [("prefill", PREFILL), ("decode", DECODE)]
     _print_table(profile, console, columns, speed, gains)
+    for shared, contexts in CONTEXTS.items() if profile.has_throughput else ():
+        console.print()
+        title = f"Throughput in tokens per second by batch size, {contexts}"
+        console.print(Text(title, style="bold"))
+        columns = [("1", 6), ("8", 6), ("64", 7), ("max", 5), ("at max", 8)]
+        gains = [("highest", THROUGHPUT[shared])]
+        _print_table(profile, console, columns, partial(throughput, shared=shared), gains)
     if explained := explain_gain(profile):
         console.print()
         console.print(Text("\n".join(explained)))
@@ -316,7 +415,7 @@ def _print_table(
             texts = cells(row) if row else ["-"]
             padded = [f"{t:>{w}}" for t, (_, w) in zip(texts[:-1], columns, strict=False)]
             line.append("".join(padded))
-            missing = row is None or row.outcome != MEASURED
+            missing = len(texts) < len(columns)
             room = width - sum(map(len, padded))
             line.append(f"{texts[-1]:>{room}}", style="dim" if missing else "")
         for _, quantity in gains:

@@ -1,4 +1,4 @@
-"""Draws a profile: memory and its parts, prefill time and decode speed by context length."""
+"""Draws a profile: memory, prefill time, decode speed and throughput by context length."""
 
 import math
 from collections import Counter
@@ -14,8 +14,14 @@ from yoco_eval.lengths import format_length
 from yoco_eval.printable import one_line
 
 from .profile import (
+    BATCHES,
+    CONTEXTS,
+    DECODE,
     LONGEST,
     MEASURED,
+    PEAK,
+    PREFILL,
+    THROUGHPUT,
     Profile,
     describe,
     explain_gain,
@@ -34,24 +40,29 @@ from .style import (
     spacing,
 )
 
-HEIGHT = 3.0  # of the figure, in inches
+HEIGHT, SECOND_ROW = 3.0, 2.6  # of the figure, in inches, and what throughput adds to it
 PARTS = (("weights", 1.0), ("cache", 0.6), ("states, activations", 0.3))  # with their strength
 
 
 def profile_figure(profile: Profile) -> Figure:
-    """Three panels, a page wide: memory and its parts, prefill time, decode speed.
+    """Panels, a page wide: memory and its parts, prefill time, decode speed; below, throughput.
 
     Below each context length stands the gain of the first model over the second.
     """
-    figure = Figure(figsize=(PAGE_WIDTH, HEIGHT), layout="constrained")
-    axes = figure.subplots(1, 3)
-    _draw_memory(profile, axes[0])
-    _draw_line(profile, axes[1], "Prefill (s)", "prefill_seconds", "log")
-    _draw_line(profile, axes[2], "Decode (tokens/s)", "decode_tokens_per_second", "linear")
-    for ax, quantity in zip(
-        axes, ("peak_bytes", "prefill_seconds", "decode_tokens_per_second"), strict=True
-    ):
+    height = HEIGHT + SECOND_ROW * profile.has_throughput
+    figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
+    # Each row is laid out by itself: what stands beside its axes has different widths.
+    rows = figure.subfigures(1 + profile.has_throughput, squeeze=False).flat
+    memory, prefill, decode = rows[0].subplots(1, 3)
+    _draw_memory(profile, memory)
+    _draw_line(profile, prefill, "Prefill (s)", PREFILL, "log")
+    _draw_line(profile, decode, "Decode (tokens/s)", DECODE, "linear")
+    for ax, quantity in zip(figure.axes, (PEAK, PREFILL, DECODE), strict=True):
         _label_lengths(profile, ax, quantity)
+    if profile.has_throughput:
+        for ax, shared in zip(rows[1].subplots(1, 2), CONTEXTS, strict=True):
+            _draw_throughput(profile, ax, shared)
+            _label_lengths(profile, ax, THROUGHPUT[shared])
     handles: list[Artist] = [
         Line2D([], [], label=one_line(model, LONGEST), **series(index))
         for index, model in enumerate(profile.models)
@@ -66,8 +77,12 @@ def profile_figure(profile: Profile) -> Figure:
         title=one_line(profile.name, LONGEST),
         title_fontproperties={"size": TITLE_FONT, "weight": "bold"},
     )
-    notes = "\n".join([describe(profile), *explain_gain(profile)])
-    figure.supxlabel(notes, size=SMALL_FONT, color="0.3")
+    notes = [describe(profile), *explain_gain(profile)]
+    if profile.has_throughput:
+        batches = " and ".join(map(str, BATCHES[1:]))
+        fastest = "throughput: of the fastest batch, whose size stands at the point"
+        notes.append(f"{fastest}; thin lines: of batches of {batches}")
+    figure.supxlabel("\n".join(notes), size=SMALL_FONT, color="0.3")
     return figure
 
 
@@ -123,8 +138,13 @@ def _draw_memory(profile: Profile, ax: Axes) -> None:
     ax.set_ylim(0, 1.08 * tallest or 1)
 
 
-def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str) -> None:
-    """A line per model; where one was not measured, the top of the panel says why."""
+def _draw_line(
+    profile: Profile, ax: Axes, title: str, quantity: str, scale: str, words: float = 0.55
+) -> None:
+    """A line per model; where one was not measured, the top of the panel says why.
+
+    words: the share of the panel's height that this takes.
+    """
     ax.set_title(title, size=FONT)
     set_scale(ax, scale)
     missing = Counter(row.length for row in profile.rows if row.outcome != MEASURED)
@@ -161,10 +181,46 @@ def _draw_line(profile: Profile, ax: Axes, title: str, quantity: str, scale: str
         ax.set_ylim(0, max(ax.get_ylim()[1], 1.04 * highest))  # room for the markers
     if below:  # leave the words room
         low, top = ax.transScale.transform([(1, ax.get_ylim()[0]), (1, below)])[:, 1]
-        room = ax.transScale.inverted().transform((1, low + (top - low) / 0.45))[1]
+        room = ax.transScale.inverted().transform((1, low + (top - low) / (1 - words)))[1]
         ax.set_ylim(top=max(room, ax.get_ylim()[1]))
     ax.grid(axis="y", color=GRID, linewidth=0.5)
     ax.set_axisbelow(True)
+
+
+def _draw_throughput(profile: Profile, ax: Axes, shared: bool) -> None:
+    """The highest throughput, at its batch size; a thin line for each given batch size above 1."""
+    quantity = THROUGHPUT[shared]
+    ax.margins(y=0.12)  # room for the sizes
+    for index, model in enumerate(profile.models):
+        rows = sorted((row for row in profile.rows if row.model == model), key=lambda r: r.length)
+        for batch, strength in zip(BATCHES[1:], (0.4, 0.7), strict=True):
+            known = [row for row in rows if batch in row.speeds(shared)]
+            ax.plot(
+                [math.log2(row.length) for row in known],
+                [row.speeds(shared)[batch] for row in known],
+                color=_tint(color(index), strength),
+                linewidth=0.6,
+                marker=".",
+                markersize=2,
+            )
+        for row in rows:
+            if fastest := row.fastest(shared):
+                speed = row.speeds(shared)[fastest]
+                others = (other for other in profile.rows if other.length == row.length)
+                above = speed == max(getattr(other, quantity) or 0 for other in others)
+                ax.annotate(
+                    str(fastest),
+                    (math.log2(row.length), speed),
+                    (2, 2) if above else (-2, -3),
+                    textcoords="offset points",
+                    size=SMALL_FONT,
+                    color=color(index),
+                    ha="left" if above else "right",
+                    va="bottom" if above else "top",
+                )
+    title = f"Throughput, {CONTEXTS[shared]} (tokens/s)"
+    _draw_line(profile, ax, title, quantity, "log", words=0.48)
+    ax.yaxis.set_major_formatter("{x:.9g}")  # a million has no exponent
 
 
 def _label_lengths(profile: Profile, ax: Axes, quantity: str) -> None:

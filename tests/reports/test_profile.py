@@ -12,11 +12,16 @@ from matplotlib.colors import to_hex
 from rich.console import Console
 
 from yoco_eval.reports.profile import (
+    DECODE,
     GIB,
+    PREFILL,
+    THROUGHPUT,
     Gain,
     NotAProfile,
     Profile,
     ProfileRow,
+    Throughput,
+    describe,
     describe_row,
     load_profile,
     print_profile,
@@ -74,6 +79,46 @@ ON_A_CPU = replace(
 )
 
 
+def with_batches(row, distinct, shared):
+    """A row with throughput at batch sizes: tokens per second, or why there are none."""
+    throughput = []
+    for whether, speeds in ((False, distinct), (True, shared)):
+        for batch, speed in speeds.items():
+            outcome = speed if isinstance(speed, str) else "measured"
+            given = None if isinstance(speed, str) else speed
+            throughput.append(Throughput(batch, whether, outcome, given))
+    return replace(row, throughput=tuple(throughput))
+
+
+def in_batches(rows, *batches):
+    done = [with_batches(row, *of) for row, of in zip(rows, batches, strict=False)]
+    return [*done, *rows[len(batches) :]]
+
+
+BATCHED = replace(
+    PROFILE,
+    rows=(
+        *in_batches(
+            YOCO,
+            ({8: 1100, 64: 1570, 497: 1670}, {8: 2470, 64: 15900, 1024: 2345678}),
+            ({8: 670, 64: 840, 267: 820}, {8: 2100, 64: 13900, 1024: 56800}),
+            ({8: 380, 64: 420, 138: 425}, {8: 1600, 64: 11100, 1024: 53400}),
+            ({8: 200, 64: 210, 70: 215}, {8: 1100, 64: 7900, 1024: 47600}),
+            ({8: 104, 35: 106}, {8: 670, 64: 5000, 1024: "out of memory"}),
+            ({8: 52, 17: 53}, {8: 380, 64: "out of patience"}),
+        ),
+        *in_batches(
+            TRANSFORMER,
+            ({8: 675, 22: 780}, {8: 2200, 64: 17200, 1024: 80700}),
+            ({8: 380, 11: 390}, {8: 1600, 64: 13100, 1024: 70700}),
+            ({5: 194}, {8: 1100, 64: 8900, 1024: 60700}),
+            ({2: "out of memory"}, {8: 670, 64: 5400, 1024: 50700}),
+        ),
+    ),
+    largest_batch=1024,
+)
+
+
 def terminal(profile):
     console = Console(width=80, file=io.StringIO(), highlight=False)
     print_profile(profile, console)
@@ -81,11 +126,12 @@ def terminal(profile):
 
 
 def cells(profile):
-    """The tables' lines of figures, by length and table."""
+    """Of each table, the lines of figures by length."""
     lines = [line.split() for line in terminal(profile)]
     names = ["32K", "64K", "128K", "256K", "512K", "1M"]
     found = [line[1:] for line in lines if line and line[0] in names]
-    return dict(zip(names, found[:6], strict=True)), dict(zip(names, found[6:], strict=True))
+    tables = [found[i : i + 6] for i in range(0, len(found), 6)]
+    return [dict(zip(names, table, strict=True)) for table in tables]
 
 
 def test_tables():
@@ -97,12 +143,35 @@ def test_tables():
     assert speed["1M"] == "5.00 40.0 out of memory - -".split()
 
 
+def test_tables_of_throughput():
+    *_, distinct, shared = cells(BATCHED)
+    assert distinct["32K"] == "260 1100 1570 497 1670 180 675 - 22 780 2.1x".split()
+    # A larger batch may be slower; the gain is of the fastest ones.
+    assert distinct["64K"] == "250 670 840 267 820 120 380 - 11 390 2.2x".split()
+    assert distinct["128K"] == "200 380 420 138 425 75.0 - - 5 194 2.2x".split()
+    assert distinct["256K"] == "140 200 210 70 215 42.0 out of memory 5.1x".split()
+    assert distinct["1M"] == "40.0 52.0 - 17 53.0 out of memory -".split()
+    assert shared["32K"][:5] == "260 2470 15900 1024 2345678".split()
+    assert shared["512K"] == "80.0 670 5000 64 5000 out of patience -".split()
+    assert shared["1M"] == "40.0 380 out of patience out of memory -".split()
+    for profile in (PROFILE, ALONE):
+        assert len(cells(profile)) == 2 and not any("hroughput" in t for t in terminal(profile))
+    assert "decode at batch 1, throughput at batches of up to 1024" in describe(BATCHED)
+
+
+def test_batches_of_one_model_only():
+    """Older rows beside newer ones: what was not tried is no throughput, not even of one text."""
+    *_, distinct, _ = cells(replace(BATCHED, rows=(*BATCHED.rows[:6], *TRANSFORMER)))
+    assert distinct["32K"] == "260 1100 1570 497 1670 - - - - - -".split()
+
+
 def test_tables_fit_80_columns():
-    lines = terminal(PROFILE)
+    lines = terminal(BATCHED)
     assert max(map(len, lines)) <= 80
     tables = [line for line in lines if line.startswith(" ")]
-    assert len(tables) == 2 * (1 + 6)  # none was wrapped
-    assert len({len(line) for line in tables[:7]}) == len({len(line) for line in tables[7:]}) == 1
+    assert len(tables) == 4 * (1 + 6)  # none was wrapped
+    for i in range(0, len(tables), 7):
+        assert len({len(line) for line in tables[i : i + 7]}) == 1
 
 
 def test_table_of_one_model():
@@ -163,6 +232,10 @@ def test_the_mark_of_computed_gains_is_explained():
 def test_describe_row():
     assert describe_row(YOCO[0]) == "YOCO, 32K tokens: prefill 0.150 s, decode 260 tokens/s"
     assert describe_row(TRANSFORMER[-1]) == "Transformer, 1M tokens: out of memory"
+    assert describe_row(BATCHED.rows[1]).endswith(
+        "decode 250 tokens/s, 840 at batch 64 (distinct contexts), "
+        "56800 at batch 1024 (one shared context)"
+    )
 
 
 def test_bars():
@@ -211,14 +284,35 @@ def test_lines():
 
 @pytest.mark.slow
 def test_words_hang_above_the_lines():
-    figure = profile_figure(PROFILE)
+    figure = profile_figure(BATCHED)
     figure.draw_without_rendering()
-    for ax in figure.axes[1:]:
-        for text in ax.texts:
+    for ax, quantity in zip(figure.axes[1:], (PREFILL, DECODE, *THROUGHPUT.values()), strict=True):
+        words = [text for text in ax.texts if text.get_text().startswith("out of")]
+        assert len(words) == 2
+        for text in words:
             x, bottom = text.xy[0], text.get_window_extent().y0
-            row = YOCO[LENGTHS.index(2**x)]
-            y = row.prefill_seconds if ax is figure.axes[1] else row.decode_tokens_per_second
+            y = getattr(BATCHED.row("YOCO", 2**x), quantity)
             assert ax.transData.transform((x, y))[1] < bottom
+
+
+def test_lines_of_throughput():
+    """The fastest batch of each length, whose size stands beside it, and batches of 8 and 64."""
+    figure = profile_figure(BATCHED)
+    distinct, _ = figure.axes[3:]
+    given = [list(line.get_ydata()) for line in distinct.lines if line.get_marker() == "."]
+    assert given == [
+        [1100, 670, 380, 200, 104, 52], [1570, 840, 420, 210], [675, 380], [],
+    ]  # fmt: skip
+    fastest = [list(line.get_ydata()) for line in distinct.lines if line.get_marker() != "."]
+    assert fastest == [[1670, 840, 425, 215, 106, 53], [780, 390, 194, 42]]
+    sizes = {text.xy: text.get_text() for text in distinct.texts if text.get_text().isdigit()}
+    assert sizes[15, 1670] == "497" and sizes[16, 840] == "64" and sizes[18, 42] == "1"
+    assert [t.get_text() for t in distinct.get_xticklabels()][3:] == [
+        "256K\n5.1x",
+        "512K\n-",
+        "1M\n-",
+    ]
+    assert "thin lines: of batches of 8 and 64" in figure.get_supxlabel()
 
 
 def test_words_of_two_models_stand_side_by_side():
@@ -247,7 +341,7 @@ def test_length_labels_carry_the_gains():
 @pytest.mark.parametrize(
     "profile",
     [
-        PROFILE,
+        BATCHED,
         ALONE,
         ON_A_CPU,
         replace(PROFILE, rows=tuple(TRANSFORMER[-1:]), name="a$b$"),
@@ -256,21 +350,37 @@ def test_length_labels_carry_the_gains():
 )
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_figures_are_written(profile, suffix, tmp_path):
-    for name in ("a", "b"):
-        save_profile(profile, tmp_path / f"{name}.{suffix}")
-    first = (tmp_path / f"a.{suffix}").read_bytes()
-    assert first == (tmp_path / f"b.{suffix}").read_bytes()
+    path = tmp_path / f"a.{suffix}"
+    save_profile(profile, path)
     if suffix == "svg":
-        text = "".join(ET.fromstring(first).itertext())
+        text = "".join(ET.parse(path).getroot().itertext())
         assert profile.name in text and "NVIDIA H100" in text
-    assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_same_profile_makes_the_same_file(suffix, tmp_path):
+    first, second = paths = [tmp_path / f"{name}.{suffix}" for name in ("a", "b")]
+    for path in paths:
+        save_profile(ALONE, path)
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_json(tmp_path):
     path = tmp_path / "profile.json"
-    save_profile(PROFILE, path)
-    assert load_profile(path) == PROFILE
+    save_profile(BATCHED, path)
+    assert load_profile(path) == BATCHED
     data = json.loads(path.read_text())
+    assert data["rows"][0]["throughput"][2] == {
+        "batch": 497, "shared": False, "outcome": "measured", "tokens_per_second": 1670,
+    }  # fmt: skip
+    # As it was before there was throughput.
+    del data["largest_batch"]
+    for row in data["rows"]:
+        del row["throughput"]
+    path.write_text(json.dumps(data))
+    assert load_profile(path) == PROFILE
     assert data["device"] == "NVIDIA H100 80GB HBM3" and data["rows"][0]["length"] == 32768
 
 
@@ -286,11 +396,17 @@ def test_json(tmp_path):
         ("rows/0/cache_bytes", None), ("rows/0/prefill_seconds", math.nan),
         ("rows/0/prefill_seconds", math.inf), ("rows/0/prefill_seconds", 0),
         ("rows/0/decode_tokens_per_second", 1e300), ("rows/0/length", 65536),
+        ("largest_batch", 0), ("rows/0/throughput", 5), ("rows/0/throughput", [5]),
+        ("rows/0/throughput", [{}]), ("rows/0/throughput/0/batch", 1),
+        ("rows/0/throughput/0/batch", 64), ("rows/0/throughput/0/shared", 1),
+        ("rows/0/throughput/0/outcome", "well"), ("rows/0/throughput/0/outcome", []),
+        ("rows/0/throughput/0/tokens_per_second", None),
+        ("rows/0/throughput/0/tokens_per_second", 0), ("rows/0/throughput/0/more", 1),
     ],
 )  # fmt: skip
 def test_damaged_profiles_are_refused(place, value, tmp_path):
     path = tmp_path / "profile.json"
-    save_profile(PROFILE, path)
+    save_profile(BATCHED, path)
     data = json.loads(path.read_text())
     *parents, last = [int(name) if name.isdigit() else name for name in place.split("/")]
     part = data
