@@ -157,7 +157,7 @@ def report(
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
-        table.add_row(*map(_cell, row.values()))
+        table.add_row(*map(shown, row.values()))
     Console().print(table)
     if path is not None:
         content = {"title": title, "environment": environment, "rows": rows}
@@ -168,7 +168,10 @@ def report(
             sys.exit(f"error: {error}")
 
 
-def _cell(value: str | float | None) -> str:
+def shown(value: str | float | None) -> str:
+    """A cell: of a float four digits, or all before the point; None as a dash."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
