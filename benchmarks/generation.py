@@ -42,11 +42,12 @@ from delta_rule import product_rate
 from scoring import make_llama
 from transformers import LlamaForCausalLM
 
-from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest, TokenIds
+from yoco_eval.engine import Engine
 from yoco_eval.model import Yoco
 from yoco_eval.model.costs import YocoCosts
 from yoco_eval.model.mixers import GatedRetentionSettings
 from yoco_eval.model.shapes import SHAPES, set_random_weights
+from yoco_eval.requests import GenerateRequest, ScoreRequest, TokenIds
 
 DTYPE = torch.bfloat16
 FEW = 16  # new tokens, where all are compared with few

@@ -30,11 +30,12 @@ import psutil
 import torch
 from common import lengths, report
 
-from yoco_eval.engine import Engine, ScoreRequest
+from yoco_eval.engine import Engine
 from yoco_eval.lengths import as_argument, format_length, parse_length
 from yoco_eval.memory import fit
 from yoco_eval.model import load
 from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT
+from yoco_eval.requests import ScoreRequest
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -29,10 +29,11 @@ from common import count, environment, report, require_gpu, seconds
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from yoco_eval.engine import Engine, ScoreRequest
+from yoco_eval.engine import Engine
 from yoco_eval.model import Yoco
 from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
 from yoco_eval.model.shapes import SHAPES, set_random_weights
+from yoco_eval.requests import ScoreRequest
 
 CONTEXT, ANSWERS, ANSWER = 150, 4, 20
 SMALLEST_BATCH = 32  # of the peer; doubled as long as that is faster

@@ -1,4 +1,4 @@
-"""Attention over a shared cache, of one decoded token or of many, and over a sliding window.
+"""Attention over a cache, of many tokens or of one of each of many texts, and over a window.
 
 Scores are scaled by D^(-1/2). Query head h reads key-value head h // (Hq / Hkv).
 """
@@ -6,15 +6,18 @@ Scores are scaled by D^(-1/2). Query head h reads key-value head h // (Hq / Hkv)
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cache import store_keys_values
 from .dispatch import run_triton, use_triton
 from .rotary import Angles, rotate
-from .sequences import Sequences, Span, Spans, cut_span, query_runs
+from .sequences import Readings, Sequences, Span, Spans, cut_span, query_runs
 
 SCORES = 1 << 22  # queries are taken in blocks so that no more scores exist at a time
 KEYS = 1 << 12  # of a cache, widened and multiplied at a time
@@ -59,9 +62,14 @@ def cache_attention_reference(
         block = max(1, SCORES // (longest * q.shape[1]))
         for start in range(first, end, block):
             stop = min(start + block, end)
-            cut = [cut_span(span, start, stop) for span in run]
+            cut = [_from_zero(cut_span(span, start, stop)) for span in run]
             outputs.append(_attend_apart(q[start:stop], keys, values, cut))
     return torch.cat(outputs)
+
+
+def _from_zero(span: Span) -> Span:
+    """Of queries that are counted from the span's first one."""
+    return span._replace(first_query=0, end_query=span.end_query - span.first_query)
 
 
 def _is_one_text(run: list[Span]) -> bool:
@@ -117,67 +125,103 @@ def _text_mask(queries: int, keys: int, dtype: torch.dtype, copies: int) -> Tens
     return mask.repeat(copies, 1) if copies > 1 else mask
 
 
-def _attend_apart(q: Tensor, keys: Tensor, values: Tensor, spans: list[Span]) -> Tensor:
-    """q [T, Hq, D], rotated, over spans that all have these T queries: [T, Hq, D].
+def _attend_apart(q: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span]) -> Tensor:
+    """q [T, Hq, D], rotated, over spans of some of these T queries each: [T, Hq, D].
 
     There may be gaps between them, which may be NaN, which no mask would hide, and a long cache is
     not copied to leave them out: block by block, sums are scaled as larger scores turn up.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    length, heads = q.shape[0], keys.shape[0]
-    # A group's query heads read the same keys, so they are queries of one head.
+    heads = keys.shape[0]
+    # A group's query heads read the same keys, so they are queries of one head: [heads, T, group].
     rows = (q.to(wide) * q.shape[2] ** -0.5).transpose(0, 1).unflatten(0, (heads, -1))
-    group = rows.shape[1]
-    rows = rows.flatten(1, 2)
-    largest = rows.new_full((*rows.shape[:2], 1), float("-inf"))
-    total, out = torch.zeros_like(largest), torch.zeros_like(rows)
+    rows = rows.transpose(1, 2).contiguous()
+    group = rows.shape[2]
+    tops = rows.new_full((*rows.shape[:3], 1), float("-inf"))
+    totals, outs = torch.zeros_like(tops), torch.zeros_like(rows)
     for span in spans:
+        asked = slice(span.first_query, span.end_query)
+        length = span.end_query - span.first_query
+        top, total, out, own = (x[:, asked].flatten(1, 2) for x in (tops, totals, outs, rows))
         seen = span.end_key - length + 1 if span.causal else span.end_key  # by all queries
         for first in range(span.first_key, span.end_key, KEYS):
             block = slice(first, min(first + KEYS, span.end_key))
-            scores = rows @ keys[:, block].to(wide).mT
+            scores = own @ keys[:, block].to(wide).mT
             if block.stop > seen:
                 later = torch.ones(length, block.stop - first, dtype=torch.bool, device=q.device)
-                scores.masked_fill_(later.triu(seen - first).repeat(group, 1), float("-inf"))
-            known, largest = largest, largest.maximum(scores.amax(2, keepdim=True))
-            weights = scores.sub_(largest).exp_()
-            scale = (known - largest).exp_()
+                later = later.triu(seen - first).repeat_interleave(group, 0)
+                scores.masked_fill_(later, float("-inf"))
+            known, top = top, top.maximum(scores.amax(2, keepdim=True))
+            weights = scores.sub_(top).exp_()
+            scale = (known - top).exp_()
             total = total * scale + weights.sum(2, keepdim=True)
             out = out * scale + weights @ values[:, block].to(wide)
             del scores, weights  # not two blocks' at a time
-    out = (out / total).unflatten(1, (group, length)).flatten(0, 1).transpose(0, 1)
-    return out.to(values.dtype)
+        for whole, part in ((tops, top), (totals, total), (outs, out)):
+            whole[:, asked] = part.unflatten(1, (length, group))
+    outs = (outs / totals).transpose(1, 2).flatten(0, 1).transpose(0, 1)
+    return outs.to(values.dtype)
 
 
-def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, angles: Angles | None = None
+def batch_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    readings: Readings,
+    angles: Angles | None = None,
 ) -> Tensor:
-    """One token's queries over the first `length` keys of a buffer, in a CUDA graph if need be.
+    """One token of each of B texts over their keys in a cache, in a CUDA graph if need be.
 
-    A graph may hold it once it has been called outside the graph with the same shapes.
+    A graph may hold it once it has been called outside the graph with the same shapes, and as long
+    as `readings.layout` stays.
 
     Args:
-        q: [1, Hq, D].
-        keys, values: [Hkv, N, D], rotated. What follows the first `length` may be uninitialised.
-        length: integer [1], at least 1, on q's device: a graph's replays may each find another.
-        angles: cos and sin [1, D / 2] by which q is rotated first; None: it is rotated already.
+        q: [B, Hq, D].
+        keys, values: [Hkv, N, D], rotated, as in `cache_attention`.
+        positions: int64 [B], of the tokens in their texts, on q's device.
+        readings: which keys each reads, at least one. Rows that it does not name come out as
+            anything.
+        angles: cos and sin [B, D / 2] by which q is rotated first; None: it is rotated already.
 
     Returns:
-        [1, Hq, D].
+        [B, Hq, D].
     """
     if use_triton(q, keys, values):
-        from .attention_triton import decode_attention as fast
+        from .attention_triton import batch_attention as fast
 
-        return run_triton(fast, q, keys, values, length, angles)
-    return decode_attention_reference(q, keys, values, length, angles)
+        return run_triton(fast, q, keys, values, positions, readings, angles)
+    return batch_attention_reference(q, keys, values, positions, readings, angles)
 
 
-def decode_attention_reference(
-    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, angles: Angles | None = None
+def batch_attention_reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    readings: Readings,
+    angles: Angles | None = None,
 ) -> Tensor:
-    """`decode_attention`, with the length read on the host."""
-    every = Spans((Span(0, 1, 0, int(length), causal=False),))
-    return cache_attention_reference(q, keys, values, every, angles)
+    """`batch_attention`, with the positions read on the host."""
+    if angles is not None:
+        q = rotate(q, angles)
+    order = list(readings.order)
+    at = positions.tolist()
+    spans = [_known(span, at[order[span.first_query]]) for span in readings.spans]
+    spans = sorted((s for s in spans if s.end_key > s.first_key), key=lambda s: s.first_key)
+    if order == [0] and q.device.type == "cpu" and _is_one_text(spans):
+        return _attend_text(q, keys, values, spans, Spans(()))
+    out = q.new_empty(q.shape)
+    out[order] = _attend_apart(q[order], keys, values, spans)
+    return out
+
+
+def _known(span: Span, position: int) -> Span:
+    """What a text's token at `position` reads of a span."""
+    if span.start is None:
+        return span
+    end = min(span.end_key, span.first_key + position + 1 - span.start)
+    return span._replace(end_key=end, start=None)
 
 
 def sliding_window_attention(
@@ -281,42 +325,64 @@ def window_step(
     v: Tensor,
     ring_keys: Tensor,
     ring_values: Tensor,
-    position: Tensor,
+    positions: Tensor,
     angles: Angles,
 ) -> Tensor:
-    """`sliding_window_attention` of one decoded token, in a CUDA graph if need be.
+    """`sliding_window_attention` of a decoded token of each of B texts, in a CUDA graph if need be.
 
     Args:
-        q: [1, Hq, D].
-        k, v: [1, Hkv, D].
-        ring_keys, ring_values: [Hkv, window, D]; token p lies in slot p % window. The token's own
-            rotated key and value are written to its slot. Slots never written may be uninitialised.
-        position: int64 [1], of the token in its text, on q's device.
-        angles: cos and sin [1, D / 2] by which q and k are rotated first.
+        q: [B, Hq, D].
+        k, v: [B, Hkv, D].
+        ring_keys, ring_values: [B, Hkv, window, D], contiguous; token p lies in slot p % window.
+            The tokens' own rotated keys and values are written to theirs. Slots never written may
+            be uninitialised.
+        positions: int64 [B], of the tokens in their texts, on q's device.
+        angles: cos and sin [B, D / 2] by which q and k are rotated first.
 
     Returns:
-        [1, Hq, D].
+        [B, Hq, D].
     """
-    window = ring_keys.shape[1]
-    slot = position % window
-    ring_keys.index_copy_(1, slot, rotate(k, angles).transpose(0, 1))
-    ring_values.index_copy_(1, slot, v.transpose(0, 1))
-    return decode_attention(q, ring_keys, ring_values, (position + 1).clamp(max=window), angles)
+    count, heads, window, _ = ring_keys.shape
+    keys, values = _as_cache(ring_keys), _as_cache(ring_values)
+    firsts = torch.arange(0, count * heads * window, heads * window, device=q.device)
+    store_keys_values(k, v, angles, keys, values, firsts + positions % window)
+    readings = _ring_readings(count, heads, window, q.device)
+    return batch_attention(q, keys, values, positions, readings, angles)
 
 
-def ring_from_past(past: Tensor, position: int) -> Tensor:
-    """What `window_step` needs as ring_keys and ring_values for the token at `position`.
+def _as_cache(rings: Tensor) -> Tensor:
+    """Rings [B, Hkv, window, D] seen as a cache [Hkv, N, D]: text b's begin at b * Hkv * window.
+
+    A head's slots are those of the first head, so many further on; those between are of others.
+    """
+    count, heads, window, dim = rings.shape
+    slots = (count * heads - heads + 1) * window
+    return rings.view(-1).as_strided((heads, slots, dim), (window * dim, dim, 1))
+
+
+@cache
+def _ring_readings(count: int, heads: int, window: int, device: torch.device) -> Readings:
+    """Of `_as_cache`; kept, with its tables, since it is the same for every layer and step."""
+    starts = range(0, count * heads * window, heads * window)
+    spans = [Span(b, b + 1, at, at + window, False, start=0) for b, at in enumerate(starts)]
+    return Readings(range(count), spans)
+
+
+def rings_from_past(past: Tensor, positions: Sequence[int]) -> Tensor:
+    """What `window_step` needs as ring_keys and ring_values for the tokens at `positions`.
 
     Args:
-        past: [2, window - 1, Hkv, D], one sequence's part of `sliding_window_attention`'s `past`.
-        position: of the token that follows it.
+        past: [B, 2, window - 1, Hkv, D], of B texts, as `sliding_window_attention` has it.
+        positions: of the tokens that follow it.
 
     Returns:
-        [2, Hkv, window, D], ring_keys and ring_values; slots of no token are zero.
+        [B, 2, Hkv, window, D], ring_keys and ring_values; slots of no token are zero.
     """
-    window = past.shape[1] + 1
-    before = min(position, window - 1)
-    slots = torch.arange(position - before, position, device=past.device) % window
-    ring = past.new_zeros(2, past.shape[2], window, past.shape[3])
-    ring[:, :, slots] = past[:, window - 1 - before :].transpose(1, 2)
-    return ring
+    count, _, before, heads, dim = past.shape
+    window = before + 1
+    rings = past.new_zeros(count, 2, heads, window, dim)
+    for ring, own, position in zip(rings, past.transpose(2, 3), positions, strict=True):
+        known = min(position, window - 1)
+        slots = torch.arange(position - known, position, device=past.device) % window
+        ring[:, :, slots] = own[:, :, window - 1 - known :]
+    return rings

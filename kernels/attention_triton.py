@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import accumulate
@@ -29,9 +30,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .launch import packed_heads, padded, programs
 from .rotary import Angles, rotate
-from .sequences import Sequences, Span, Spans, cells, query_runs, to_device
+from .sequences import Readings, Sequences, Span, Spans, cells, query_runs, to_device
 
 _UNLIMITED = 1 << 30  # shift of a key range that every query reads whole
+_FEW_PIECES = 8  # of a row, up to which they are merged at once
 _LONG_TEXT = 1024  # queries of a single causal span from which library kernels take over
 
 
@@ -173,8 +175,8 @@ def _store_piece(
 
 @triton.jit
 def _merge_kernel(
-    partial, norms, out, rows, entries, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+    partial, norms, out, rows, entries, order, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """One row of queries: the mean of its pieces' outputs, weighted by exp2 of their norms."""
     index = tl.program_id(0)
@@ -189,7 +191,7 @@ def _merge_kernel(
     for start in range(begin, end, CHUNK):
         entry = start + tl.arange(0, CHUNK)
         valid = entry < end
-        place = tl.load(entries + entry, mask=valid, other=0) + head * BLOCK_M + row
+        place = (tl.load(entries + entry, mask=valid, other=0) + row) * HEADS + head
         norm = tl.load(norms + place, mask=valid, other=float("-inf"))
         at = place.to(tl.int64)[:, None] * D + dims[None, :]
         x = tl.load(partial + at, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
@@ -200,17 +202,30 @@ def _merge_kernel(
         acc = acc * fade + tl.sum(x * weight[:, None], 0)
         total = total * fade + tl.sum(weight, 0)
         top = new_top
-    at = ((row // GROUP).to(tl.int64) * HEADS + head) * (GROUP * D) + row % GROUP * D
-    tl.store(out + at + dims, acc / total, mask=dims < D)
+    query = row // GROUP
+    if BATCH:
+        query = tl.load(order + query)
+    at = (query.to(tl.int64) * HEADS + head) * (GROUP * D) + row % GROUP * D
+    acc /= tl.where(begin < end, total, 1.0)
+    tl.store(out + at + dims, acc, mask=(dims < D) & (begin < end))
 
 
-def _merge(partial: Tensor, norms: Tensor, out: Tensor, rows: Tensor, entries: Tensor, most: int):
-    """Into out [T, Hq, D]: rows of `partial` [slots, Hkv, BLOCK_M, D]; `most` entries per row."""
-    _, heads, block_m, dim = partial.shape
+def _merge(
+    partial: Tensor,
+    norms: Tensor,
+    out: Tensor,
+    rows: Tensor,
+    entries: Tensor,
+    most: int,
+    order: Tensor | None = None,
+) -> None:
+    """Into out [T, Hq, D]: rows of `partial` [., Hkv, D]; about `most` entries for each."""
+    _, heads, dim = partial.shape
+    few = most <= _FEW_PIECES
     _merge_kernel[rows.shape[0], heads](
-        partial, norms, out, rows, entries,
+        partial, norms, out, rows, entries, rows if order is None else order,
         HEADS=heads, GROUP=out.shape[1] // heads, D=dim, D_PAD=padded(dim),
-        BLOCK_M=block_m, CHUNK=8 if most <= 8 else 64, num_warps=2 if most <= 8 else 8,
+        CHUNK=8 if few else 64, BATCH=order is not None, num_warps=2 if few else 8,
     )  # fmt: skip
 
 
@@ -256,33 +271,74 @@ def cache_attention(
     span = spans.spans[0]
     if len(spans.spans) == 1 and span.causal and len(q) >= _LONG_TEXT and _flash_takes(q):
         return _long_text_attention(q, keys, values, span, angles)
+    shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
+
+    def tables() -> _Tables:
+        plan = _plan(spans.spans, query_runs(spans), shape)
+        tasks, ranges, rows, entries = _to_device(
+            [plan.tasks, plan.ranges, plan.rows, plan.entries], q.device
+        )
+        return _Tables(plan.block_m, tasks, ranges, rows, entries, plan.pieces, plan.most)
+
+    plan = spans.table(("cache_attention", shape), tables)
+    return _over_cache(q, keys, values, plan, angles)
+
+
+def batch_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    readings: Readings,
+    angles: Angles | None = None,
+) -> Tensor:
+    """As `attention.batch_attention`; the launch depends on `readings.layout` alone."""
+    shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
+    tables = readings.table(("batch_attention", shape), lambda: _BatchTables(shape))
+    batch = tables.order, positions.contiguous()
+    return _over_cache(q, keys, values, tables.now, angles, batch)
+
+
+def _over_cache(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: _Tables,
+    angles: Angles | None,
+    batch: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Runs a plan's tasks and merges what are but pieces.
+
+    Args:
+        batch: where texts are decoded, the row of each query of the plan, and each row's position.
+    """
     q = packed_heads(q)
     heads, _, dim = keys.shape
-    shape = (q.shape[1], heads, dim, q.dtype, q.device)
-    plan = spans.table(("cache_attention", shape), lambda: _plan(spans, *shape))
-    block_m = plan.block_m
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    partial = _float32(q, plan.slots, heads, block_m, dim)
-    norms = _float32(q, plan.slots, heads, block_m)
+    partial, norms = _float32(q, plan.pieces, heads, dim), _float32(q, plan.pieces, heads)
     cos, sin = angles or (q, q)
+    order, positions = batch or (plan.tasks, plan.tasks)
     _cache_kernel[plan.tasks.shape[0], heads](
-        q, cos, sin, keys, values, out, partial, norms, plan.tasks, plan.ranges, _head_slots(keys),
-        BLOCK_M=block_m, **_query_constants(q, heads, angles), **_config(block_m, dim, q.dtype),
+        q, cos, sin, keys, values, out, partial, norms, plan.tasks, plan.ranges, order, positions,
+        _head_slots(keys), BLOCK_M=plan.block_m, BATCH=batch is not None,
+        **_query_constants(q, heads, angles), **_config(plan.block_m, dim, q.dtype),
     )  # fmt: skip
-    if plan.slots:
-        _merge(partial, norms, out, plan.rows, plan.entries, plan.most)
+    if plan.pieces:
+        _merge(partial, norms, out, plan.rows, plan.entries, plan.most, order if batch else None)
     return out
 
 
 @triton.jit(do_not_specialize=("capacity",))
 def _cache_kernel(
-    q, cos, sin, keys, values, out, partial, norms, tasks, ranges, capacity, SCALE: tl.constexpr,
-    STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, ROTATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, cos, sin, keys, values, out, partial, norms, tasks, ranges, order, positions, capacity,
+    SCALE: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROTATE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """One task and key-value head: a block of rows over a list of key ranges.
 
-    Row r is query r // GROUP and the head's query head r % GROUP.
+    Row r is query r // GROUP and the head's query head r % GROUP. In a BATCH, query t is row
+    order[t] of q, and reads keys before its position + shift in place of t + shift.
     """
     head = tl.program_id(1)
     task = tasks + 5 * tl.program_id(0)
@@ -296,6 +352,14 @@ def _cache_kernel(
     valid = row < end_row
     query = row // GROUP
     column = head * (GROUP * D) + row % GROUP * D
+    seen_to = first_row // GROUP
+    if BATCH:
+        query = tl.load(order + query, mask=valid, other=0)
+        seen = tl.load(positions + query, mask=valid, other=0).to(tl.int32)
+        seen_to = tl.min(tl.where(valid, seen, 1 << 30), 0)
+        last = tl.max(seen, 0)
+    else:
+        seen = query
     x = load_rotated(q, cos, sin, query, column, valid, STRIDE, D, D_PAD, ROTATE, BLOCK_M)
     keys += head.to(tl.int64) * capacity * D
     values += head.to(tl.int64) * capacity * D
@@ -306,38 +370,107 @@ def _cache_kernel(
         first = tl.load(ranges + 3 * i)
         end = tl.load(ranges + 3 * i + 1)
         shift = tl.load(ranges + 3 * i + 2)
+        if BATCH:  # what no row reads yet may be NaN
+            end = tl.minimum(end, last + shift)
         acc, top, total = _walk(
-            acc, top, total, x, keys, values, first, first, first_row // GROUP + shift, end,
-            query + shift, SCALE, D, D, D_PAD, BLOCK_N, 0,
+            acc, top, total, x, keys, values, first, first, seen_to + shift, end, seen + shift,
+            SCALE, D, D, D_PAD, BLOCK_N, 0,
         )  # fmt: skip
     if piece < 0:
         _store_output(out, query, column, acc, total, valid, HEADS * GROUP * D, D, D_PAD)
     else:
-        place = (piece * HEADS + head) * BLOCK_M + tl.arange(0, BLOCK_M)
+        place = (piece + tl.arange(0, BLOCK_M)) * HEADS + head
         _store_piece(partial, norms, place, acc, top, total, valid, D, D_PAD)
 
 
+class _Shape(NamedTuple):
+    """Of queries and of what they read."""
+
+    query_heads: int
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 class _Plan(NamedTuple):
-    """How a launch of `_cache_kernel` is cut into tasks; the tables are int32, on the device.
+    """How a launch of `_cache_kernel` is cut into tasks; the tables are on the host.
 
     Attributes:
         block_m: rows of queries per task at most.
-        tasks: [n, 5]: first row, end row, first range, end range, slot (-1: the task is all that
+        tasks: [n, 5]: first row, end row, first range, end range, place (-1: the task is all that
             its rows read, and writes their output).
         ranges: [., 3]: first key, end key, shift; query t reads keys before t + shift.
-        slots: places for the outputs of tasks that are but pieces.
         rows: [., 3], rows to merge: row, first entry, end entry.
-        entries: [.], offset into slots, less the first row of the slot's task.
+        entries: [.], place of a task, less its first row.
+        pieces: rows of all tasks that are but pieces; their outputs lie at places 0 .. pieces - 1.
         most: entries of one row at most.
     """
 
     block_m: int
     tasks: Tensor
     ranges: Tensor
-    slots: int
     rows: Tensor
     entries: Tensor
+    pieces: int
     most: int
+
+
+class _Tables(NamedTuple):
+    """A plan on the device, as int32; where texts are decoded, with empty lines behind."""
+
+    block_m: int
+    tasks: Tensor
+    ranges: Tensor
+    rows: Tensor
+    entries: Tensor
+    pieces: int
+    most: int
+
+
+class _BatchTables:
+    """Tables of `Readings`, in memory that stays where it is as long as they have room in it.
+
+    `order` is int32 [B]; of `now`, `layout` has all that is not on the device.
+    """
+
+    def __init__(self, shape: _Shape) -> None:
+        self._shape = shape
+        self._made: dict[Hashable, tuple[Tensor, _Tables, Tensor]] = {}
+        self.layout: Hashable = None
+        self.now: _Tables
+        self.order: Tensor
+
+    def fill(self, order: Sequence[int], spans: Sequence[Span]) -> None:
+        plan = _plan(spans, cells(spans), self._shape)
+        group = self._shape.query_heads // self._shape.heads
+        # Powers of two, so that few layouts, each of which takes a graph of its own, occur.
+        tasks = _power(max(len(plan.tasks), -(-len(plan.ranges) // 2), 64))
+        pieces = _power(max(plan.pieces, len(plan.entries), 64))
+        texts = _power(len(order))
+        self.layout = plan.block_m, tasks, pieces, texts, plan.most <= _FEW_PIECES
+        sizes = (5 * tasks, 6 * tasks, 3 * texts * group, pieces, texts)
+        if self.layout not in self._made:
+            memory = torch.zeros(sum(sizes), dtype=torch.int32, device=self._shape.device)
+            parts = memory.split(sizes)
+            table, ranges, rows, entries, texts_at = parts
+            now = _Tables(
+                plan.block_m, table.view(-1, 5), ranges.view(-1, 3), rows.view(-1, 3), entries,
+                pieces, plan.most,
+            )  # fmt: skip
+            self._made[self.layout] = memory, now, texts_at
+        memory, self.now, self.order = self._made[self.layout]
+        filled = torch.zeros(len(memory), dtype=torch.int32)
+        contents = (plan.tasks, plan.ranges, plan.rows, plan.entries, torch.tensor(order))
+        for part, content in zip(filled.split(sizes), contents, strict=True):
+            part[: content.numel()] = content.flatten()
+        filled[5 * len(plan.tasks) + 4 : 5 * tasks : 5] = -1  # tasks of no row, which store nothing
+        memory.copy_(to_device(filled, memory.device), non_blocking=True)
+
+
+def _power(number: int) -> int:
+    """The least power of two that is not below it."""
+    return 1 << (number - 1).bit_length()
 
 
 class _Task(NamedTuple):
@@ -352,17 +485,11 @@ class _Task(NamedTuple):
         return sum(end - first for first, end, _ in self.ranges)
 
 
-def _plan(
-    spans: Spans,
-    query_heads: int,
-    heads: int,
-    dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> _Plan:
+def _plan(spans: Sequence[Span], runs: list[_Run], shape: _Shape) -> _Plan:
+    query_heads, heads, dim, dtype, device = shape
     group = query_heads // heads
     units, block_m = min(
-        ((_units(spans, group, size), size) for size in _block_sizes(dtype)),
+        ((_units(runs, group, size), size) for size in _block_sizes(dtype)),
         key=lambda choice: _cost(*choice),
     )
     walks = [walk for unit in units for walk in _row_blocks(*unit, group, block_m)]
@@ -385,32 +512,31 @@ def _plan(
     tasks.sort(key=lambda task: (-task.keys, task.ranges[0]))
 
     rows = cells((task.first, task.end, i) for i, task in enumerate(tasks))
-    slots: dict[int, int] = {}
+    places: dict[int, int] = {}
+    pieces = 0
     for _, _, shared in rows:
-        if len(shared) > 1:
-            for *_, i in shared:
-                slots.setdefault(i, len(slots))
+        for _, _, i in shared if len(shared) > 1 else ():
+            if i not in places:
+                places[i] = pieces
+                pieces += tasks[i].end - tasks[i].first
     merged: list[tuple[int, int, int, int]] = []
     entries: list[int] = []
     for first, end, shared in rows:
-        places = [
-            slots[i] * heads * block_m - task_first for task_first, _, i in shared if i in slots
-        ]
-        if places:
-            merged.append((first, end, len(entries), len(entries) + len(places)))
-            entries += places
+        own = [places[i] - task_first for task_first, _, i in shared if i in places]
+        if own:
+            merged.append((first, end, len(entries), len(entries) + len(own)))
+            entries += own
     ends = list(accumulate((len(task.ranges) for task in tasks), initial=0))
     table = [
-        (task.first, task.end, ends[i], ends[i + 1], slots.get(i, -1))
+        (task.first, task.end, ends[i], ends[i + 1], places.get(i, -1))
         for i, task in enumerate(tasks)
     ]
     ranges = [part for task in tasks for part in task.ranges]
-    task_table, range_table, row_table, entry_table = _to_device(
-        [torch.tensor(table), torch.tensor(ranges), _rows(merged), torch.tensor(entries).long()],
-        device,
-    )
     most = max((end - first for *_, first, end in merged), default=0)
-    return _Plan(block_m, task_table, range_table, len(slots), row_table, entry_table, most)
+    return _Plan(
+        block_m, torch.tensor(table), torch.tensor(ranges), _rows(merged),
+        torch.tensor(entries).long(), pieces, most,
+    )  # fmt: skip
 
 
 def _rows(merged: list[tuple[int, int, int, int]]) -> Tensor:
@@ -422,17 +548,17 @@ def _rows(merged: list[tuple[int, int, int, int]]) -> Tensor:
     return torch.cat((rows[:, None], table[:, 2:].repeat_interleave(lengths, 0)), 1)
 
 
+_Run = tuple[int, int, list[Span]]  # queries first .. end - 1, which read the same spans
 _Unit = tuple[int, int, list[Span]]  # rows first .. end - 1, which walk the same spans
 
 
-def _units(spans: Spans, group: int, block_m: int) -> list[_Unit]:
+def _units(runs: list[_Run], group: int, block_m: int) -> list[_Unit]:
     """Which rows walk which spans together.
 
     Runs of queries that read the same, each over its list of spans; but a span that several runs
     share is walked once by the queries of all of them, where that saves more steps over its keys
     than it costs to write and merge the outputs of pieces.
     """
-    runs = query_runs(spans)
     walked: Counter[Span] = Counter()  # blocks of rows that would read a span, run by run
     for first, end, members in runs:
         for span in members:
@@ -472,8 +598,12 @@ def _row_blocks(first: int, end: int, spans: list[Span], group: int, block_m: in
         end_row = min(row + block_m, end)
         ranges = []
         for span in spans:
-            shift = span.end_key - span.end_query + 1 if span.causal else _UNLIMITED
-            end_key = min(span.end_key, (end_row - 1) // group + shift)
+            shift, end_key = _UNLIMITED, span.end_key
+            if span.start is not None:
+                shift = span.first_key + 1 - span.start
+            elif span.causal:
+                shift = span.end_key - span.end_query + 1
+                end_key = min(span.end_key, (end_row - 1) // group + shift)
             ranges.append((span.first_key, end_key, shift))
         blocks.append(_Task(row, end_row, ranges))
     return blocks
@@ -528,73 +658,6 @@ def _long_text_attention(
             q.transpose(0, 1)[None], keys[None], values[None], attn_mask=bias, enable_gqa=True
         )
     return out[0].transpose(0, 1).contiguous()
-
-
-# -- one decoded token -----------------------------------------------------------------------------
-
-
-def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, angles: Angles | None = None
-) -> Tensor:
-    """As `attention.decode_attention`; the launch depends on N, not on `length`."""
-    q = packed_heads(q)
-    heads, capacity, dim = keys.shape
-    block_m = max(16, triton.next_power_of_2(q.shape[1] // heads))
-    config = _config(block_m, dim, q.dtype)
-    pieces = min(programs(q.device) // heads, -(-capacity // (4 * config["BLOCK_N"])))
-    pieces = max(1, pieces)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    partial = _float32(q, pieces, heads, block_m, dim)
-    norms = _float32(q, pieces, heads, block_m)
-    cos, sin = angles or (q, q)
-    constants = _query_constants(q, heads, angles)
-    _decode_kernel[pieces, heads](
-        q, cos, sin, keys, values, partial, norms, length, _head_slots(keys),
-        BLOCK_M=block_m, **constants, **config,
-    )  # fmt: skip
-    rows, entries = _decode_tables(pieces, heads, constants["GROUP"], block_m, q.device)
-    _merge(partial, norms, out, rows, entries, pieces)
-    return out
-
-
-@cache
-def _decode_tables(
-    pieces: int, heads: int, group: int, block_m: int, device: torch.device
-) -> list[Tensor]:
-    """`rows` and `entries` of `_Plan`, where every row has every piece."""
-    entries = torch.arange(pieces) * (heads * block_m)
-    return _to_device([_rows([(0, group, 0, pieces)]), entries], device)
-
-
-@triton.jit(do_not_specialize=("capacity",))
-def _decode_kernel(
-    q, cos, sin, keys, values, partial, norms, length, capacity, SCALE: tl.constexpr,
-    STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, ROTATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One key-value head's GROUP rows over one of as many even pieces as there are programs."""
-    piece = tl.program_id(0)
-    head = tl.program_id(1)
-    read = tl.load(length).to(tl.int32)
-    size = tl.cdiv(tl.cdiv(read, BLOCK_N), tl.num_programs(0)) * BLOCK_N
-    first = tl.minimum(piece * size, read)
-    end = tl.minimum(first + size, read)
-
-    row = tl.arange(0, BLOCK_M)
-    valid = row < GROUP
-    column = head * (GROUP * D) + row * D
-    x = load_rotated(q, cos, sin, row * 0, column, valid, STRIDE, D, D_PAD, ROTATE, BLOCK_M)
-    keys += head.to(tl.int64) * capacity * D
-    values += head.to(tl.int64) * capacity * D
-    acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc, top, total = _walk(
-        acc, top, total, x, keys, values, first, first, end, end, row * 0 + read, SCALE, D, D,
-        D_PAD, BLOCK_N, 0,
-    )  # fmt: skip
-    place = (piece * HEADS + head) * BLOCK_M + row
-    _store_piece(partial, norms, place, acc, top, total, valid, D, D_PAD)
 
 
 # -- a sliding window ------------------------------------------------------------------------------

@@ -15,23 +15,22 @@ def store_keys_values(
     angles: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
-    first: int | Tensor,
+    slots: int | Tensor,
 ) -> None:
-    """Rotates k and writes it and v to slots `first` .. `first` + T - 1 of the cache.
+    """Rotates k and writes it and v to slots of the cache.
 
     Args:
         k, v: [T, Hkv, D], not rotated.
         angles: cos and sin [T, D / 2].
-        keys, values: [Hkv, N, D], contiguous; changed in place. `first` + T <= N.
-        first: on the host; or an integer [1] on the device, so that each of a CUDA graph's replays
-            may write elsewhere.
+        keys, values: [Hkv, N, D], each head's slots one behind the other; changed in place.
+        slots: the first of T slots in a row; or, on the device, integers [T].
     """
     if use_triton(k, v, keys, values):
         from .cache_triton import store_keys_values as fast
 
-        run_triton(fast, k, v, angles, keys, values, first)
+        run_triton(fast, k, v, angles, keys, values, slots)
     else:
-        store_keys_values_reference(k, v, angles, keys, values, first)
+        store_keys_values_reference(k, v, angles, keys, values, slots)
 
 
 def store_keys_values_reference(
@@ -40,9 +39,10 @@ def store_keys_values_reference(
     angles: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
-    first: int | Tensor,
+    slots: int | Tensor,
 ) -> None:
     """`store_keys_values`, in three passes."""
-    slots = torch.arange(k.shape[0], device=k.device) + first
+    if isinstance(slots, int):
+        slots = torch.arange(slots, slots + k.shape[0], device=k.device)
     keys.index_copy_(1, slots, rotate(k, angles).transpose(0, 1))
     values.index_copy_(1, slots, v.transpose(0, 1))

@@ -23,23 +23,23 @@ def store_keys_values(
     angles: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
-    first: int | Tensor,
+    slots: int | Tensor,
 ) -> None:
     """As `cache.store_keys_values`."""
     length, heads, dim = k.shape
     k, v = packed_heads(k), packed_heads(v)
     _store_kernel[triton.cdiv(length, _BLOCK), heads](
-        k, v, *angles, keys, values, first, length, keys.stride(0) // dim,
+        k, v, *angles, keys, values, slots, length, keys.stride(0) // dim,
         K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), D=dim, D_PAD=padded(dim),
-        BLOCK=_BLOCK, ON_DEVICE=isinstance(first, torch.Tensor), num_warps=4,
+        BLOCK=_BLOCK, TABLE=isinstance(slots, torch.Tensor), num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("first", "length", "capacity"))
+@triton.jit(do_not_specialize=("slots", "length", "capacity"))
 def _store_kernel(
-    k, v, cos, sin, keys, values, first, length, capacity, K_STRIDE: tl.constexpr,
+    k, v, cos, sin, keys, values, slots, length, capacity, K_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK tokens."""
     head = tl.program_id(1)
@@ -48,10 +48,10 @@ def _store_kernel(
     column = token * 0 + head * D
     key = load_rotated(k, cos, sin, token, column, valid, K_STRIDE, D, D_PAD, True, BLOCK)
     value = load_rotated(v, cos, sin, token, column, valid, V_STRIDE, D, D_PAD, False, BLOCK)
-    if ON_DEVICE:
-        slot = tl.load(first).to(tl.int64) + token
+    if TABLE:
+        slot = tl.load(slots + token, mask=valid, other=0).to(tl.int64)
     else:
-        slot = first + token.to(tl.int64)
+        slot = slots + token.to(tl.int64)
     dims = tl.arange(0, D_PAD)
     at = (head.to(tl.int64) * capacity + slot)[:, None] * D + dims[None, :]
     inside = valid[:, None] & (dims < D)[None, :]

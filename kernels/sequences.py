@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -121,23 +121,14 @@ def in_batches(
     return torch.cat(outputs)[torch.cat(tokens).argsort()], torch.cat(lasts)[order]
 
 
-@dataclass(frozen=True, eq=False)
-class Step(Packing):
-    """One token of each of B texts, as decoding feeds them.
-
-    Attributes:
-        positions: int64 [B], of each token in its text, on the device: a CUDA graph's replays find
-            others there.
-    """
-
-    positions: Tensor
-
-
 class Span(NamedTuple):
     """Queries `first_query` .. `end_query` - 1 read keys `first_key` .. `end_key` - 1.
 
     All of them, or where `causal`: the last query reads up to the last key, the one before it up to
     the last but one, and so on; there are at least as many keys as queries, then.
+
+    Where a text is decoded, `start` is the position in it of the first key's token: a query reads
+    the keys of the tokens up to its own position, which only the device knows.
     """
 
     first_query: int
@@ -145,6 +136,7 @@ class Span(NamedTuple):
     first_key: int
     end_key: int
     causal: bool
+    start: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +154,10 @@ def query_runs(spans: Spans) -> list[tuple[int, int, list[Span]]]:
     return spans.table("query_runs", lambda: cells(spans.spans))
 
 
-def cells(intervals: Iterable[tuple]) -> list[tuple[int, int, list[tuple]]]:
+Interval = TypeVar("Interval", bound=tuple)
+
+
+def cells(intervals: Iterable[Interval]) -> list[tuple[int, int, list[Interval]]]:
     """Cuts an axis wherever one of the intervals (first, end, ...) on it begins or ends.
 
     Returns:
@@ -174,7 +169,7 @@ def cells(intervals: Iterable[tuple]) -> list[tuple[int, int, list[tuple]]]:
         beginning[interval[0]].append(interval)
         bounds.update(interval[:2])
     pieces = []
-    current: list[tuple] = []
+    current: list[Interval] = []
     for first, end in pairwise(sorted(bounds)):
         current = [interval for interval in current if interval[1] > first] + beginning[first]
         pieces.append((first, end, current))
@@ -185,3 +180,64 @@ def cut_span(span: Span, first_query: int, end_query: int) -> Span:
     """The part of a span that some of its queries make, less the keys that none of them reads."""
     unread = span.end_query - end_query if span.causal else 0
     return Span(first_query, end_query, span.first_key, span.end_key - unread, span.causal)
+
+
+class DeviceTables(Protocol):
+    """What a kernel reads of `Readings`, on the device."""
+
+    @property
+    def layout(self) -> Hashable:
+        """What a launch depends on, beside the tables' contents."""
+
+    def fill(self, order: Sequence[int], spans: Sequence[Span]) -> None:
+        """Takes over what is read from now on."""
+
+
+T = TypeVar("T", bound=DeviceTables)
+
+
+class Readings:
+    """Which keys of a cache each of B texts reads while they are decoded token by token.
+
+    Attributes:
+        order: the texts' rows in [B, ...] tensors, in the order in which `spans` counts queries;
+            what is read by rows that are not in it does not matter.
+        spans: which keys each reads; none of them `causal`.
+    """
+
+    def __init__(self, order: Sequence[int] = (), spans: Sequence[Span] = ()) -> None:
+        self.order, self.spans = order, spans
+        self._tables: dict[Hashable, DeviceTables] = {}
+
+    def set(self, order: Sequence[int], spans: Sequence[Span]) -> None:
+        """Texts have come or gone. Tables stay where they are on the device if `layout` stays."""
+        self.order, self.spans = order, spans
+        for tables in self._tables.values():
+            tables.fill(order, spans)
+
+    def table(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The tables `key`, made by `make` and filled when they are first asked for."""
+        if key not in self._tables:
+            self._tables[key] = made = make()
+            made.fill(self.order, self.spans)
+        return cast(T, self._tables[key])
+
+    @property
+    def layout(self) -> Hashable:
+        """A CUDA graph that reads the tables can be replayed as long as this is what it was."""
+        return tuple(tables.layout for tables in self._tables.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Step(Packing):
+    """One token of each of B texts, as decoding feeds them; a CUDA graph's replays find other ones.
+
+    Attributes:
+        positions: int64 [B], of each token in its text, on the device.
+        slots: int64 [B], where in the cache its keys and values go.
+        readings: which keys of the cache it reads, its own among them.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    readings: Readings

@@ -11,8 +11,9 @@ from .checkpoint import (
 from .config import YocoConfig
 from .decoder import Decoder
 from .families import load, open_checkpoint
-from .interface import Blueprint, Cache, Costs, Model, Rows, State
+from .interface import Blueprint, Costs, Model, Rows
 from .mixers import GatedRetentionSettings, SlidingWindowSettings
+from .states import Cache, State, Stretches
 from .yoco import Yoco
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Span",
     "Spans",
     "State",
+    "Stretches",
     "Yoco",
     "YocoConfig",
     "load",

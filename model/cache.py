@@ -1,7 +1,7 @@
-"""Keys and values of a text's tokens, in buffers that are filled from the front.
+"""Keys and values of tokens, in buffers that are filled from the front unless told otherwise.
 
-States are never changed in place, so holding on to one is a snapshot of it; the buffers only grow
-at their end, so going back to a snapshot merely shortens them.
+States are never changed in place, so holding on to one is a snapshot of it; going back to one
+merely gives the slots behind it away again.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Generic
 
 import torch
+from torch import Tensor
 
-from .interface import S
+from yoco_eval.kernels.sequences import to_device
+
 from .mixers import MixerState
+from .states import S, Stretches
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,7 @@ class KeyValueCache(Generic[S]):
 
     Attributes:
         keys, values: of that shape, keys rotated.
-        filled: number of tokens in them.
-        state: of the text that the first `state.length` of them are.
+        room, state: as `states.Cache` has them.
     """
 
     def __init__(
@@ -54,26 +56,55 @@ class KeyValueCache(Generic[S]):
     ) -> None:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.filled = 0
+        self.room: Stretches = ((0, self.capacity),)
         self.state = state
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[-2]
 
-    def extend(self, count: int) -> int:
-        """Claims the next `count` places and returns the first.
+    @property
+    def filled(self) -> int:
+        """The slot of the token that is fed next."""
+        return self.room[0][0] if self.room else self.capacity
+
+    def extend(self, count: int) -> Stretches:
+        """Claims slots for the next `count` tokens.
 
         Raises:
             ValueError: there are fewer.
         """
-        first, end = self.filled, self.filled + count
-        if end > self.capacity:
+        have = sum(end - first for first, end in self.room)
+        if count > have:
+            end = self.capacity - have + count
             raise ValueError(f"the cache has room for {self.capacity} tokens, not for {end}")
-        self.filled = end
-        return first
+        claimed, self.room = cut(self.room, count)
+        return claimed
 
     def restore(self, snapshot: S) -> None:
-        """Goes back to a state that this cache had; the tokens since are forgotten."""
+        """Goes back to a state that this cache had when it was filled from the front; the tokens
+        since are forgotten."""
         self.state = snapshot
-        self.filled = snapshot.length
+        self.room = ((snapshot.length, self.capacity),)
+
+
+def cut(stretches: Stretches, count: int) -> tuple[Stretches, Stretches]:
+    """The first `count` slots, and the others."""
+    before: list[tuple[int, int]] = []
+    after = list(stretches)
+    while count:
+        first, end = after.pop(0)
+        stop = min(end, first + count)
+        before.append((first, stop))
+        count -= stop - first
+        if stop < end:
+            after.insert(0, (stop, end))
+    return tuple(before), tuple(after)
+
+
+def slots_of(stretches: Stretches, device: torch.device) -> int | Tensor:
+    """As `store_keys_values` takes them: the first of slots in a row; else all, int64 on the
+    device."""
+    if len(stretches) == 1:
+        return stretches[0][0]
+    return to_device(torch.cat([torch.arange(*stretch) for stretch in stretches]), device)

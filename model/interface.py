@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from yoco_eval.kernels.sequences import Sequences, Spans
 
 from .decoder import Decoder
+from .states import Cache, S
 
 # One number of rows or more [T, ...] in each tensor; what they are is the model's business.
 Rows = Tensor | tuple[Tensor, ...]
@@ -42,36 +43,6 @@ def concatenate(stretches: Sequence[Rows]) -> Rows:
     if isinstance(stretches[0], Tensor):
         return torch.cat(cast("list[Tensor]", stretches))
     return tuple(torch.cat(parts) for parts in zip(*stretches, strict=True))
-
-
-class State(Protocol):
-    """What a model remembers of n texts after `lengths` tokens, beside the cache."""
-
-    @property
-    def lengths(self) -> tuple[int, ...]: ...
-
-    @property
-    def length(self) -> int:
-        """Tokens of the only text."""
-
-
-S = TypeVar("S", bound=State)
-
-
-class Cache(Protocol[S]):
-    """Keys and values of up to `capacity` tokens, the first `filled` of which are there.
-
-    `state` is of the text that the first `state.length` tokens are.
-    """
-
-    filled: int
-    state: S
-
-    @property
-    def capacity(self) -> int: ...
-
-    def restore(self, snapshot: S) -> None:
-        """Goes back to a state that this cache had; the tokens since are forgotten."""
 
 
 C = TypeVar("C", bound=Cache)
@@ -174,8 +145,9 @@ class Model(Protocol[S, C, R]):
     def logits(self, output: Tensor) -> Tensor:
         """Logits [T, vocab_size] of what `predict` returned, or some rows of it."""
 
-    def decoder(self, cache: C) -> Decoder:
-        """Decodes after the text in the cache, in whose buffers the new keys and values go."""
+    def decoder(self, cache: C, size: int = 1, room: int | None = None) -> Decoder[S]:
+        """Decodes up to `size` texts side by side, whose keys and values are in the cache, each up
+        to `room` tokens; None: as many as the cache has room for."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All weights, each once."""

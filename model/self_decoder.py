@@ -31,7 +31,8 @@ class SelfDecoder(nn.Module):
         return x, tuple(after)
 
     def step(self, x: Tensor, step: Step, memory: list[Any]) -> Tensor:
-        """One token, x [1, dim]; `memory` has that of each layer's mixer, changed in place."""
+        """One token of each of B texts, x [B, dim]; `memory` has that of each layer's mixer, which
+        is changed in place."""
         for layer, part in zip(self.layers, memory, strict=True):
             x = layer.feed_forward(layer.mixer.step(x, layer.mixer_layer_norm.weight, step, part))
         return x

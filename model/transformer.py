@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-from yoco_eval.kernels.attention import cache_attention, decode_attention
+from yoco_eval.kernels.attention import batch_attention, cache_attention
 from yoco_eval.kernels.cache import store_keys_values
 from yoco_eval.kernels.dispatch import triton_takes, use_triton
 from yoco_eval.kernels.matvec import linear_add, norm_linear
 from yoco_eval.kernels.norm import rms_norm
 from yoco_eval.kernels.rotary import Angles, rotate
-from yoco_eval.kernels.sequences import Sequences, Span, Spans
+from yoco_eval.kernels.sequences import Sequences, Span, Spans, Step
 
 from . import costs
-from .cache import KeyValueCache, TextState
+from .cache import KeyValueCache, TextState, cut, slots_of
 from .config import YocoConfig
 from .decoder import Decoder
 from .interface import count
@@ -226,23 +226,23 @@ class Transformer(nn.Module):
         keep: bool = True,
     ) -> tuple[Tensor, Places | None]:
         """Runs packed tokens [T] through all layers, to the last one's output [T, dim]."""
-        first = cache.extend(len(input_ids))
+        rest = stretches = cache.extend(len(input_ids))
+        slots = slots_of(stretches, self.device)
         sources = sequences.sources or range(len(sequences.lengths))
-        own = [(first + a, first + b) for a, b in pairwise(sequences.offsets)]
-        places = tuple(
-            _joined((*state.spans[source], place))
-            for source, place in zip(sources, own, strict=True)
-        )
+        places = []
+        for source, length in zip(sources, sequences.lengths, strict=True):
+            own, rest = cut(rest, length)
+            places.append(_joined((*state.spans[source], *own)))
         spans = Spans(tuple(_readings(places, sequences.offsets)))
         x = self.embed_tokens(input_ids)
         angles = self.rotary.of(sequences, x.dtype)
 
         def attend(keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            store_keys_values(k, v, angles, keys, values, first)
+            store_keys_values(k, v, angles, keys, values, slots)
             return _attention(q, keys, values, spans, angles)
 
         x = self._run(x, cache, attend)
-        return x, Places(sequences.ends, places) if keep else None
+        return x, Places(sequences.ends, tuple(places)) if keep else None
 
     def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Feeds tokens [T] that follow those in the cache, to the last layer's output [T, dim]."""
@@ -260,30 +260,33 @@ class Transformer(nn.Module):
         """[T, vocab_size]"""
         return self.output_projection(output)
 
-    def decoder(self, cache: Cache) -> Decoder:
-        """Decodes after the text in the cache, in whose buffers the new keys and values go."""
+    def decoder(self, cache: Cache, size: int = 1, room: int | None = None) -> Decoder[Places]:
+        """Decodes up to `size` texts side by side, whose keys and values are in the cache."""
         return Decoder(
-            lambda: cache.state.length,
             partial(self._step, cache=cache),
-            cache.capacity,
+            lambda rows, state, sources: None,  # all that is remembered is in the cache
+            (),
+            cache,
+            size,
+            room,
             self.device,
+            self.dtype,
             graph=use_triton(cache.keys, self.embed_tokens.weight),
         )
 
-    def _step(self, token: Tensor, position: Tensor, cache: Cache) -> Tensor:
-        """Logits [vocab_size] after a token [1] at a position [1] of the cache's text."""
-        x = self.embed_tokens(token)
-        angles = self.rotary.at(position, x.dtype)
-        length = position + 1
+    def _step(self, tokens: Tensor, step: Step, memory: tuple, cache: Cache) -> Tensor:
+        """Logits [B, vocab_size] after tokens [B]."""
+        x = self.embed_tokens(tokens)
+        angles = self.rotary.of(step, x.dtype)
 
         def attend(keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            store_keys_values(k, v, angles, keys, values, position)
-            return decode_attention(q, keys, values, length, angles)
+            store_keys_values(k, v, angles, keys, values, step.slots)
+            return batch_attention(q, keys, values, step.positions, step.readings, angles)
 
         x = self._run(x, cache, attend)
         return norm_linear(
             x, self.layer_norm.weight, self.output_projection.weight, self.config.norm_eps
-        )[0]
+        )
 
     def _run(self, x: Tensor, cache: Cache, attend: Callable[..., Tensor]) -> Tensor:
         """x [T, dim] through all layers; `attend` takes a layer's keys and values, q, k and v."""
@@ -318,10 +321,14 @@ def _readings(
 ) -> Iterator[Span]:
     """Who reads what: of each text, the queries are its last tokens."""
     for spans, (query, end_query) in zip(places, pairwise(offsets), strict=True):
-        *before, (first, end) = spans
-        yield Span(query, end_query, first, end, causal=True)
-        for first, end in before:
-            yield Span(query, end_query, first, end, causal=False)
+        asking = end_query
+        for first, end in reversed(spans):
+            own = min(end - first, asking - query)  # of the stretch's tokens, those that ask
+            if own:
+                yield Span(asking - own, asking, first, end, causal=True)
+            if asking < end_query:
+                yield Span(asking, end_query, first, end, causal=False)
+            asking -= own
 
 
 def _attention(q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: Angles) -> Tensor:

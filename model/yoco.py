@@ -8,7 +8,7 @@ Decoder-Decoder Architectures for Language Models", arXiv:2405.05254.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,19 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yoco_eval.kernels.attention import cache_attention, decode_attention
+from yoco_eval.kernels.attention import batch_attention, cache_attention
 from yoco_eval.kernels.cache import store_keys_values
 from yoco_eval.kernels.dispatch import use_triton
 from yoco_eval.kernels.matvec import norm_linear
 from yoco_eval.kernels.norm import rms_norm
 from yoco_eval.kernels.rotary import rotate
-from yoco_eval.kernels.sequences import Sequences, Spans, Step
+from yoco_eval.kernels.sequences import Sequences, Spans, Step, to_device
 
-from .cache import KeyValueCache, SelfState
+from .cache import KeyValueCache, SelfState, slots_of
 from .config import YocoConfig
 from .costs import YocoCosts
 from .cross_decoder import CrossDecoder
 from .decoder import Decoder
+from .interface import take
 from .layers import RMSNorm
 from .linear import Embedding, allocate, linear
 from .rotary import Rotary
@@ -180,11 +181,11 @@ class Yoco(nn.Module):
         keep: bool = True,
     ) -> tuple[Tensor, SelfState | None]:
         """`self_decode`, with the tokens' keys and values added to the cache in the same order."""
-        first = cache.extend(len(input_ids))
+        slots = slots_of(cache.extend(len(input_ids)), self.device)
         x, after = self.self_decode(input_ids, sequences, state, keep)
         keys, values = self.cross_decoder.keys_values(x)
         angles = self.cross_decoder.angles(sequences.positions, x.dtype)
-        store_keys_values(keys, values, angles, cache.keys, cache.values, first)
+        store_keys_values(keys, values, angles, cache.keys, cache.values, slots)
         return x, after
 
     def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
@@ -221,36 +222,43 @@ class Yoco(nn.Module):
         """[T, vocab_size]"""
         return self.output_projection(output)
 
-    def decoder(self, cache: Cache) -> Decoder:
-        """Decodes after the text in the cache, in whose buffers the new keys and values go."""
+    def decoder(self, cache: Cache, size: int = 1, room: int | None = None) -> Decoder[SelfState]:
+        """Decodes up to `size` texts side by side, whose keys and values are in the cache."""
         mixers = [layer.mixer for layer in self.self_decoder.layers]
-        memory = [mixer.memory(self.device, self.dtype) for mixer in mixers]
+        memory = [mixer.memory(size, self.device, self.dtype) for mixer in mixers]
 
-        def begin() -> int:
-            states, length = cache.state.layers, cache.state.length
-            for mixer, part, state in zip(mixers, memory, states, strict=True):
-                mixer.begin(part, state, length)
-            return length
+        def begin(rows: Tensor, state: SelfState, sources: Sequence[int]) -> None:
+            index = to_device(torch.tensor(sources), self.device)
+            lengths = [state.lengths[source] for source in sources]
+            for mixer, part, layer in zip(mixers, memory, state.layers, strict=True):
+                mixer.begin(part, rows, None if layer is None else take(layer, index), lengths)
 
         return Decoder(
+            partial(self._step, cache=cache),
             begin,
-            partial(self._step, cache=cache, memory=memory),
-            cache.capacity,
+            memory,
+            cache,
+            size,
+            room,
             self.device,
+            self.dtype,
             graph=use_triton(cache.keys, self.embed_tokens.weight),
         )
 
-    def _step(self, token: Tensor, position: Tensor, cache: Cache, memory: list[Any]) -> Tensor:
-        """Logits [vocab_size] after a token [1] at a position [1] of the cache's text."""
-        x = math.sqrt(self.config.dim) * self.embed_tokens(token)
-        x = self.self_decoder.step(x, Step(position), memory)
-        angles = self.cross_decoder.angles(position, x.dtype)
+    def _step(self, tokens: Tensor, step: Step, memory: list[Any], cache: Cache) -> Tensor:
+        """Logits [B, vocab_size] after tokens [B]."""
+        x = math.sqrt(self.config.dim) * self.embed_tokens(tokens)
+        x = self.self_decoder.step(x, step, memory)
+        angles = self.cross_decoder.angles(step.positions, x.dtype)
         keys, values = self.cross_decoder.keys_values(x)
-        store_keys_values(keys, values, angles, cache.keys, cache.values, position)
-        length = position + 1
-        x = self.cross_decoder(
-            x, lambda q: decode_attention(q, cache.keys, cache.values, length, angles)
-        )
+        store_keys_values(keys, values, angles, cache.keys, cache.values, step.slots)
+
+        def attend(q: Tensor) -> Tensor:
+            return batch_attention(
+                q, cache.keys, cache.values, step.positions, step.readings, angles
+            )
+
+        x = self.cross_decoder(x, attend)
         return norm_linear(
             x, self.layer_norm.weight, self.output_projection.weight, self.config.norm_eps
-        )[0]
+        )

@@ -10,88 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from yoco_eval.model import Decoder, Model, Rows, Sequences, Span, Spans, State, to_device
+from yoco_eval.model import Model, Rows, Sequences, Span, Spans, State, to_device
 from yoco_eval.model.interface import concatenate, split, take
 
-from .memory import Fit, fit
+from .generation import Generation, stored
+from .memory import Fit, fit, fit_batch
+from .pages import page_size
 from .prefixes import Item, Limits, Node, Step, merge, nest, plan
+from .requests import GenerateRequest, Progress, Score, ScoreRequest, TokenIds, check_number
 
-TokenIds = Sequence[int] | np.ndarray
-Progress = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """Asks for the log-probability of `continuation` after `context` (at least one token)."""
-
-    context: TokenIds
-    continuation: TokenIds
-
-    def __post_init__(self) -> None:
-        _check_context(self.context)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Sum of the log-probabilities (natural), and whether greedy decoding would give the same."""
-
-    logprob: float
-    greedy: bool
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn: the likeliest one at temperature 0, else from the `top_p`,
-    `top_k` nucleus of the tempered distribution, with PyTorch's global generator.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature {self.temperature} is not a number from 0 on; 0 decodes greedily"
-            )
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is outside 0..1; 1 leaves every token in")
-        if self.top_k < 0:
-            raise ValueError(f"top_k {self.top_k} is below 0; 0 leaves every token in")
-
-
-@dataclass(frozen=True)
-class GenerateRequest:
-    """Asks for up to `max_tokens` tokens after `context` (at least one token).
-
-    Generation ends with a token of `end_tokens`, which is not part of the answer, or when
-    `finished` says so of the tokens so far.
-    """
-
-    context: TokenIds
-    max_tokens: int
-    end_tokens: frozenset[int] = frozenset()
-    finished: Callable[[list[int]], bool] = lambda tokens: False
-    sampling: Sampling = Sampling()
-
-    def __post_init__(self) -> None:
-        _check_context(self.context)
-        if self.max_tokens < 0:
-            raise ValueError(f"max_tokens {self.max_tokens} is below 0")
-
-
-def _check_context(context: TokenIds) -> None:
-    if len(context) == 0:
-        raise ValueError("a context is empty: its last token makes the first prediction")
+# Texts decoded side by side, unless fewer are asked for or fit: with more, their states and caches
+# take far longer to read than the weights, which all share.
+_MOST = 512
 
 
 class Engine:
@@ -99,8 +34,9 @@ class Engine:
 
     Args:
         model: the model, on its device.
-        batch_size: how many sequences are fed side by side at most, within `prefill_chunk` tokens;
-            None: as many as these and the memory for their states allow.
+        batch_size: how many sequences are fed side by side at most, within `prefill_chunk` tokens,
+            and how many answers are decoded side by side; None: as many as these and the memory for
+            their states allow.
         prefill_chunk: how many tokens are fed at a time; None: as many as pay and fit in memory.
             Changes cost and memory, not results.
 
@@ -120,13 +56,13 @@ class Engine:
 
     @torch.inference_mode()
     def score(
-        self, requests: Sequence[ScoreRequest], begin: Progress, progress: Progress
+        self, requests: Sequence[ScoreRequest], begin: Callable[[int], object], progress: Progress
     ) -> Iterator[tuple[int, Score]]:
         """Yields (index of the request, its score), each as soon as it is known.
 
         Args:
             begin: told once, before anything is computed, how many tokens will be fed.
-            progress: told how many tokens have been fed since it was last told.
+            progress: told how it goes.
         """
         for index, request in enumerate(requests):
             if len(request.continuation) == 0:
@@ -136,35 +72,60 @@ class Engine:
         items = nest(merge(sequences, [len(request.context) - 1 for _, request in asked]))
         lengths = [len(item.tokens) for item in items]
         fitted = self._fit(max(lengths, default=0), sum(lengths))
+        fitted.check()
         limits = fitted.limits(self.batch_size, self.model.costs, self.model.dtype)
-        steps = self._plan(items, limits, fitted)
+        steps = plan(items, limits)
+        self._check_snapshots(steps, fitted, limits.room)
         begin(sum(step.tokens for step in steps))
         with fitted.watch():
             yield from self._scores(steps, asked, fitted, limits, progress)
 
     @torch.inference_mode()
     def generate(
-        self, requests: Sequence[GenerateRequest], begin: Progress, progress: Progress
+        self,
+        requests: Sequence[GenerateRequest],
+        begin: Callable[[int], object],
+        progress: Progress,
     ) -> Iterator[tuple[int, list[int]]]:
         """Yields (index of the request, new token ids), each as soon as it is complete.
 
-        `begin` and `progress` as in `score`; they count prompt tokens.
+        `begin` and `progress` as in `score`; they count tokens of prompts and of answers, which are
+        announced as many as may be.
         """
-        contexts = [request.context for request in requests]
-        items = merge(contexts, [len(context) - 1 for context in contexts])
-        room = max((request.max_tokens for request in requests), default=0)
-        fitted = self._fit(max(map(len, contexts), default=0) + room)
-        steps = self._plan(items, Limits(), fitted)
-        begin(sum(step.tokens for step in steps))
-        decoder = None
-        with fitted.watch():
-            for step, walk in self._walk(steps, fitted.chunk, progress, room):
-                (leaf,) = step.nodes
-                walk.feed(leaf.item, len(leaf.item.tokens) - 1)
-                decoder = decoder or self.model.decoder(walk.cache)
-                for index in leaf.item.requests:
-                    yield index, _decode(requests[index], decoder)
-                progress(1)
+        indices = [index for index, request in enumerate(requests) if request.max_tokens]
+        asked = [requests[index] for index in indices]
+        run = self._generation(asked, progress) if asked else None
+        begin(run.tokens if run else 0)
+        for index, request in enumerate(requests):
+            if not request.max_tokens:
+                yield index, []
+        if run:
+            with run.fitted.watch():
+                for i, tokens in run.answers():
+                    yield indices[i], tokens
+
+    def _generation(self, requests: Sequence[GenerateRequest], progress: Progress) -> Generation:
+        """Refuses what does not fit, one text at a time at the least."""
+        model, costs, dtype = self.model, self.model.costs, self.model.dtype
+        items = merge(
+            [request.context for request in requests],
+            [len(request.context) - 1 for request in requests],
+        )
+        one_by_one = plan(items, Limits())
+        kept = stored(one_by_one, requests, page_size(model.device))
+        lengths = [len(request.context) + request.max_tokens for request in requests]
+        longest = max(lengths)
+        spare = kept.longest + kept.page - longest
+        fitted = self._fit(longest, None if self.batch_size == 1 else sum(lengths), spare)
+        if fitted.need + kept.states * costs.state_bytes(dtype) > fitted.free:
+            fitted = self._fit(longest, spare=spare)
+        fitted.check()
+        self._check_snapshots(one_by_one, fitted)
+        batch = fit_batch(
+            fitted, costs, dtype, model.config.vocab_size, kept, self.batch_size or _MOST
+        )
+        limits = batch.limits(fitted, costs, dtype)
+        return Generation(model, requests, plan(items, limits), limits, batch, fitted, progress)
 
     def _scores(
         self,
@@ -201,20 +162,23 @@ class Engine:
         if launched is not None:
             yield from launched.read()
 
-    def _fit(self, length: int, tokens: int | None = None) -> Fit:
-        """Refuses contexts of up to `length` tokens, of `tokens` in all, that do not fit."""
-        costs, dtype, device = self.model.costs, self.model.dtype, self.model.device
-        fitted = fit(costs, dtype, device, length, self.prefill_chunk, loaded=True, tokens=tokens)
-        fitted.check()
-        return fitted
+    def _fit(self, length: int, tokens: int | None = None, spare: int = 0) -> Fit:
+        """Of contexts of up to `length` tokens, of `tokens` in all."""
+        return fit(
+            self.model.costs,
+            self.model.dtype,
+            self.model.device,
+            length,
+            self.prefill_chunk,
+            loaded=True,
+            tokens=tokens,
+            spare=spare,
+        )
 
-    def _plan(self, items: Sequence[Item], limits: Limits, fitted: Fit) -> list[Step]:
+    def _check_snapshots(self, steps: Sequence[Step], fitted: Fit, room: int = 0) -> None:
         """Refuses what branches so often that its snapshots do not fit."""
-        steps = plan(items, limits)
         kept = max((step.kept for step in steps), default=0)
-        size = self.model.costs.state_bytes(self.model.dtype)
-        fitted.check_snapshots(kept * size, limits.room)
-        return steps
+        fitted.check_snapshots(kept * self.model.costs.state_bytes(self.model.dtype), room)
 
     def _walk(
         self, steps: Sequence[Step], chunk: int, progress: Progress, room: int = 0
@@ -373,7 +337,7 @@ class _Scores:
         if self._ready is not None:
             self._ready.synchronize()
         for index, (logprob, missed) in zip(self._indices, self._sums.tolist(), strict=True):
-            _check_number(logprob, self._dtype)
+            check_number(logprob, self._dtype)
             yield index, Score(logprob, missed == 0)
 
 
@@ -410,44 +374,6 @@ def _gather(
     return torch.cat(found)
 
 
-def _decode(request: GenerateRequest, decoder: Decoder) -> list[int]:
-    """Generates after the cached tokens and the last one of the context."""
-    new: list[int] = []
-    if not request.max_tokens:
-        return new
-    decoder.start(int(request.context[-1]))
-    highest: Tensor | None = None
-    while len(new) < request.max_tokens:
-        decoder.step()
-        # Of all steps, NaN and infinity stay; read once, as reading waits for the device.
-        here = decoder.logits.max()
-        highest = here if highest is None else highest.maximum(here)
-        if request.sampling.temperature:
-            _check_number(float(highest), highest.dtype)  # before a token is drawn
-            decoder.token.fill_(_draw(decoder.logits, request.sampling))
-        token = int(decoder.token)
-        if token in request.end_tokens:
-            break
-        new.append(token)
-        if request.finished(new):
-            break
-    assert highest is not None
-    _check_number(float(highest), highest.dtype)
-    return new
-
-
-def _check_number(number: float, dtype: torch.dtype) -> None:
-    """Refuses a prediction that is NaN or infinite, which would count as a wrong answer.
-
-    The logarithm of a probability may be minus infinity.
-    """
-    if not number < math.inf:
-        raise ValueError(
-            f"the model's predictions are {number}: its numbers overflow in "
-            f"{str(dtype).removeprefix('torch.')}; choose a wider dtype, or another checkpoint"
-        )
-
-
 class _Walk:
     """The cache on its way through the tree of prefixes, with snapshots along the present path."""
 
@@ -478,17 +404,3 @@ class _Walk:
             stop = min(end, start + self.chunk)
             self._model.prefill(self.ids(item.tokens[start:stop]), self.cache)
             self._progress(stop - start)
-
-
-def _draw(logits: Tensor, sampling: Sampling) -> int:
-    """Draws from logits [vocabulary], at a temperature above 0."""
-    logits = logits.float() / sampling.temperature
-    if 0 < sampling.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
-    ordered, tokens = logits.sort(descending=True)
-    probabilities = ordered.softmax(-1)
-    # The smallest set of likeliest tokens whose probability reaches top_p, the first in any case.
-    before = probabilities.cumsum(-1) - probabilities
-    before[0] = -1.0
-    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
-    return int(tokens[torch.multinomial(probabilities, 1)])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -30,9 +31,11 @@ from yoco_eval.model.hub import hub_commit
 from .chat import ChatTemplate
 from .devices import find_device, find_dtype
 from .encoding import Encoder
-from .engine import Engine, GenerateRequest, Sampling, ScoreRequest, TokenIds
+from .engine import Engine
 from .lengths import parse_length
 from .memory import OutOfMemory, loading_weights
+from .requests import GenerateRequest, ScoreRequest, TokenIds
+from .sampling import Sampling
 from .tokenizers import (
     SAMPLE,
     check_ends,
@@ -81,7 +84,8 @@ class YocoLM(TemplateLM):
             "float64".
         device: such as "cuda:1"; default: the first GPU if there is one, else the CPU.
         batch_size: how many requests are scored side by side at most, within `prefill_chunk`
-            tokens; or "auto": as many as these and the memory allow.
+            tokens, and how many answers are generated side by side; or "auto": as many as these and
+            the memory allow.
         max_batch_size: accepted because lm-eval passes it; "auto" needs no bound to try.
         max_length: longest context with its continuation, in tokens ("64k" is 65536); default:
             what the checkpoint was trained for. Longer contexts lose tokens on the left.
@@ -375,9 +379,12 @@ class YocoLM(TemplateLM):
         results: list[Any] = [None] * len(requests)
         settings = [self._read_settings(request.args[1]) for request in requests]
         prompts, cuts = [], []
+        asked: Counter[str] = Counter()
         with self._encoding(request.args[0] for request in requests):
             for request, own in zip(requests, settings, strict=True):
-                prompt, cut = self._generation(request.args[0], own)
+                context = request.args[0]
+                prompt, cut = self._generation(context, own, asked[context])
+                asked[context] += 1
                 prompts.append(prompt)
                 cuts.append(cut)
                 if own.sampled:
@@ -441,34 +448,51 @@ class YocoLM(TemplateLM):
         sampling = Sampling(temperature if sampled else 0.0, top_p, top_k)
         return _Generation(until, max_tokens, sampled, sampling)
 
-    def _generation(self, context: str, settings: _Generation) -> tuple[GenerateRequest, int]:
-        """The engine's request, and the number of tokens cut on the left."""
+    def _generation(
+        self, context: str, settings: _Generation, before: int
+    ) -> tuple[GenerateRequest, int]:
+        """The engine's request, and the number of tokens cut on the left.
+
+        Args:
+            before: how many requests with the same context there were; each is drawn anew.
+        """
         room = self.max_length - settings.max_tokens
         ids = self._tokens(context)
         if len(ids) == 0:
             ids = _ids([self.prefix_token_id])
+        # Of the seed that lm-eval has set, and of the request: whatever runs beside it.
+        digest = hashlib.sha256(f"{torch.initial_seed()} {before} ".encode() + ids.tobytes())
+        seed = int.from_bytes(digest.digest()[:7])
         request = GenerateRequest(
             context=ids[-room:],
             max_tokens=settings.max_tokens,
             end_tokens=frozenset([] if self.eot_token_id is None else [self.eot_token_id]),
-            finished=self._stopper(settings.until),
-            sampling=settings.sampling,
+            stop=self._stopper(settings.until),
+            sampling=replace(settings.sampling, seed=seed),
         )
         return request, max(0, len(ids) - room)
 
-    def _stopper(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
-        """Says whether generated tokens contain a stop string, of which the last one is a part."""
+    def _stopper(self, until: Sequence[str]) -> Callable[[list[int], int], int | None] | None:
+        """Says with which generated token a stop string is complete, as `GenerateRequest` asks."""
         if not until:
-            return lambda tokens: False
+            return None
         # A token is at least a byte, so a stop string lies within as many tokens as it has bytes;
         # some more, because decoding may change the first characters of a piece of text.
         window = max(len(stop.encode()) for stop in until) + 8
 
-        def finished(tokens: list[int]) -> bool:
-            text = self.tokenizer.decode(tokens[-window:], skip_special_tokens=False)
+        def found(tokens: list[int]) -> bool:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
             return any(stop in text for stop in until)
 
-        return finished
+        def stop(tokens: list[int], seen: int) -> int | None:
+            ends = range(seen + 1, len(tokens) + 1)
+            # Tokens that come later change what is before them only where blanks are cleaned up.
+            at_once = not self.tokenizer.clean_up_tokenization_spaces
+            if len(ends) > 1 and at_once and not found(tokens[max(0, seen + 1 - window) :]):
+                return None
+            return next((end for end in ends if found(tokens[max(0, end - window) : end])), None)
+
+        return stop
 
     def _warn_of_cuts(self, cuts: Sequence[int]) -> None:
         if count := sum(cut > 0 for cut in cuts):
@@ -486,8 +510,13 @@ class YocoLM(TemplateLM):
     ) -> Iterator:
         """Runs an engine method under a progress bar that counts tokens."""
         with tqdm(desc=f"yoco {name}", unit="tok", unit_scale=True, disable=silent) as bar:
+
+            def progress(done: int, spared: int = 0) -> None:
+                bar.total -= spared
+                bar.update(done)
+
             try:
-                yield from method(requests, begin=bar.reset, progress=bar.update)
+                yield from method(requests, begin=bar.reset, progress=progress)
             except OutOfMemory as error:
                 resumed = "with --use_cache FILE, what is computed would be kept"
                 if self.cache_hook.dbdict is not None:

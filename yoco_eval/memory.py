@@ -15,6 +15,7 @@ from yoco_eval.model import Costs
 from yoco_eval.model.footprint import Footprint, footprint
 
 from .lengths import format_length
+from .pages import rounded
 from .prefixes import Limits
 
 # Tokens fed at a time. On a GPU the matrix products of more are hardly faster, and fewer leave more
@@ -113,6 +114,7 @@ def fit(
     chunk: int | None = None,
     loaded: bool = False,
     tokens: int | None = None,
+    spare: int = 0,
 ) -> Fit:
     """Fits a run into the free memory as well as possible.
 
@@ -123,6 +125,7 @@ def fit(
         loaded: whether the weights are on the device already.
         tokens: of all contexts together, of which several may be fed at a time; None: one context
             is fed at a time.
+        spare: slots of the cache that no token takes.
     """
     free = int(free_bytes(device) * _MARGIN)
 
@@ -130,7 +133,7 @@ def fit(
         total = tokens or length
         size = max(1, min(most, total))
         # A packed batch of a chunk's size may lie behind what its texts share.
-        capacity = min(length + size, total)
+        capacity = min(length + size, total) + spare
         memory = footprint(costs, dtype, capacity, size, size * _LOGITS, device)
         return size, memory, memory.total - (memory.weights if loaded else 0)
 
@@ -141,6 +144,97 @@ def fit(
     beyond = range(1, max(0, free) // costs.cache_bytes(dtype, 1) + 2)
     longest = bisect_right(beyond, free, key=lambda length: needs(length, most)[2])
     return Fit(length, chunk, size, size * _LOGITS, memory, need, free, longest, device)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Slots of a cache that the texts of a run take, in whole pages.
+
+    Attributes:
+        own: of each text what it shares with no other, with all that it may generate.
+        shared: what is shared, in all.
+        longest: all of the longest text, with what it may generate.
+        room: tokens that one text may generate at most.
+        states: snapshots that are kept at a time.
+        page: slots of a page.
+    """
+
+    own: list[int]
+    shared: int
+    longest: int
+    room: int
+    states: int
+    page: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How many texts are decoded side by side, and what they have.
+
+    Attributes:
+        size: texts in flight at most.
+        items: prompts that are fed as a packed batch at most.
+        slots: of the cache.
+        need: bytes that are still to be allocated for all of it.
+    """
+
+    size: int
+    items: int
+    slots: int
+    need: int
+
+    def limits(self, fitted: Fit, costs: Costs, dtype: torch.dtype) -> Limits:
+        """Of packed batches of prompts, after each of which its state is kept."""
+        each = costs.state_bytes(dtype) + costs.passing_bytes(dtype, fitted.device)
+        return Limits(items=self.items, tokens=fitted.chunk, room=self.items * each, passing=each)
+
+
+def fit_batch(
+    fitted: Fit, costs: Costs, dtype: torch.dtype, vocabulary: int, stored: Stored, most: int
+) -> Batch:
+    """As many texts side by side as fit beside what is fitted for one, up to `most`.
+
+    A text in flight takes a state, its own slots and its logits. A quarter of the texts at most are
+    fed as a batch, which takes their states once more: few rows stand empty for long, then.
+    """
+    device, state = fitted.device, costs.state_bytes(dtype)
+    each = state + costs.passing_bytes(dtype, device)
+    slot = costs.cache_bytes(dtype, 1)
+    mean = -(-sum(stored.own) // len(stored.own))
+    everything = stored.shared + sum(stored.own)
+
+    def beside(size: int) -> int:
+        """Bytes of all but the cache."""
+        need = fitted.need - fitted.memory.cache + (_items(size) - 1) * each
+        need += (size - 1 + stored.states) * state
+        step = costs.activation_bytes(dtype, 1, size, size * vocabulary, device)
+        # What graphs compute with is theirs alone.
+        shared = 0 if device.type == "cuda" else fitted.memory.activations
+        return need + max(0, step - shared)
+
+    def cache(size: int) -> int:
+        """Slots with which so many typical texts have room."""
+        return min(everything, stored.longest + (size - 1) * mean)
+
+    most = min(most, len(stored.own))
+    sizes = range(2, most + 1)
+    size = 1 + bisect_right(sizes, fitted.free, key=lambda n: beside(n) + cache(n) * slot)
+    items, largest, page = _items(size), max(stored.own), stored.page
+    # Beside those in flight there are others that wait; and what is shared may all be in use.
+    slots = stored.shared + stored.longest + (size + items) * largest
+    room = (fitted.free - beside(size)) // slot // page * page - page
+    slots = max(stored.longest, min(everything, rounded(slots, page), room))
+    while items > 1:
+        fed = stored.shared + items * largest, fitted.chunk + items * (stored.room + 4 * page)
+        if stored.longest + min(fed) <= slots or slots == everything:
+            break
+        items //= 2
+    slots += page  # the decoder's
+    return Batch(size, items, slots, beside(size) + slots * slot)
+
+
+def _items(size: int) -> int:
+    return max(1, size // 4)
 
 
 def chunk_sizes(device: torch.device) -> tuple[int, ...]:

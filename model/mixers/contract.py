@@ -6,6 +6,7 @@ of one layer; and one line in the table of `yoco_eval.model.mixers`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Generic, TypeVar
@@ -50,24 +51,39 @@ class Mixer(nn.Module, Generic[S]):
         """Draws weights that are neither matrices nor norms' nor biases, for models with random
         weights: such that they cost what trained ones do."""
 
-    def memory(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Tensors that decoding one text changes in place, of whatever structure; dtype is x's."""
+    def memory(self, size: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """What decoding `size` texts changes in place: tensors [size, ...], in whatever tuples and
+        lists; dtype is x's."""
         raise NotImplementedError
 
-    def begin(self, memory: Any, state: S | None, length: int) -> None:
-        """Sets the memory to a text's state after `length` tokens.
+    def begin(self, memory: Any, rows: Tensor, state: S | None, lengths: Sequence[int]) -> None:
+        """Sets rows of the memory to n texts' states, in place of what earlier texts left there.
 
-        It is called whenever decoding starts, again and again with one memory, which holds what
-        earlier steps have left there.
+        A memory that is shaped like a state, with zeros before the first token, needs no more than
+        this.
 
         Args:
-            state: of this text alone, [1, ...] in each tensor. None: before the first token.
+            rows: int64 [n], on the device.
+            state: of the n texts. None: before the first token.
+            lengths: of each, the tokens that the state is after.
         """
-        raise NotImplementedError
+        parts = (memory,) if isinstance(memory, Tensor) else memory
+        contents = (state,) if isinstance(state, Tensor) else state or (None,) * len(parts)
+        for part, content in zip(parts, contents, strict=True):
+            set_rows(part, rows, content)
 
     def step(self, x: Tensor, norm: Tensor, step: Step, memory: Any) -> Tensor:
-        """`forward` of one token, [1, dim] to [1, dim], in a CUDA graph if need be."""
+        """`forward` of one token of each of B texts, [B, dim] to [B, dim], in a CUDA graph if need
+        be; `memory` has B rows."""
         raise NotImplementedError
+
+
+def set_rows(memory: Tensor, rows: Tensor, content: Tensor | None) -> None:
+    """Sets rows of a memory to those of `content` [n, ...]; None: to zero."""
+    if content is None:
+        memory.index_fill_(0, rows, 0)
+    else:
+        memory.index_copy_(0, rows, content)
 
 
 @dataclass(frozen=True)

@@ -156,19 +156,15 @@ class GatedDeltaNet(Mixer[State]):
         x = linear_add(out.flatten(-2), self.out_proj.weight, x)
         return x, None if after is None or tails is None else (after, tails)
 
-    def memory(self, device: torch.device, dtype: torch.dtype) -> State:
+    def memory(self, size: int, device: torch.device, dtype: torch.dtype) -> State:
         settings = self.settings
         wide = torch.promote_types(dtype, torch.float32)
-        shape = (1, settings.n_self_value_heads, settings.self_key_dim, settings.self_value_dim)
-        tail = (1, (settings.convolution or 1) - 1, 2 * settings.keys + settings.values)
+        shape = (size, settings.n_self_value_heads, settings.self_key_dim, settings.self_value_dim)
+        tail = (size, (settings.convolution or 1) - 1, 2 * settings.keys + settings.values)
         return (
             torch.zeros(shape, dtype=wide, device=device),
             torch.zeros(tail, dtype=dtype, device=device),
         )
-
-    def begin(self, memory: State, state: State | None, length: int) -> None:
-        for part, content in zip(memory, state or (None, None), strict=True):
-            part.zero_() if content is None else part.copy_(content)
 
     def step(self, x: Tensor, norm: Tensor, step: Step, memory: State) -> Tensor:
         state, tail = memory

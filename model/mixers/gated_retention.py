@@ -115,13 +115,10 @@ class GatedRetention(Mixer[Tensor]):
         )
         return linear_add(out.flatten(-2), self.out_proj.weight, x), state
 
-    def memory(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def memory(self, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
-        shape = (1, self.heads, self.head_dim, self.head_dim)
+        shape = (size, self.heads, self.head_dim, self.head_dim)
         return torch.zeros(shape, dtype=wide, device=device)
-
-    def begin(self, memory: Tensor, state: Tensor | None, length: int) -> None:
-        memory.zero_() if state is None else memory.copy_(state)
 
     def step(self, x: Tensor, norm: Tensor, step: Step, memory: Tensor) -> Tensor:
         (q, k, v, swish), gate = self._cut(norm_linear(x, norm, self.stack.weight, self.eps))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from yoco_eval.kernels.attention import ring_from_past, sliding_window_attention, window_step
+from yoco_eval.kernels.attention import rings_from_past, sliding_window_attention, window_step
 from yoco_eval.kernels.matvec import linear_add, norm_linear
 from yoco_eval.kernels.sequences import Sequences, Step
 
 from ..checks import check_count, check_flag, check_multiple, check_number
 from ..linear import Stack, linear
 from ..rotary import Rotary
-from .contract import Mixer, Settings
+from .contract import Mixer, Settings, set_rows
 
 Rings = tuple[Tensor, Tensor]
 
@@ -107,15 +108,19 @@ class SlidingWindowAttention(Mixer[Tensor]):
         out, state = sliding_window_attention(q, k, v, self.window, sequences, state, angles, keep)
         return linear_add(out.flatten(-2), self.out_proj.weight, x), state
 
-    def memory(self, device: torch.device, dtype: torch.dtype) -> Rings:
-        shape = (self.kv_heads, self.window, self.head_dim)
+    def memory(self, size: int, device: torch.device, dtype: torch.dtype) -> Rings:
+        shape = (size, self.kv_heads, self.window, self.head_dim)
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return keys, values
 
-    def begin(self, memory: Rings, state: Tensor | None, length: int) -> None:
-        if state is not None:
-            for ring, content in zip(memory, ring_from_past(state[0], length), strict=True):
-                ring.copy_(content)
+    def begin(
+        self, memory: Rings, rows: Tensor, state: Tensor | None, lengths: Sequence[int]
+    ) -> None:
+        if state is not None:  # else no slot is read before it is written
+            for part, content in zip(
+                memory, rings_from_past(state, lengths).unbind(1), strict=True
+            ):
+                set_rows(part, rows, content)
 
     def step(self, x: Tensor, norm: Tensor, step: Step, memory: Rings) -> Tensor:
         q, k, v = self.project(x, norm)

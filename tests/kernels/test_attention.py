@@ -5,14 +5,14 @@ import torch
 
 from yoco_eval.kernels import attention
 from yoco_eval.kernels.attention import (
+    batch_attention_reference,
     cache_attention_reference,
-    decode_attention_reference,
-    ring_from_past,
+    rings_from_past,
     sliding_window_attention_reference,
     window_step,
 )
 from yoco_eval.kernels.rotary import rotary_angles, rotate
-from yoco_eval.kernels.sequences import Sequences, Span, Spans
+from yoco_eval.kernels.sequences import Readings, Sequences, Span, Spans, query_runs
 
 NAN = float("nan")
 
@@ -113,13 +113,68 @@ def test_queries_are_rotated():
     )
 
 
-@pytest.mark.parametrize("length", [1, 7, 20])
-def test_decode_attention(length):
-    spans = Spans((Span(0, 1, 0, length, False),))
-    q = randn(1, 4, 8)
-    keys, values = poisoned_cache(spans, 2, 20, 8)
-    out = decode_attention_reference(q, keys, values, torch.tensor([length]))
-    torch.testing.assert_close(out, cache_by_definition(q, keys, values, spans))
+# -- one token of each of many texts ---------------------------------------------------------------
+
+
+def texts(branches, owns, room=40):
+    """Readings of texts in a batch, their positions, and the slots that each row reads.
+
+    Args:
+        branches: tokens, and the texts below: (first, end) in the order of the tree.
+        owns: of each text, in this order, its tokens before the one at hand, beside those of its
+            branches; they lie in two stretches, with `room` for those to come.
+    """
+    rows = torch.randperm(len(owns)).tolist()
+    slot, spans, read = 3, [], [[] for _ in owns]
+    positions = torch.zeros(len(owns), dtype=torch.int64)
+    for length, (first, end) in branches:
+        spans.append(Span(first, end, slot, slot + length, False))
+        for text in range(first, end):
+            read[rows[text]] += range(slot, slot + length)
+            positions[rows[text]] += length
+        slot += length + 2
+    for text, own in enumerate(owns):
+        row, start = rows[text], int(positions[rows[text]])
+        for first, end in ((0, own // 2 + 1), (own // 2 + 1, own + room)):
+            spans.append(Span(text, text + 1, slot, slot + end - first, False, start + first))
+            read[row] += range(slot, slot + max(0, min(end, own + 1) - first))
+            slot += end - first + 1
+        positions[row] += own
+    return Readings(rows, spans), positions, read
+
+
+def cache_of(read, heads, dim, dtype=torch.float64, device="cpu"):
+    """Keys and values where somebody reads them, NaN elsewhere."""
+    slots = max(map(max, read)) + 50
+    cache = torch.full((2, heads, slots, dim), NAN, dtype=dtype, device=device)
+    known = torch.tensor(sorted({slot for own in read for slot in own}), device=device)
+    cache[:, :, known] = randn(2, heads, len(known), dim, dtype=dtype, device=device)
+    return cache
+
+
+TREES = {
+    "one text": ([], [16]),
+    "a first token": ([], [0]),
+    "texts apart": ([], [5, 0, 70]),
+    "one branch": ([(90, (0, 5))], [1, 30, 0, 7, 2]),
+    "a tree": ([(70, (0, 6)), (20, (1, 4)), (33, (2, 4))], [3, 1, 9, 2, 0, 30]),
+}
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+def test_batch_attention(tree, heads):
+    torch.manual_seed(0)
+    readings, positions, read = texts(*tree)
+    q = randn(len(read), heads[0], 8)
+    keys, values = cache_of(read, heads[1], 8)
+    angles = angles_at(positions, 8, torch.float64, "cpu")
+    out = batch_attention_reference(q, keys, values, positions, readings, angles)
+    group = heads[0] // heads[1]
+    for row, own in enumerate(read):
+        for head, x in enumerate(rotate(q, angles)[row]):
+            expected = attend(x, keys[head // group, own], values[head // group, own])
+            torch.testing.assert_close(out[row, head], expected)
 
 
 # -- a sliding window ------------------------------------------------------------------------------
@@ -204,13 +259,35 @@ def test_window_step_follows_a_prompt(window, prompt, heads):
     _, past = sliding_window_attention_reference(
         q[:prompt], k[:prompt], v[:prompt], window, sequences, None, [x[:prompt] for x in angles]
     )
-    ring = ring_from_past(past[0], prompt)
+    rings = [ring.contiguous() for ring in rings_from_past(past, [prompt]).unbind(1)]
     expected = window_by_definition(rotate(q, angles), rotate(k, angles), v, window)
     for p in range(prompt, total):
         at = slice(p, p + 1)
         step_angles = tuple(x[at] for x in angles)
-        out = window_step(q[at], k[at], v[at], *ring, torch.tensor([p]), step_angles)
+        out = window_step(q[at], k[at], v[at], *rings, torch.tensor([p]), step_angles)
         torch.testing.assert_close(out, expected[at], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
+def test_window_steps_of_texts_of_any_length(heads):
+    """Side by side as one by one."""
+    torch.manual_seed(0)
+    window, before = 5, [0, 2, 3, 30]
+    pasts = randn(len(before), 2, window - 1, heads[1], 8)
+    rings = [ring.contiguous() for ring in rings_from_past(pasts, before).unbind(1)]
+    apart = [ring.clone() for ring in rings]
+    for step in range(7):
+        q, k, v = queries_keys_values(len(before), heads)
+        positions = torch.tensor(before) + step
+        angles = rotary_angles(positions, 8, 100.0, torch.float64)
+        out = window_step(q, k, v, *rings, positions, angles)
+        for row in range(len(before)):
+            at = slice(row, row + 1)
+            one = tuple(x[at] for x in angles)
+            own = [ring[at] for ring in apart]
+            alone = window_step(q[at], k[at], v[at], *own, positions[at], one)
+            torch.testing.assert_close(out[at], alone, rtol=0, atol=1e-12)
+    assert all(map(torch.equal, rings, apart))
 
 
 # -- the Triton kernels ----------------------------------------------------------------------------
@@ -313,14 +390,16 @@ def test_triton_reaches_keys_beyond_32_bits(device, triton_kernels):
     assert (out - expected).norm() < 1e-2 * expected.norm()
     # Decoding reads the zeros, too: what it must find is the one key that outweighs them all.
     cache[:, -1] = q[0] * 8
-    length = torch.tensor([slots], device=device)
-    out = triton_kernels.decode_attention(q, cache, cache, length)
+    readings = Readings([0], [Span(0, 1, 0, slots, False, start=0)])
+    last = torch.tensor([slots - 1], device=device)
+    out = triton_kernels.batch_attention(q, cache, cache, last, readings)
     assert (out[0] - cache[:, -1]).norm() < 1e-2 * out.norm()
 
 
 def test_a_shared_prefix_is_read_once(triton_kernels):
     spans = Spans(shared_prefix(1000, [1] * 5))
-    plan = triton_kernels._plan(spans, 6, 2, 64, torch.float32, CPU)
+    shape = triton_kernels._Shape(6, 2, 64, torch.float32, CPU)
+    plan = triton_kernels._plan(spans.spans, query_runs(spans), shape)
     ranges = plan.ranges.tolist()
     read = sorted(slot for first, end, _ in ranges for slot in range(first, end) if slot < 1002)
     assert read == list(range(2, 1002))
@@ -329,59 +408,89 @@ def test_a_shared_prefix_is_read_once(triton_kernels):
 
 def test_short_texts_are_neither_split_nor_merged(triton_kernels):
     spans = tuple(Span(20 * i, 20 * i + 20, 20 * i, 20 * i + 20, True) for i in range(50))
-    plan = triton_kernels._plan(Spans(spans), 6, 2, 64, torch.bfloat16, CPU)
-    assert plan.block_m == 64 and plan.tasks.shape[0] == 50 and plan.slots == 0
+    shape = triton_kernels._Shape(6, 2, 64, torch.bfloat16, CPU)
+    plan = triton_kernels._plan(spans, query_runs(Spans(spans)), shape)
+    assert plan.block_m == 64 and plan.tasks.shape[0] == 50 and plan.pieces == 0
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("heads", [(6, 2), (2, 2)])
-def test_triton_decode_attention(length, heads, dtype, device, close, triton_kernels):
-    """One launch geometry for every length, from one key to all of the buffer."""
-    if device == "cpu" and dtype != torch.float32 and heads[0] == heads[1]:
-        pytest.skip("one case in float16 is enough for the interpreter")
+LARGE_TREES = {
+    "a long text": ([], [max(LENGTHS)]),
+    "a long branch": ([(max(LENGTHS), (0, 7)), (65, (2, 5))], [3, 1, 70, 2, 0, 63, 64]),
+    "many texts": ([(60, (0, 12)), (30, (12, 20))], [*range(20)]),
+}
+
+
+def check_batch_attention(kernels, close, tree, heads, dim, dtype, device):
     torch.manual_seed(0)
-    dim = 64
-    q = randn(1, heads[0], dim, dtype=dtype, device=device)
-    keys, values = (
-        torch.full((heads[1], max(LENGTHS), dim), NAN, dtype=dtype, device=device) for _ in range(2)
-    )
-    for x in (keys, values):
-        x[:, :length] = torch.randn_like(x[:, :length])
-    angles = angles_at([length], dim, dtype, device)
-    on_device = torch.tensor([length], device=device, dtype=torch.int32)
-    out = triton_kernels.decode_attention(q, keys, values, on_device, angles)
+    readings, positions, read = texts(*tree)
+    positions = positions.to(device)
+    q = randn(len(read), heads[0], dim, dtype=dtype, device=device)
+    keys, values = cache_of(read, heads[1], dim, dtype, device)
+    angles = angles_at(positions, dim, dtype, device)
+    out = kernels.batch_attention(q, keys, values, positions, readings, angles)
+    assert out.dtype == dtype
     wide = (x.double() for x in (q, keys, values))
-    close(out, decode_attention_reference(*wide, on_device, double(angles)))
+    close(out, batch_attention_reference(*wide, positions, readings, double(angles)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", [*TREES.values(), *LARGE_TREES.values()], ids=str)
+@pytest.mark.parametrize("heads", [(6, 2), (2, 2)])
+def test_triton_batch_attention(tree, heads, dtype, device, close, triton_kernels):
+    if device == "cpu" and (dtype != torch.float32 or heads[0] == heads[1]) and tree[0]:
+        pytest.skip("a few cases are enough for the interpreter")
+    check_batch_attention(triton_kernels, close, tree, heads, 64, dtype, device)
 
 
 @pytest.mark.parametrize("dim", HEAD_SIZES)
-def test_triton_decode_attention_head_sizes(dim, dtype, device, close, triton_kernels):
+def test_triton_batch_attention_head_sizes(dim, dtype, device, close, triton_kernels):
     if device == "cpu" and dtype != torch.float32:
         pytest.skip("the interpreter is slow")
-    q = randn(1, 6, dim, dtype=dtype, device=device)
-    keys, values = (randn(2, 300, dim, dtype=dtype, device=device) for _ in range(2))
-    length = torch.tensor([290], device=device)
-    out = triton_kernels.decode_attention(q, keys, values, length)
-    close(out, decode_attention_reference(q.double(), keys.double(), values.double(), length))
+    tree = ([(290, (0, 2))], [5, 100, 3])
+    check_batch_attention(triton_kernels, close, tree, (6, 2), dim, dtype, device)
+
+
+@pytest.mark.slow
+def test_triton_batch_attention_while_texts_come_and_go(device, triton_kernels):
+    """One cache and one set of tables, which is filled again and again, some rows being empty."""
+    torch.manual_seed(0)
+    keys, values = randn(2, 1, 400, 32, dtype=torch.float32, device=device)
+    q = randn(6, 2, 32, dtype=torch.float32, device=device)
+    readings = Readings()
+    for tree in (TREES["a tree"], TREES["one text"], ([(60, (0, 3))], [3, 60, 9])):
+        made, positions, read = texts(*tree)
+        rows = torch.randperm(6)[: len(read)]
+        spread = torch.zeros(6, dtype=torch.int64).index_copy(0, rows, positions).to(device)
+        readings.set([int(rows[row]) for row in made.order], made.spans)
+        out = triton_kernels.batch_attention(q, keys, values, spread, readings)
+        expected = batch_attention_reference(q, keys, values, spread, readings)
+        torch.testing.assert_close(out[rows], expected[rows], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
-def test_decoding_in_a_cuda_graph(device):
-    """The replays of one graph read ever longer caches."""
+def test_batch_attention_in_a_cuda_graph(device):
+    """The replays of one graph read ever longer texts, and others where the layout is the same."""
     torch.manual_seed(0)
-    q, angles = randn(1, 6, 64, dtype=torch.float32, device=device), None
-    keys, values = (randn(2, 5000, 64, dtype=torch.float32, device=device) for _ in range(2))
-    length = torch.tensor([1], device=device)
-    attention.decode_attention(q, keys, values, length, angles)
-    graph = torch.cuda.CUDAGraph()
+    q = randn(5, 6, 64, dtype=torch.float32, device=device)
+    keys, values = (randn(2, 9000, 64, dtype=torch.float32, device=device) for _ in range(2))
+    readings, positions, _ = texts([(700, (0, 5))], [0] * 5, room=1500)
+    positions = positions.to(device)
+    attention.batch_attention(q, keys, values, positions, readings)
+    graph, layout = torch.cuda.CUDAGraph(), readings.layout
     with torch.cuda.graph(graph):
-        out = attention.decode_attention(q, keys, values, length, angles)
-    for n in (1, 700, 5000):
-        length.fill_(n)
+        out = attention.batch_attention(q, keys, values, positions, readings)
+    for steps in (1, 2, 1490):
+        positions.fill_(700 + steps)
         graph.replay()
-        torch.testing.assert_close(
-            out, decode_attention_reference(q, keys, values, length), rtol=1e-4, atol=1e-5
-        )
+        expected = batch_attention_reference(q, keys, values, positions, readings)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    other, positions_now, _ = texts([(650, (0, 5))], [3, 1, 60, 2, 0], room=1500)
+    readings.set(other.order, other.spans)
+    assert readings.layout == layout
+    positions.copy_(positions_now)
+    graph.replay()
+    expected = batch_attention_reference(q, keys, values, positions, readings)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 def check_window(kernels, close, window, dim, sequences, past, dtype, device, heads=(3, 3)):
@@ -457,11 +566,12 @@ def test_triton_sliding_window_of_long_texts(length, dtype, device, close, trito
 def test_triton_takes_any_strides(device, dtype, triton_kernels, head_by_head):
     q, k, v = randn(3, 40, 2, 32, dtype=dtype, device=device)
     keys, values = randn(2, 2, 60, 32, dtype=dtype, device=device)
-    spans, length = Spans(SHARED_PREFIX), torch.tensor([50], device=device)
+    spans, last = Spans(SHARED_PREFIX), torch.tensor([49], device=device)
+    readings = Readings([0], [Span(0, 1, 0, 60, False, start=0)])
     sequences = Sequences((40,), (0,), torch.device(device))
     for run in (
         lambda q, k, v: triton_kernels.cache_attention(q[:12], keys, values, spans),
-        lambda q, k, v: triton_kernels.decode_attention(q[:1], keys, values, length),
+        lambda q, k, v: triton_kernels.batch_attention(q[:1], keys, values, last, readings),
         lambda q, k, v: triton_kernels.sliding_window_attention(q, k, v, 9, sequences)[0],
     ):
         assert torch.equal(run(q, k, v), run(*map(head_by_head, (q, k, v))))

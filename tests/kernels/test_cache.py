@@ -40,18 +40,18 @@ def expected_cache(k, v, angles):
 def test_store_keys_values(on_device):
     k, v, angles = projections(5, 2, 8, torch.float64, "cpu")
     cache = empty_cache(5, 2, 8, torch.float64, "cpu")
-    first = torch.tensor([FIRST]) if on_device else FIRST
-    store_keys_values_reference(k, v, angles, *cache, first)
+    slots = FIRST + torch.arange(5) if on_device else FIRST
+    store_keys_values_reference(k, v, angles, *cache, slots)
     torch.testing.assert_close(cache, expected_cache(k, v, angles))
 
 
-def check_triton(length, dim, first, dtype, device, close):
+def check_triton(length, dim, slots, dtype, device, close):
     pytest.importorskip("triton")
     from yoco_eval.kernels.cache_triton import store_keys_values
 
     k, v, angles = projections(length, 3, dim, dtype, device)
     cache = empty_cache(length, 3, dim, dtype, device)
-    store_keys_values(k, v, angles, *cache, first)
+    store_keys_values(k, v, angles, *cache, slots)
     expected = empty_cache(length, 3, dim, torch.float64, device)
     wide = tuple(x.double() for x in angles)
     store_keys_values_reference(k.double(), v.double(), wide, *expected, FIRST)
@@ -62,8 +62,20 @@ def check_triton(length, dim, first, dtype, device, close):
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("on_device", [False, True])
 def test_triton_store_keys_values(length, on_device, dtype, device, close):
-    first = torch.tensor([FIRST], device=device) if on_device else FIRST
-    check_triton(length, 64, first, dtype, device, close)
+    slots = FIRST + torch.arange(length, device=device) if on_device else FIRST
+    check_triton(length, 64, slots, dtype, device, close)
+
+
+def test_triton_stores_at_any_slots(dtype, device):
+    pytest.importorskip("triton")
+    from yoco_eval.kernels.cache_triton import store_keys_values
+
+    k, v, angles = projections(20, 3, 32, dtype, device)
+    here, there = (empty_cache(20, 3, 32, dtype, device) for _ in range(2))
+    store_keys_values(k, v, angles, *here, FIRST)
+    order = torch.randperm(20, device=device)
+    store_keys_values(k, v, angles, *there, FIRST + order)
+    assert torch.equal(here[:, :, FIRST : FIRST + 20], there[:, :, FIRST + order])
 
 
 def test_triton_stores_from_any_strides(dtype, device, head_by_head):

@@ -15,7 +15,7 @@ from yoco_eval.kernels import (
     rotary,
     swiglu,
 )
-from yoco_eval.kernels.sequences import Sequences, Span, Spans
+from yoco_eval.kernels.sequences import Readings, Sequences, Span, Spans
 
 
 def operands(device):
@@ -29,12 +29,13 @@ def operands(device):
         t.to(device) for t in (x, gate, weight, norm_weight, heads, buffer, states)
     )
     angles = rotary.rotary_angles(torch.tensor([5], device=device), 16, 1e4, torch.float32)
-    one, length = Sequences((1,), (0,), device), torch.tensor([3], device=device)
+    one, last = Sequences((1,), (0,), device), torch.tensor([2], device=device)
+    readings = Readings([0], [Span(0, 1, 0, 3, False, start=0)])
     spans = Spans((Span(0, 1, 0, 3, True),))
     qkv = (heads, heads, heads)
     return [
         (attention, "cache_attention", (heads, buffer, buffer, spans)),
-        (attention, "decode_attention", (heads, buffer, buffer, length)),
+        (attention, "batch_attention", (heads, buffer, buffer, last, readings)),
         (attention, "sliding_window_attention", (*qkv, 2, one)),
         (cache, "store_keys_values", (heads, heads, angles, buffer.clone(), buffer.clone(), 0)),
         (matvec, "norm_linear", (x, norm_weight, weight)),

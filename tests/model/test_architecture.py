@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest
+from yoco_eval.engine import Engine
 from yoco_eval.model import Sequences, Yoco, YocoConfig, load, save
+from yoco_eval.requests import GenerateRequest, ScoreRequest
 
 TOY = Path(__file__).with_name("toy_self_decoder.py")
 
@@ -41,12 +42,12 @@ def test_the_engine_runs_a_new_kind(model):
         expected.append(logprobs.gather(1, ids[0, -3:, None]).sum().item())
     for batch_size, chunk in ((1, 4), (None, None)):
         engine = Engine(model, batch_size, chunk)
-        scores = dict(engine.score(asked, lambda n: None, lambda n: None))
+        scores = dict(engine.score(asked, lambda n: None, lambda *n: None))
         logprobs = [scores[index].logprob for index in range(len(asked))]
         assert logprobs == pytest.approx(expected, abs=1e-9)
 
     wanted = [GenerateRequest(context, 4) for context in contexts]
-    decoded = dict(Engine(model).generate(wanted, lambda n: None, lambda n: None))
+    decoded = dict(Engine(model).generate(wanted, lambda n: None, lambda *n: None))
     for index, ids in enumerate(contexts):
         for token in decoded[index]:
             assert token == model(torch.tensor([ids]))[0, -1].argmax()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from predicting import decoded_side_by_side
 
 from yoco_eval.model import Sequences, Span, Spans, load
 
@@ -74,10 +75,25 @@ def test_decoding_under_a_graph(pair, ids, prompt):
         logits = []
         for token in [*ids[prompt + 1 :], 0]:
             decoder.step()
-            logits.append(decoder.logits.clone())
-            assert decoder.token == decoder.logits.argmax()
-            decoder.token.fill_(token)
+            logits.append(decoder.logits[0].clone())
+            assert decoder.tokens == decoder.logits.argmax()
+            decoder.tokens.fill_(token)
         assert_near(torch.stack(logits), exact(ids[None])[0, prompt:], fast.dtype)
+
+
+@torch.inference_mode()
+def test_texts_decode_side_by_side_under_graphs(pair):
+    """Two that share a prefix and one from its first token on, as they come, move and go."""
+    fast, exact = pair
+    texts = torch.randint(TOKENS, (3, 50), generator=torch.Generator().manual_seed(3))
+    texts[1, :30] = texts[0, :30]
+    full = exact(texts)
+    found, expected = [], []
+    for text, position, logits in decoded_side_by_side(fast, texts):
+        found.append(logits)
+        expected.append(full[text, position])
+    assert len(found) == 9 + 12 + 8
+    assert_near(torch.stack(found), torch.stack(expected), fast.dtype)
 
 
 @torch.inference_mode()
@@ -119,8 +135,8 @@ def test_float64_runs_the_references(folder, ids):
     decoder.start(int(ids[200]))
     for token in [*ids[201:], 0]:
         decoder.step()
-        logits.append(decoder.logits.clone())
-        decoder.token.fill_(token)
+        logits.append(decoder.logits[0].clone())
+        decoder.tokens.fill_(token)
     torch.testing.assert_close(
         torch.stack(logits).cpu(), exact(ids[None])[0, 200:], rtol=0, atol=1e-9
     )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from predicting import predictions
+from predicting import decoded_side_by_side, predictions
 from torch.utils._pytree import tree_leaves
 from toy_self_decoder import MovingAverageSettings
 
@@ -148,9 +148,20 @@ def test_decoding_equals_a_full_pass(model, ids, prompt):
     for _ in range(2):
         decoder.start(int(ids[prompt]))
         for position in range(prompt, 50):
-            decoder.token.fill_(ids[position])
+            decoder.tokens.fill_(ids[position])
             decoder.step()
-            same(decoder.logits, full[position])
+            same(decoder.logits[0], full[position])
+
+
+def test_texts_decode_side_by_side(model):
+    """Two that share a prefix and one from its first token on, as they come, move and go."""
+    texts = torch.randint(50, (3, 50), generator=torch.Generator().manual_seed(3))
+    texts[1, :30] = texts[0, :30]
+    full = model(texts)
+    steps = list(decoded_side_by_side(model, texts))
+    assert len(steps) == 9 + 12 + 8
+    for text, position, logits in steps:
+        same(logits, full[text, position])
 
 
 def test_costs_are_those_of_a_real_model(model, ids):

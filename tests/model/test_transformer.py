@@ -10,11 +10,12 @@ from predicting import predictions
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest
+from yoco_eval.engine import Engine
 from yoco_eval.kernels.sequences import Span, Spans
 from yoco_eval.model import transformer
 from yoco_eval.model.shapes import SHAPES, set_random_weights
 from yoco_eval.model.transformer import Transformer, TransformerConfig
+from yoco_eval.requests import GenerateRequest, ScoreRequest
 
 CONFIG = TransformerConfig(
     dim=48, n_layers=3, hidden_dim=40, n_heads=6, n_kv_heads=2, vocab_size=64, rope_theta=500.0
@@ -88,10 +89,10 @@ def test_decoding(model, expected):
     for _ in range(2):
         decoder.start(int(IDS[30]))
         for position in range(30, 50):
-            decoder.token.fill_(IDS[position])
+            decoder.tokens.fill_(IDS[position])
             decoder.step()
-            torch.testing.assert_close(decoder.logits, expected[position], rtol=0, atol=1e-9)
-            assert decoder.token == decoder.logits.argmax()
+            torch.testing.assert_close(decoder.logits[0], expected[position], rtol=0, atol=1e-9)
+            assert decoder.tokens == decoder.logits.argmax()
     with pytest.raises(ValueError, match="room for 50 tokens"):
         decoder.step()
 
@@ -197,10 +198,10 @@ def test_on_the_card():
     decoder = model.decoder(narrow)
     decoder.start(int(ids[3000]))
     for token in ids[3000:]:
-        decoder.token.fill_(token)
+        decoder.tokens.fill_(token)
         decoder.step()
         (reference,) = predictions(exact, exact.prefill(token[None], wide), wide)
-        assert (decoder.logits.cpu().double() - reference).norm() / reference.norm() < 3e-2
+        assert (decoder.logits[0].cpu().double() - reference).norm() / reference.norm() < 3e-2
 
 
 def through_the_engine(model, **options):
@@ -228,7 +229,7 @@ def full_pass(model, ids):
 )
 def test_the_engine_runs_it_as_any_model(model, options):
     engine, scored, generated = through_the_engine(model, **options)
-    quiet = {"begin": lambda count: None, "progress": lambda count: None}
+    quiet = {"begin": lambda count: None, "progress": lambda *counts: None}
     for index, score in engine.score(scored, **quiet):
         request = scored[index]
         ids = np.append(request.context, request.continuation)

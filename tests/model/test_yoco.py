@@ -71,12 +71,14 @@ def test_decoding_equals_a_full_pass(exact, expected, prompt):
         logits = []
         for token in ids[prompt + 1 :]:
             decoder.step()
-            logits.append(decoder.logits)
-            assert decoder.token == decoder.logits.argmax()
-            decoder.token.fill_(token)
+            logits.append(decoder.logits[0])
+            assert decoder.tokens == decoder.logits.argmax()
+            decoder.tokens.fill_(token)
         decoder.step()
         full = exact(ids[None])[0, prompt:]
-        torch.testing.assert_close(torch.stack([*logits, decoder.logits]), full, rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            torch.stack([*logits, decoder.logits[0]]), full, rtol=0, atol=1e-9
+        )
         with pytest.raises(ValueError, match="room for 120 tokens, not for one more"):
             decoder.step()
 
@@ -279,11 +281,12 @@ def test_running_on_a_cpu_imports_no_compiler_and_draws_nothing():
     """They would take longer to import than all else that a short run does."""
     code = (
         "import sys, numpy as np\n"
-        "from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest\n"
+        "from yoco_eval.engine import Engine\n"
+        "from yoco_eval.requests import GenerateRequest, ScoreRequest\n"
         "from yoco_eval.model import load\n"
         "from yoco_eval.profile import run_profile\n"
         "engine, ids = Engine(load('demo-64k', device='cpu')), np.arange(9)\n"
-        "nothing = lambda tokens: None\n"
+        "nothing = lambda *tokens: None\n"
         "assert len(list(engine.score([ScoreRequest(ids, ids)], nothing, nothing))) == 1\n"
         "assert len(list(engine.generate([GenerateRequest(ids, 3)], nothing, nothing))) == 1\n"
         "assert len(run_profile([9], pretrained='demo-64k', device='cpu').rows) == 1\n"

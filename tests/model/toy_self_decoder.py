@@ -64,14 +64,12 @@ class MovingAverage(Mixer[Tensor]):
         x = linear_add(torch.cat(means), self.out_proj.weight, x)
         return x, torch.stack(after) if keep else None
 
-    def memory(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(1, self.window - 1, self.v_proj.out_features, device=device, dtype=dtype)
-
-    def begin(self, memory: Tensor, state: Tensor | None, length: int) -> None:
-        memory.zero_() if state is None else memory.copy_(state)
+    def memory(self, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        width = self.v_proj.out_features
+        return torch.zeros(size, self.window - 1, width, device=device, dtype=dtype)
 
     def step(self, x: Tensor, norm: Tensor, step: Step, memory: Tensor) -> Tensor:
         value = norm_linear(x, norm, self.v_proj.weight, self.eps)
-        longer = torch.cat((memory[0], value))
-        memory.copy_(longer[1:])
-        return linear_add(longer.mean(0, keepdim=True), self.out_proj.weight, x)
+        longer = torch.cat((memory, value[:, None]), 1)
+        memory.copy_(longer[:, 1:])
+        return linear_add(longer.mean(1), self.out_proj.weight, x)

@@ -177,6 +177,52 @@ def test_generate_until(lm):
         assert until[1] not in result and len(result) < len(whole)
 
 
+def test_answers_depend_on_nothing_beside_them(folder):
+    """Greedy ones and sampled ones, with stop strings, one by one and side by side."""
+    rng = random.Random(5)
+    stem = text(rng, 50)
+    settings = [
+        {"until": ["\n", " a"], "max_gen_toks": 20},
+        {"until": ["o"], "max_gen_toks": 7, "do_sample": True, "temperature": 1.0, "top_k": 50},
+        {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 0.7, "top_p": 0.9},
+    ]
+    prompts = [rng.choice(["", stem]) + text(rng, rng.randrange(1, 30)) for _ in range(12)]
+    asked = [(prompt, dict(rng.choice(settings))) for prompt in prompts] * 2  # repeats, too
+    answers = {}
+    for batch_size in (1, 5, "auto"):
+        lm = YocoLM(pretrained=str(folder), device="cpu", dtype="float64", batch_size=batch_size)
+        torch.manual_seed(3)
+        answers[batch_size] = lm.generate_until(instances("generate_until", asked))
+    assert answers[1] == answers[5] == answers["auto"]
+    again = list(zip(answers[1][:12], answers[1][12:], asked, strict=False))
+    assert all(a == b for a, b, (_, how) in again if "temperature" not in how)
+    assert any(a != b for a, b, (_, how) in again if "temperature" in how)
+
+
+@pytest.mark.parametrize("clean_up", [False, True])
+def test_a_stop_string_is_found_where_it_is_complete(lm, clean_up):
+    """Asked about every token, or about many at a time."""
+    lm.tokenizer.clean_up_tokenization_spaces = clean_up
+    rng = random.Random(6)
+    for _ in range(30):
+        tokens = [int(t) for t in lm._tokens(text(rng, 25))] + [
+            rng.randrange(300) for _ in range(9)
+        ]
+        rng.shuffle(tokens)
+        whole = lm.tokenizer.decode(tokens)
+        begin = rng.randrange(len(whole) - 3)
+        until = [whole[begin : begin + rng.choice([1, 2, 6])], "never said"]
+        stop = lm._stopper(until)
+        ends = (end for end in range(1, len(tokens) + 1) if stop(tokens[:end], end - 1))
+        first = next(ends, None)
+        for every in (5, len(tokens)):
+            found = None
+            for seen in range(0, len(tokens), every):
+                found = found or stop(tokens[: seen + every], seen)
+            assert found == first
+        assert first is None or any(s in lm.tokenizer.decode(tokens[:first]) for s in until)
+
+
 def test_generation_settings(lm):
     def generate(seed, **settings):
         torch.manual_seed(seed)

@@ -9,12 +9,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
 from yoco_eval import memory
-from yoco_eval.engine import Engine, GenerateRequest, ScoreRequest
+from yoco_eval.engine import Engine
 from yoco_eval.lm import YocoLM
 from yoco_eval.memory import CHUNKS, OutOfMemory, check_weights, fit, host_free_bytes
 from yoco_eval.model import GatedRetentionSettings, SlidingWindowSettings, Yoco, YocoConfig
 from yoco_eval.model.costs import YocoCosts
 from yoco_eval.model.shapes import SHAPES
+from yoco_eval.requests import GenerateRequest, ScoreRequest
 
 COSTS, GPU, BF16 = YocoCosts(SHAPES["3b"]), torch.device("cuda"), torch.bfloat16
 GIB = 2**30
@@ -144,10 +145,11 @@ def test_contexts_fed_one_at_a_time_take_as_much_as_the_longest(exact, free):
     one = fit(exact.costs, torch.float64, exact.device, 70, chunk=10**6, loaded=True)
     assert one.chunk == 70
     assert one.memory.cache == exact.costs.cache_bytes(torch.float64, 70)
-    free(round(one.need / 0.95) + 1)
+    spare = exact.costs.cache_bytes(torch.float64, 1)  # a slot that nobody has
+    free(round((one.need + spare) / 0.95) + 1)
     requests = [GenerateRequest([i] * 65, 5) for i in range(1, 4)]
     engine = Engine(exact, prefill_chunk=10**6)
-    assert len(list(engine.generate(requests, lambda n: None, lambda n: None))) == 3
+    assert len(list(engine.generate(requests, lambda n: None, lambda *n: None))) == 3
 
 
 def binary_tree(depth, path=()):
@@ -168,17 +170,18 @@ def test_snapshots_where_contexts_branch_are_part_of_the_memory(exact, free):
         "score": [ScoreRequest(context, [1]) for context in contexts],
     }
     for kind, requests in runs.items():
-        tokens = sum(map(len, contexts)) if kind == "score" else None
-        need = fit(
-            exact.costs, dtype, exact.device, 121 + (kind == "generate"), 16, True, tokens
-        ).need
+        if kind == "score":
+            length, tokens, spare = 121, sum(map(len, contexts)), 0
+        else:  # a slot that nobody has
+            length, tokens, spare = 122, None, 1
+        need = fit(exact.costs, dtype, exact.device, length, 16, True, tokens, spare).need
 
         def run(snapshots, kind=kind, requests=requests, need=need):
             # Of what is left when scoring, packed batches may have half.
             left = (2 if kind == "score" else 1) * snapshots * exact.costs.state_bytes(dtype)
             free(round((need + left) / 0.95) + 1)
             results = getattr(Engine(exact, prefill_chunk=16), kind)
-            return list(results(requests, lambda n: None, lambda n: None))
+            return list(results(requests, lambda n: None, lambda *n: None))
 
         with pytest.raises(ValueError, match="where prompts branch, .* of states have to be kept"):
             run(2)
@@ -200,7 +203,7 @@ def test_scoring_behind_a_long_text_does_not_copy_its_cache(live_bytes):
     stem = [5] * 50_000
     requests = [ScoreRequest(stem, [a, 7]) for a in (1, 2)]
     with live_bytes() as live:
-        list(Engine(model).score(requests, lambda n: None, lambda n: None))
+        list(Engine(model).score(requests, lambda n: None, lambda *n: None))
     cache = model.costs.cache_bytes(torch.float32, len(stem))
     assert cache < live.peak < 1.5 * cache
 
@@ -243,12 +246,71 @@ def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monke
     results, peaks = [], []
     for batch_size in (1, None):
         with live_bytes() as live:
-            scored = Engine(model, batch_size).score(requests, lambda n: None, lambda n: None)
+            scored = Engine(model, batch_size).score(requests, lambda n: None, lambda *n: None)
             results.append(dict(scored))
         peaks.append(live.peak)
     assert peaks[1] < peaks[0] + left
     for index, score in results[0].items():
         assert results[1][index].logprob == pytest.approx(score.logprob, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sliding_window", [None, 64])
+def test_generation_side_by_side_stays_within_the_memory(sliding_window, live_bytes, monkeypatch):
+    """As many as fit, whatever else there would be to do; and nothing is kept."""
+    config = YocoConfig(
+        dim=128,
+        n_layers=4,
+        hidden_dim=128,
+        self_decoder=SlidingWindowSettings(2, sliding_window)
+        if sliding_window
+        else GatedRetentionSettings(2),
+        n_attn_heads=2,
+        n_attn_kv_heads=1,
+        vocab_size=100,
+    )
+    torch.manual_seed(0)
+    model = Yoco(config).requires_grad_(False)
+    stems = torch.randint(100, (2, 200)).tolist()
+    requests = [
+        GenerateRequest([*stems[i % 2], i] + [i] * (i * 37 % 120), 1 + i % 3) for i in range(24)
+    ]
+    tokens = sum(len(request.context) + request.max_tokens for request in requests)
+    need = fit(model.costs, torch.float32, model.device, 330, 64, True, tokens).need
+    answers, sizes = [], []
+    for left in (2**20, 2**40):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, n=left: round((need + n) / 0.95))
+        engine = Engine(model, batch_size=None, prefill_chunk=64)
+        batch = engine._generation(requests, lambda *counts: None).batch
+        with live_bytes() as live:
+            answers.append(dict(engine.generate(requests, lambda n: None, lambda *n: None)))
+        assert batch.need <= need + left and live.peak < batch.need
+        sizes.append(batch.size)
+    assert 1 < sizes[0] < sizes[1] == 24
+    assert answers[0] == answers[1]
+
+
+def test_short_prompts_are_fed_together_before_they_are_decoded_together(exact, monkeypatch):
+    """Many times as many tokens as the longest has, and as many texts as are asked for."""
+    requests = [GenerateRequest([i] * (20 + i % 5), 3) for i in range(40)]
+    packed, rows = [], []
+    feed, decoder = exact.feed, exact.decoder
+
+    def counted(ids, *rest):
+        packed.append(len(ids))
+        return feed(ids, *rest)
+
+    def sized(cache, size, room):
+        rows.append(size)
+        return decoder(cache, size, room)
+
+    monkeypatch.setattr(exact, "feed", counted)
+    monkeypatch.setattr(exact, "decoder", sized)
+    for batch_size in (1, 8, None):
+        list(Engine(exact, batch_size).generate(requests, lambda n: None, lambda *n: None))
+    assert rows == [1, 8, 40]
+    assert sum(packed) == 3 * sum(len(request.context) - 1 for request in requests)
+    assert len(packed) == 40 + 20 + 4
 
 
 def test_weights_are_refused_before_they_are_loaded(free):
@@ -266,7 +328,7 @@ def test_an_allocation_that_fails_is_told_in_one_line(exact, free):
     free(2**62)
     request = GenerateRequest([1, 2, 3], 2**50)
     with pytest.raises(OutOfMemory) as error:
-        list(Engine(exact).generate([request], lambda n: None, lambda n: None))
+        list(Engine(exact).generate([request], lambda n: None, lambda *n: None))
     assert re.fullmatch(
         r"memory ran out on cpu: \d+\.\d\d GiB were planned beside the weights, of \d+\.\d\d GiB "
         r"that were free, and \d+\.\d\d GiB are free now; shorten contexts, or .*",
