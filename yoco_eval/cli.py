@@ -469,7 +469,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
     profile = _command(
         commands,
         "profile",
-        "measure memory, prefill time and decode speed by context length",
+        "measure memory, prefill time, decode speed and throughput by context length",
         """
   yoco-eval profile --shape 3b --lengths 32k,64k,...,1m --against transformer
   yoco-eval profile --pretrained yoco-3b-1m/ -o profile.json -o profile.png
@@ -504,7 +504,8 @@ for their number; a difference is told only if significant at the 5 % level.""",
         type=_seconds,
         default=120.0,
         metavar="S",
-        help="give up a length whose prefill takes more seconds than this (default: 120)",
+        help="give up a length whose prefill takes more seconds than this, and a batch that "
+        "decodes for longer (default: 120)",
     )
     _add_where(profile)
     _add_output(profile, ".json, .png, .svg or .pdf")

@@ -1,7 +1,8 @@
-"""Measures memory, prefill time and decode speed of models at context lengths.
+"""Measures memory, prefill time, decode speed and throughput of models at context lengths.
 
 Tokens are random, since cost does not depend on them. Every length is a run of its own with a
 cache of its own size, so that its peak of memory is that of a user who asks for this length.
+Batches, whose contexts nobody has to feed for that, decode from its state with a cache of noise.
 """
 
 from __future__ import annotations
@@ -10,24 +11,29 @@ import gc
 import math
 import platform
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from yoco_eval import __version__
-from yoco_eval.model import Blueprint, Cache, Model, Rows, Span, Spans, open_checkpoint
+from yoco_eval.model import Blueprint, Cache, Model, Rows, Span, Spans, State, open_checkpoint
 from yoco_eval.model.interface import take
 from yoco_eval.model.shapes import SEED, SHAPES, find_shape, transformer_beside, with_random_weights
 from yoco_eval.reports.profile import (
+    BATCHES,
+    CONTEXTS,
     MEASURED,
     OUT_OF_MEMORY,
     OUT_OF_PATIENCE,
     Profile,
     ProfileRow,
+    Throughput,
 )
 
 from .devices import find_device, find_dtype
@@ -36,6 +42,14 @@ from .memory import chunk_sizes, free_bytes, out_of_memory
 # Fed before the clock starts: kernels are compiled and chosen meanwhile.
 WARM_UP_TOKENS = {"cpu": 64, "cuda": 65536}
 WARM_UP_STEPS, DECODE_STEPS = 4, 16
+# Of batches, before the clock starts and under it. On a CPU they take longer than all else.
+BATCH_STEPS = {"cpu": (1, 4), "cuda": (WARM_UP_STEPS, DECODE_STEPS)}
+# Larger batches are not tried: by then the products rule, and take as long for each text more.
+LARGEST_BATCH = {"cpu": 64, "cuda": 1024}
+_MARGIN = 0.95  # of the free memory, for batches; allocators lose some between blocks
+
+
+T = TypeVar("T")
 
 
 class ProfileError(ValueError):
@@ -65,7 +79,7 @@ def run_profile(
         pretrained: a checkpoint's path, or the name of a bundled one or of one on the hub.
         revision: of a name on the hub.
         against: "transformer" or None.
-        patience: the seconds that the prefill of one length may take.
+        patience: the seconds that the prefill of one length may take, and a batch after it.
         dtype: a name that `find_dtype` knows.
         device: a name that `find_device` knows.
         report: told what is known after each row.
@@ -110,6 +124,7 @@ def run_profile(
         decode_steps=DECODE_STEPS,
         patience=patience,
         seed=SEED,
+        largest_batch=_of(LARGEST_BATCH, where),
     )
     rows: list[ProfileRow] = []
     for row in profile(blueprints, lengths, where, kind, patience, chunk):
@@ -134,7 +149,7 @@ def profile(
         lengths: in tokens, ascending. Once a model is out of memory or patience, the longer ones
             are not tried.
         device, dtype: of the models.
-        patience: the seconds that one prefill may take; a longer one is given up.
+        patience: the seconds that one prefill may take, and one batch; longer ones are given up.
         chunk: how many tokens are fed at a time.
     """
     for name, blueprint in blueprints.items():
@@ -174,36 +189,39 @@ def profile(
 
 
 def _measure(model: Model, length: int, patience: float, chunk: int) -> dict[str, Any]:
-    """A row's peak_bytes, prefill_seconds and decode_tokens_per_second."""
+    """A row's peak_bytes, prefill_seconds, decode_tokens_per_second and throughput."""
     generator = torch.Generator(model.device).manual_seed(SEED)
     ids = torch.randint(
         model.config.vocab_size, (length,), generator=generator, device=model.device
     )
     # The cache of the warm-up is as large as the one measured, since kernels are chosen by its
     # strides. Its memory goes back to PyTorch, not to the system: taking it costs no time again.
-    warm_up = ids[: WARM_UP_TOKENS.get(model.device.type, WARM_UP_TOKENS["cpu"])]
+    warm_up = ids[: _of(WARM_UP_TOKENS, model.device)]
     _run(model, warm_up, length, chunk, deadline=math.inf, steps=1)
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     start = time.perf_counter()
-    prefilled, decode_seconds = _run(
+    prefilled, decode_seconds, state = _run(
         model, ids, length, chunk, start + patience, steps=DECODE_STEPS
     )
+    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else None
     return {
-        "peak_bytes": torch.cuda.max_memory_allocated(model.device) if on_gpu else None,
+        "peak_bytes": peak,
         "prefill_seconds": prefilled - start,
         "decode_tokens_per_second": DECODE_STEPS / decode_seconds,
+        "throughput": tuple(_throughput(model, state, patience)),
     }
 
 
 def _run(
     model: Model, ids: Tensor, length: int, chunk: int, deadline: float, steps: int
-) -> tuple[float, float]:
+) -> tuple[float, float, State]:
     """Feeds `ids` to a cache for `length` tokens, then decodes.
 
     Returns:
-        The time at which the first prediction was there, and the seconds that `steps` steps took.
+        The time at which the first prediction was there, the seconds that `steps` steps took, and
+        the state after `ids`.
     """
     cache = model.new_cache(_capacity(length))
     fed: list[torch.cuda.Event] = []
@@ -232,7 +250,86 @@ def _run(
     for _ in range(steps):
         decoder.step()
     _synchronize(model.device)
-    return prefilled, time.perf_counter() - start
+    return prefilled, time.perf_counter() - start, cache.state
+
+
+def _throughput(model: Model, state: State, patience: float) -> Iterator[Throughput]:
+    """Of batches that all continue a text's state, ascending, up to the largest that fits."""
+    for shared in CONTEXTS:
+        _free(model.device)
+        largest = _largest_that_fits(model, state.length, shared)
+        if largest < 2:
+            yield Throughput(2, shared, OUT_OF_MEMORY)
+            continue
+        for batch in (*(batch for batch in BATCHES if 1 < batch < largest), largest):
+            outcome, speed = MEASURED, None
+            try:
+                speed = _decode_batch(model, state, batch, shared, time.perf_counter() + patience)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                outcome = OUT_OF_MEMORY
+            except _OutOfPatience:
+                outcome = OUT_OF_PATIENCE
+            _free(model.device)
+            yield Throughput(batch, shared, outcome, speed)
+            if outcome != MEASURED:
+                break
+
+
+def _decode_batch(model: Model, state: State, batch: int, shared: bool, deadline: float) -> float:
+    """Tokens per second of a batch of texts that all continue a text's state.
+
+    shared: whether they read the keys and values of its tokens in one place; else each does so in
+        a place of its own.
+    """
+    warm_up, steps = _of(BATCH_STEPS, model.device)
+    room, length = warm_up + steps, state.length
+    cache = model.new_cache(_slots(length, batch, shared, model.device))
+    for part in (cache.keys, cache.values):
+        part.normal_()
+    decoder = model.decoder(cache, batch, room)
+    common, position = (length, length) if shared else (0, 0)
+    own = room + length - common
+    spans = [Span(0, batch, 0, common, causal=False)] if shared else []
+    for row in range(batch):
+        first = common + row * own
+        end = first + own
+        # One by one, since all that join exist twice meanwhile.
+        decoder.join([row], state, [0], [0], [np.arange(end - room, end)])
+        spans.append(Span(row, row + 1, first, end, causal=False, start=position))
+    decoder.read(range(batch), spans)
+    start = 0.0
+    for step in range(room):
+        if step == warm_up:
+            _synchronize(model.device)
+            start = time.perf_counter()
+        decoder.step(batch)
+        if time.perf_counter() > deadline:
+            raise _OutOfPatience
+    _synchronize(model.device)
+    return batch * steps / (time.perf_counter() - start)
+
+
+def _largest_that_fits(model: Model, length: int, shared: bool) -> int:
+    """The largest batch that the free memory has room for, as far as they are tried; 0 if none."""
+    costs, dtype, device = model.costs, model.dtype, model.device
+
+    def needs(batch: int) -> int:
+        logits = batch * model.config.vocab_size
+        activations = costs.activation_bytes(dtype, _capacity(length), batch, logits, device)
+        cache = costs.cache_bytes(dtype, _slots(length, batch, shared, device))
+        # The text's state and a copy; and what a graph that is captured of a step keeps for itself.
+        return cache + (batch + 2) * costs.state_bytes(dtype) + 2 * activations
+
+    free = int(_MARGIN * free_bytes(device))
+    return bisect_right(range(1, _of(LARGEST_BATCH, device) + 1), free, key=needs)
+
+
+def _slots(length: int, batch: int, shared: bool, device: torch.device) -> int:
+    """Of a cache for texts after contexts of `length` tokens, or after one that they share."""
+    room = sum(_of(BATCH_STEPS, device))
+    return length + batch * room if shared else batch * (length + room)
 
 
 def _predict(model: Model, last: Rows, cache: Cache) -> Tensor:
@@ -245,6 +342,11 @@ def _predict(model: Model, last: Rows, cache: Cache) -> Tensor:
 
 def _capacity(length: int) -> int:
     return length + WARM_UP_STEPS + DECODE_STEPS
+
+
+def _of(table: Mapping[str, T], device: torch.device) -> T:
+    """What holds for a kind of device."""
+    return table.get(device.type, table["cpu"])
 
 
 def _versions(on_gpu: bool) -> dict[str, str]:

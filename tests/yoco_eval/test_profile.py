@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,27 +22,41 @@ DATA = Path(__file__).parents[1] / "data"
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Of real models, whose steps are slow."""
+    monkeypatch.setitem(profiling.LARGEST_BATCH, "cpu", 3)
+
+
 class Model:
     """Records what it is fed. `limit`: the longest cache there is memory for, else `error`."""
 
     def __init__(self, limit=10**9, delay=0.0, error=torch.OutOfMemoryError):
         self.limit, self.delay, self.error = limit, delay, error
         self.config, self.device = SimpleNamespace(vocab_size=7), CPU
+        self.costs, self.dtype = Costs(), torch.float32
         self.fed, self.capacities = [], []
         self.steps = 0
+        self.batches = []
 
     def new_cache(self, capacity):
         if capacity > self.limit:
             raise self.error
         self.fed.append([])
         self.capacities.append(capacity)
-        return SimpleNamespace(capacity=capacity, state=SimpleNamespace(length=capacity))
+        return SimpleNamespace(
+            capacity=capacity,
+            state=SimpleNamespace(length=0),
+            keys=torch.full((capacity,), torch.nan),
+            values=torch.full((capacity,), torch.nan),
+        )
 
     def prefill(self, ids, cache):
         time.sleep(self.delay)
         assert ids.min() >= 0 and ids.max() < 7
         self.fed[-1].append(len(ids))
         assert sum(self.fed[-1]) <= cache.capacity
+        cache.state = SimpleNamespace(length=sum(self.fed[-1]))
         return torch.zeros(len(ids), 5)
 
     def predict(self, x, positions, cache, spans):
@@ -51,21 +66,56 @@ class Model:
     def logits(self, output):
         return torch.zeros(1, 7)
 
-    def decoder(self, cache):
-        def step():
-            self.steps += 1
+    def decoder(self, cache, size=1, room=None):
+        return Decoder(self, cache, size, room)
 
-        return SimpleNamespace(start=lambda token: None, step=step)
+
+class Decoder:
+    """Counts steps; of batches, records their size, and which slots each text writes and reads."""
+
+    def __init__(self, model, cache, size, room):
+        self.model, self.cache, self.size, self.room = model, cache, size, room
+        self.writes = []
+
+    def start(self, token):
+        pass
+
+    def join(self, rows, state, sources, tokens, slots):
+        assert rows == [len(self.writes)] and sources == [0] and 0 <= tokens[0] < 7
+        self.writes += [list(own) for own in slots]
+        self.length = state.length
+
+    def read(self, order, spans):
+        assert list(order) == list(range(self.size)) and not any(span.causal for span in spans)
+        assert self.cache.keys.isfinite().all() and self.cache.values.isfinite().all()
+        reads = [[s for s in spans if s.first_query <= row < s.end_query] for row in order]
+        self.model.batches.append((self.size, self.cache.capacity, self.writes, reads))
+        for own, spans in zip(self.writes, reads, strict=True):
+            assert len(own) == self.room and spans[-1].end_key == own[-1] + 1
+            # Its context's tokens and its own, in whichever of the spans.
+            assert sum(s.end_key - s.first_key for s in spans) == self.length + self.room
+            assert own[0] - spans[-1].first_key == self.length - spans[-1].start
+
+    def step(self, count=1):
+        assert count == self.size
+        self.model.steps += 1
 
 
 class Costs:
-    """Of 10 weights and, for each token, 12 numbers of the cache."""
+    """Of 10 weights, for each token 12 numbers of the cache, and 100 of the state."""
 
     def weight_bytes(self, dtype):
         return 10 * dtype.itemsize
 
     def cache_bytes(self, dtype, length):
         return 12 * dtype.itemsize * length
+
+    def state_bytes(self, dtype):
+        return 100 * dtype.itemsize
+
+    def activation_bytes(self, dtype, length, chunk, logits, device):
+        assert logits == 7 * chunk
+        return 50 * dtype.itemsize * chunk
 
 
 def made(make):
@@ -89,7 +139,73 @@ def test_rows():
     assert [row.weights_bytes for row in rows] == [40, 40]
     assert [row.cache_bytes for row in rows] == [2 * 2 * 3 * 4 * (n + 20) for n in (150, 300)]
     assert [100, 50] in model.fed and [100, 100, 100] in model.fed
-    assert model.steps == 2 * (4 + 1 + 4 + 16)
+    assert model.steps == 2 * (4 + 1 + 4 + 16) + 2 * 2 * (1 + 4)
+
+
+def speeds(row):
+    """Of what was tried: batch size, whether the context is shared, and whether it went well."""
+    for one in row.throughput:
+        assert (one.tokens_per_second or 0) > 0 or one.outcome != "measured"
+    return [(one.batch, one.shared, one.outcome) for one in row.throughput]
+
+
+def test_throughput(monkeypatch):
+    monkeypatch.setitem(profiling.LARGEST_BATCH, "cpu", 100)
+    model = Model()
+    (row,) = run([50], A=model)
+    assert speeds(row) == [(n, s, "measured") for s in (False, True) for n in (8, 64, 100)]
+    assert [batch[:2] for batch in model.batches] == [
+        (8, 8 * 55), (64, 64 * 55), (100, 100 * 55),
+        (8, 50 + 8 * 5), (64, 50 + 64 * 5), (100, 50 + 100 * 5),
+    ]  # fmt: skip
+    for batch, _, writes, reads in model.batches:
+        assert len({slot for own in writes for slot in own}) == 5 * batch
+        own = [{spans[0]} if len(spans) == 1 else set(spans[1:]) for spans in reads]
+        assert len(set.union(*own)) == batch  # nobody reads another's
+    assert {spans[0][2:4] for spans in model.batches[-1][3]} == {(0, 50)}
+
+
+def test_the_largest_batch_is_found_by_counting(monkeypatch):
+    monkeypatch.setitem(profiling.LARGEST_BATCH, "cpu", 64)
+    monkeypatch.setattr(profiling, "free_bytes", lambda device: 40000)
+    model = Model()
+    rows = run([100, 400, 700], A=model)
+    # 48 for each token of the cache, 400 for the state, twice 200 for activations; of the 0.95 *
+    # 40000 bytes, 800 are taken by two more states.
+    distinct, shared = 48 * 105 + 800, 48 * 5 + 800
+    assert speeds(rows[0]) == [
+        ((38000 - 800) // distinct, False, "measured"),
+        (8, True, "measured"),
+        ((38000 - 800 - 4800) // shared, True, "measured"),
+    ]
+    assert speeds(rows[1]) == [
+        (2, False, "out of memory"),
+        (8, True, "measured"),
+        ((38000 - 800 - 19200) // shared, True, "measured"),
+    ]
+    assert speeds(rows[2])[0] == (2, False, "out of memory")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), MemoryError()])
+def test_batches_out_of_memory_all_the_same(error, monkeypatch):
+    monkeypatch.setitem(profiling.LARGEST_BATCH, "cpu", 100)
+    row, longer = run([50, 60], A=Model(limit=60 * 55, error=error))
+    assert speeds(row) == [
+        (8, False, "measured"),
+        (64, False, "out of memory"),
+        *((n, True, "measured") for n in (8, 64, 100)),
+    ]
+    assert longer.outcome == "measured"
+
+
+def test_batches_out_of_patience(monkeypatch):
+    """The clock goes on by a second each time that it is looked at."""
+    monkeypatch.setitem(profiling.LARGEST_BATCH, "cpu", 100)
+    monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter=count().__next__))
+    (row,) = run([50], patience=4, A=Model())
+    assert speeds(row) == [(8, False, "out of patience"), (8, True, "out of patience")]
+    (row,) = run([50], patience=10, A=Model())
+    assert len(speeds(row)) == 6 and {one[2] for one in speeds(row)} == {"measured"}
 
 
 def cpu_error():
@@ -201,7 +317,8 @@ def test_a_checkpoint_against_a_transformer(checkpoint, monkeypatch):
     assert (shape["n_heads"], shape["n_kv_heads"], shape["vocab_size"]) == (4, 2, 2048)
     assert result.dtype == "bfloat16" and result.versions["torch"] == torch.__version__
     assert (result.prefill_chunk, result.decode_steps, result.patience) == (64, 16, 60)
-    assert result.device_bytes is None
+    assert result.device_bytes is None and result.largest_batch == 3
+    assert speeds(yoco) == speeds(transformer) == [(3, False, "measured"), (3, True, "measured")]
 
 
 def test_a_shape(small_model, monkeypatch):
@@ -235,9 +352,11 @@ def test_refusals(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_peak_memory(checkpoint):
+def test_on_a_gpu(checkpoint, monkeypatch):
+    monkeypatch.setitem(profiling.LARGEST_BATCH, "cuda", 70)
     result = run_profile([3000], pretrained=str(checkpoint), against="transformer", device="cuda")
     for row in result.rows:
         weights, cache, rest = row.parts
         assert rest > 0 and weights + cache + rest == row.peak_bytes
+        assert speeds(row) == [(n, s, "measured") for s in (False, True) for n in (8, 64, 70)]
     assert result.device_bytes > 2**30
