@@ -40,8 +40,7 @@ def main() -> None:
     rows = []
     for length in args.lengths:
         cache = model.new_cache(length + 2 * STEPS)
-        cache.keys.normal_()
-        cache.values.normal_()
+        cache.fill_with_noise()
         heads, dim = config.self_decoder.n_self_heads, config.self_decoder.head_dim(config.dim)
         states = tuple(
             torch.randn(1, heads, dim, dim, device=device) for _ in range(config.self_layers)

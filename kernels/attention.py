@@ -17,7 +17,7 @@ from torch import Tensor
 from .cache import store_keys_values
 from .dispatch import run_triton, use_triton
 from .rotary import Angles, rotate
-from .sequences import Readings, Sequences, Span, Spans, cut_span, query_runs
+from .sequences import Readings, Sequences, Span, Spans, cut_span, query_runs, to_device
 
 SCORES = 1 << 22  # queries are taken in blocks so that no more scores exist at a time
 KEYS = 1 << 12  # of a cache, widened and multiplied at a time
@@ -344,9 +344,8 @@ def window_step(
     """
     count, heads, window, _ = ring_keys.shape
     keys, values = _as_cache(ring_keys), _as_cache(ring_values)
-    firsts = torch.arange(0, count * heads * window, heads * window, device=q.device)
+    readings, firsts = _ring_readings(count, heads, window, q.device)
     store_keys_values(k, v, angles, keys, values, firsts + positions % window)
-    readings = _ring_readings(count, heads, window, q.device)
     return batch_attention(q, keys, values, positions, readings, angles)
 
 
@@ -361,11 +360,14 @@ def _as_cache(rings: Tensor) -> Tensor:
 
 
 @cache
-def _ring_readings(count: int, heads: int, window: int, device: torch.device) -> Readings:
-    """Of `_as_cache`; kept, with its tables, since it is the same for every layer and step."""
+def _ring_readings(
+    count: int, heads: int, window: int, device: torch.device
+) -> tuple[Readings, Tensor]:
+    """Of `_as_cache`, and int64 [B], where each text's slots begin; kept, with the tables on the
+    device, since they are the same for every layer and step."""
     starts = range(0, count * heads * window, heads * window)
     spans = [Span(b, b + 1, at, at + window, False, start=0) for b, at in enumerate(starts)]
-    return Readings(range(count), spans)
+    return Readings(range(count), spans), torch.tensor(starts, device=device)
 
 
 def rings_from_past(past: Tensor, positions: Sequence[int]) -> Tensor:
@@ -378,11 +380,12 @@ def rings_from_past(past: Tensor, positions: Sequence[int]) -> Tensor:
     Returns:
         [B, 2, Hkv, window, D], ring_keys and ring_values; slots of no token are zero.
     """
-    count, _, before, heads, dim = past.shape
-    window = before + 1
-    rings = past.new_zeros(count, 2, heads, window, dim)
-    for ring, own, position in zip(rings, past.transpose(2, 3), positions, strict=True):
-        known = min(position, window - 1)
-        slots = torch.arange(position - known, position, device=past.device) % window
-        ring[:, :, slots] = own[:, :, window - 1 - known :]
-    return rings
+    window = past.shape[2] + 1
+    past = F.pad(past, (0, 0, 0, 0, 1, 0))  # slot 0 is of no token
+    position = to_device(torch.tensor(positions), past.device)[:, None]
+    # In slot w lies the last token p before the position with p % window = w.
+    back = (position - 1 - torch.arange(window, device=past.device)) % window + 1
+    index = torch.where(back <= position, window - back, 0)
+    rows = torch.arange(len(past), device=past.device)[:, None]
+    rings = past.transpose(1, 2)[rows, index]  # [B, window, 2, Hkv, D]
+    return rings.permute(0, 2, 3, 1, 4).contiguous()

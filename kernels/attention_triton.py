@@ -34,6 +34,7 @@ from .sequences import Readings, Sequences, Span, Spans, cells, query_runs, to_d
 
 _UNLIMITED = 1 << 30  # shift of a key range that every query reads whole
 _FEW_PIECES = 8  # of a row, up to which they are merged at once
+_FEWEST = 8  # tasks, and rows of pieces, that tables for decoding have room for
 _LONG_TEXT = 1024  # queries of a single causal span from which library kernels take over
 
 
@@ -273,14 +274,13 @@ def cache_attention(
         return _long_text_attention(q, keys, values, span, angles)
     shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
 
-    def tables() -> _Tables:
+    def on_device() -> _Plan:
         plan = _plan(spans.spans, query_runs(spans), shape)
-        tasks, ranges, rows, entries = _to_device(
-            [plan.tasks, plan.ranges, plan.rows, plan.entries], q.device
-        )
-        return _Tables(plan.block_m, tasks, ranges, rows, entries, plan.pieces, plan.most)
+        tables = [plan.tasks, plan.ranges, plan.rows, plan.entries]
+        tasks, ranges, rows, entries = _to_device(tables, q.device)
+        return plan._replace(tasks=tasks, ranges=ranges, rows=rows, entries=entries)
 
-    plan = spans.table(("cache_attention", shape), tables)
+    plan = spans.table(("cache_attention", shape), on_device)
     return _over_cache(q, keys, values, plan, angles)
 
 
@@ -294,7 +294,7 @@ def batch_attention(
 ) -> Tensor:
     """As `attention.batch_attention`; the launch depends on `readings.layout` alone."""
     shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
-    tables = readings.table(("batch_attention", shape), lambda: _BatchTables(shape))
+    tables = readings.tables(lambda: _BatchTables(shape))
     batch = tables.order, positions.contiguous()
     return _over_cache(q, keys, values, tables.now, angles, batch)
 
@@ -303,7 +303,7 @@ def _over_cache(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    plan: _Tables,
+    plan: _Plan,
     angles: Angles | None,
     batch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -394,7 +394,9 @@ class _Shape(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How a launch of `_cache_kernel` is cut into tasks; the tables are on the host.
+    """How a launch of `_cache_kernel` is cut into tasks.
+
+    The tables are made on the host, and read as int32 on the device.
 
     Attributes:
         block_m: rows of queries per task at most.
@@ -416,56 +418,51 @@ class _Plan(NamedTuple):
     most: int
 
 
-class _Tables(NamedTuple):
-    """A plan on the device, as int32; where texts are decoded, with empty lines behind."""
-
-    block_m: int
-    tasks: Tensor
-    ranges: Tensor
-    rows: Tensor
-    entries: Tensor
-    pieces: int
-    most: int
-
-
 class _BatchTables:
-    """Tables of `Readings`, in memory that stays where it is as long as they have room in it.
+    """`_Plan`s of `Readings`, in memory that stays where it is as long as they have room in it.
 
-    `order` is int32 [B]; of `now`, `layout` has all that is not on the device.
+    Attributes:
+        now: the present plan, on the device, its tables with empty lines behind.
+        order: int32 [B], the row of each query.
+        layout: of `now`, all that is not on the device.
     """
 
     def __init__(self, shape: _Shape) -> None:
         self._shape = shape
-        self._made: dict[Hashable, tuple[Tensor, _Tables, Tensor]] = {}
+        self._made: dict[Hashable, tuple[Tensor, _Plan, Tensor]] = {}
         self.layout: Hashable = None
-        self.now: _Tables
+        self.now: _Plan
         self.order: Tensor
 
     def fill(self, order: Sequence[int], spans: Sequence[Span]) -> None:
         plan = _plan(spans, cells(spans), self._shape)
         group = self._shape.query_heads // self._shape.heads
         # Powers of two, so that few layouts, each of which takes a graph of its own, occur.
-        tasks = _power(max(len(plan.tasks), -(-len(plan.ranges) // 2), 64))
-        pieces = _power(max(plan.pieces, len(plan.entries), 64))
+        tasks = _power(max(len(plan.tasks), -(-len(plan.ranges) // 2), _FEWEST))
+        pieces = _power(max(plan.pieces, len(plan.entries), _FEWEST)) if plan.pieces else 0
         texts = _power(len(order))
         self.layout = plan.block_m, tasks, pieces, texts, plan.most <= _FEW_PIECES
-        sizes = (5 * tasks, 6 * tasks, 3 * texts * group, pieces, texts)
+        # Each table begins at 16 bytes.
+        sizes = [-(-n // 4) * 4 for n in (5 * tasks, 6 * tasks, 3 * texts * group, pieces, texts)]
+        contents = (plan.tasks, plan.ranges, plan.rows, plan.entries, torch.tensor(order))
         if self.layout not in self._made:
             memory = torch.zeros(sum(sizes), dtype=torch.int32, device=self._shape.device)
-            parts = memory.split(sizes)
-            table, ranges, rows, entries, texts_at = parts
-            now = _Tables(
-                plan.block_m, table.view(-1, 5), ranges.view(-1, 3), rows.view(-1, 3), entries,
-                pieces, plan.most,
-            )  # fmt: skip
-            self._made[self.layout] = memory, now, texts_at
+            table, ranges, rows, entries, self.order = memory.split(sizes)
+            self.now = plan._replace(
+                tasks=table[: 5 * tasks].view(-1, 5),
+                ranges=ranges[: 6 * tasks].view(-1, 3),
+                rows=rows[: 3 * texts * group].view(-1, 3),
+                entries=entries,
+                pieces=pieces,
+            )
+            self._made[self.layout] = memory, self.now, self.order
         memory, self.now, self.order = self._made[self.layout]
-        filled = torch.zeros(len(memory), dtype=torch.int32)
-        contents = (plan.tasks, plan.ranges, plan.rows, plan.entries, torch.tensor(order))
+        on_gpu = memory.is_cuda
+        filled = torch.zeros(memory.shape, dtype=torch.int32, pin_memory=on_gpu)
         for part, content in zip(filled.split(sizes), contents, strict=True):
             part[: content.numel()] = content.flatten()
         filled[5 * len(plan.tasks) + 4 : 5 * tasks : 5] = -1  # tasks of no row, which store nothing
-        memory.copy_(to_device(filled, memory.device), non_blocking=True)
+        memory.copy_(filled, non_blocking=True)
 
 
 def _power(number: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -183,21 +183,22 @@ def cut_span(span: Span, first_query: int, end_query: int) -> Span:
 
 
 class DeviceTables(Protocol):
-    """What a kernel reads of `Readings`, on the device."""
+    """What kernels read of `Readings`, on the device.
 
-    @property
-    def layout(self) -> Hashable:
-        """What a launch depends on, beside the tables' contents."""
+    Attributes:
+        layout: what a launch depends on, beside the tables' contents.
+    """
+
+    layout: Hashable
 
     def fill(self, order: Sequence[int], spans: Sequence[Span]) -> None:
         """Takes over what is read from now on."""
 
 
-T = TypeVar("T", bound=DeviceTables)
-
-
 class Readings:
     """Which keys of a cache each of B texts reads while they are decoded token by token.
+
+    All that read by it have the same shapes.
 
     Attributes:
         order: the texts' rows in [B, ...] tensors, in the order in which `spans` counts queries;
@@ -207,25 +208,25 @@ class Readings:
 
     def __init__(self, order: Sequence[int] = (), spans: Sequence[Span] = ()) -> None:
         self.order, self.spans = order, spans
-        self._tables: dict[Hashable, DeviceTables] = {}
+        self._tables: DeviceTables | None = None
 
     def set(self, order: Sequence[int], spans: Sequence[Span]) -> None:
         """Texts have come or gone. Tables stay where they are on the device if `layout` stays."""
         self.order, self.spans = order, spans
-        for tables in self._tables.values():
-            tables.fill(order, spans)
+        if self._tables is not None:
+            self._tables.fill(order, spans)
 
-    def table(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The tables `key`, made by `make` and filled when they are first asked for."""
-        if key not in self._tables:
-            self._tables[key] = made = make()
-            made.fill(self.order, self.spans)
-        return cast(T, self._tables[key])
+    def tables(self, make: Callable[[], Any]) -> Any:
+        """The `DeviceTables`, made by `make` and filled when they are first asked for."""
+        if self._tables is None:
+            self._tables = make()
+            self._tables.fill(self.order, self.spans)
+        return self._tables
 
     @property
     def layout(self) -> Hashable:
         """A CUDA graph that reads the tables can be replayed as long as this is what it was."""
-        return tuple(tables.layout for tables in self._tables.values())
+        return None if self._tables is None else self._tables.layout
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,6 +81,11 @@ class KeyValueCache(Generic[S]):
         claimed, self.room = cut(self.room, count)
         return claimed
 
+    def fill_with_noise(self) -> None:
+        """Writes random numbers to all slots."""
+        self.keys.normal_()
+        self.values.normal_()
+
     def restore(self, snapshot: S) -> None:
         """Goes back to a state that this cache had when it was filled from the front; the tokens
         since are forgotten."""

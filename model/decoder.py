@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, Generic
 
 import numpy as np
@@ -76,7 +77,7 @@ class Decoder(Generic[S]):
         self._graphs: dict[Any, torch.cuda.CUDAGraph | None] = {}
         self._held: Tensor | None = None  # logits that graphs leave, for all rows
         if graph:
-            self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            self._pool = torch.cuda.graph_pool_handle()
 
     def join(
         self,
@@ -98,14 +99,15 @@ class Decoder(Generic[S]):
         index = self._on_device(rows)
         self._begin(index, state, sources)
         lengths = [state.lengths[source] for source in sources]
-        told = np.zeros((len(rows), 4 + self._slots.shape[1]), dtype=np.int64)
+        width = max(map(len, slots))
+        told = np.zeros((len(rows), 4 + width), dtype=np.int64)
         for row, token, length, own in zip(told, tokens, lengths, slots, strict=True):
             row[:4] = token, length, length, length + len(own) - 1
             row[4 : 4 + len(own)] = own
         table = to_device(torch.from_numpy(told), self._device)
         self.tokens.index_copy_(0, index, table[:, 0])
         self._places.index_copy_(1, index, table[:, 1:4].T)
-        self._slots.index_copy_(0, index, table[:, 4:])
+        self._slots[:, :width].index_copy_(0, index, table[:, 4:])
 
     def leave(self, rows: Sequence[int]) -> None:
         """The texts in rows are done with; their slots of the cache may be given to others."""
@@ -132,17 +134,17 @@ class Decoder(Generic[S]):
             ValueError: the cache is full.
         """
         length, capacity = self._cache.state.length, self._cache.capacity
-        self._left = capacity - length
+        self._left = min(capacity - length, self._slots.shape[1])
         self._check_room()
-        last = min(capacity, length + self._slots.shape[1])
-        self.join([0], self._cache.state, [0], [token], [np.arange(length, last)])
+        slots = np.arange(length, length + self._left)
+        self.join([0], self._cache.state, [0], [token], [slots])
         self.read([0], [Span(0, 1, 0, capacity, causal=False, start=0)])
 
     def step(self, count: int = 1) -> None:
         """Feeds `tokens` of the first `count` rows.
 
         Raises:
-            ValueError: the cache is full, for a text that has it alone.
+            ValueError: there is no slot left for a text that has the cache alone.
         """
         if self._left is not None:
             self._check_room()
@@ -167,18 +169,21 @@ class Decoder(Generic[S]):
     def _capture(self, rows: int) -> torch.cuda.CUDAGraph:
         """Records a step without taking it.
 
-        `torch.cuda.graph` would also empty PyTorch's cache of memory, which takes longer than this.
+        `torch.cuda.graph` would empty PyTorch's cache of memory each time, which takes longer.
         """
-        graph = torch.cuda.CUDAGraph()
+        if not any(self._graphs.values()):
+            # During a capture, PyTorch cannot give cached memory back to take it anew.
+            torch.cuda.empty_cache()
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self._device)
         current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool)
             try:
                 self._advance(rows)
             finally:
                 graph.capture_end()
-        current.wait_stream(self._stream)
+        current.wait_stream(stream)
         return graph
 
     def _check_room(self) -> None:
@@ -203,6 +208,12 @@ class Decoder(Generic[S]):
 
     def _on_device(self, rows: Sequence[int]) -> Tensor:
         return to_device(torch.tensor(rows, dtype=torch.int64), self._device)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all, since PyTorch's matrix library keeps memory for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def _tensors(memory: Any) -> Iterator[Tensor]:

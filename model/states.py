@@ -42,6 +42,9 @@ class Cache(Protocol[S]):
     def filled(self) -> int:
         """The slot of the token that is fed next."""
 
+    def fill_with_noise(self) -> None:
+        """Writes random numbers to all slots, for measurements that feed nothing."""
+
     def restore(self, snapshot: S) -> None:
         """Goes back to a state that this cache had when it was filled from the front; the tokens
         since are forgotten."""

@@ -100,7 +100,8 @@ class Engine:
             if not request.max_tokens:
                 yield index, []
         if run:
-            with run.fitted.watch():
+            mends = ("lower batch_size",) if run.batch.size > 1 else ()
+            with run.fitted.watch(run.batch.need, *mends):
                 for i, tokens in run.answers():
                     yield indices[i], tokens
 
@@ -115,10 +116,10 @@ class Engine:
         kept = stored(one_by_one, requests, page_size(model.device))
         lengths = [len(request.context) + request.max_tokens for request in requests]
         longest = max(lengths)
-        spare = kept.longest + kept.page - longest
-        fitted = self._fit(longest, None if self.batch_size == 1 else sum(lengths), spare)
+        beside = {"spare": kept.longest + kept.page - longest, "logits": 0}
+        fitted = self._fit(longest, None if self.batch_size == 1 else sum(lengths), **beside)
         if fitted.need + kept.states * costs.state_bytes(dtype) > fitted.free:
-            fitted = self._fit(longest, spare=spare)
+            fitted = self._fit(longest, **beside)
         fitted.check()
         self._check_snapshots(one_by_one, fitted)
         batch = fit_batch(
@@ -162,18 +163,10 @@ class Engine:
         if launched is not None:
             yield from launched.read()
 
-    def _fit(self, length: int, tokens: int | None = None, spare: int = 0) -> Fit:
-        """Of contexts of up to `length` tokens, of `tokens` in all."""
-        return fit(
-            self.model.costs,
-            self.model.dtype,
-            self.model.device,
-            length,
-            self.prefill_chunk,
-            loaded=True,
-            tokens=tokens,
-            spare=spare,
-        )
+    def _fit(self, length: int, tokens: int | None = None, **beside: int) -> Fit:
+        """Of contexts of up to `length` tokens, of `tokens` in all; `beside` as in `memory.fit`."""
+        model, chunk = self.model, self.prefill_chunk
+        return fit(model.costs, model.dtype, model.device, length, chunk, True, tokens, **beside)
 
     def _check_snapshots(self, steps: Sequence[Step], fitted: Fit, room: int = 0) -> None:
         """Refuses what branches so often that its snapshots do not fit."""

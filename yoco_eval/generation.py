@@ -29,9 +29,10 @@ from .requests import GenerateRequest, Progress, check_number
 from .sampling import draw
 
 # On a GPU, with more texts than this, a step is launched before the tokens of the one before it
-# are read, so that the device does not wait for the host. An answer takes a step too many, then.
+# are read, so that the device does not wait for the host. Answers take a few steps too many, then.
 _ALONE = 4
 _STOP_EVERY = 8  # tokens of a text, after which it is looked at for stop strings, then
+_DRAWN = 64  # texts, at most, whose tokens are drawn at a time
 
 
 @dataclass(eq=False)
@@ -82,6 +83,7 @@ class _Text:
         tokens: of the answer, the first `seen` of which have been looked at for stop strings.
         launched, read: steps.
         row: of the decoder, while it is in flight.
+        generator: that its tokens are drawn with, if they are.
     """
 
     index: int
@@ -97,11 +99,8 @@ class _Text:
     launched: int = 0
     read: int = 0
     row: int = -1
+    generator: torch.Generator | None = None
     ended: bool = False
-
-    def __post_init__(self) -> None:
-        sampling = self.request.sampling
-        self.draws = sampling.draws(self.request.max_tokens) if sampling.temperature else None
 
     @property
     def slots(self) -> np.ndarray:
@@ -120,7 +119,8 @@ class _Text:
         else:
             self.tokens.append(token)
             self.ended = len(self.tokens) == self.request.max_tokens
-        if self.ended or len(self.tokens) - self.seen >= every:
+        # Texts that have come together are not looked at together.
+        if self.ended or (len(self.tokens) + self.index) % every == 0:
             self.look()
         return self.ended
 
@@ -141,22 +141,22 @@ class _Launched:
     def __init__(self, texts: list[_Text], decoder: Decoder) -> None:
         self._texts = [(text.row, text) for text in texts]  # it may move meanwhile
         count = 1 + max(row for row, _ in self._texts)
-        # Tokens are exact in float64, as is the largest logit of any dtype.
-        both = torch.stack((decoder.tokens[:count].double(), decoder.highest[:count].double()))
-        self._ready, self._both = None, both
-        if both.is_cuda:
-            self._both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-            self._both.copy_(both, non_blocking=True)
+        self._ready, self._parts = None, [decoder.tokens[:count], decoder.highest[:count]]
+        on_gpu = decoder.tokens.is_cuda
+        for i, part in enumerate(self._parts):  # the next step overwrites them
+            self._parts[i] = torch.empty(part.shape, dtype=part.dtype, pin_memory=on_gpu)
+            self._parts[i].copy_(part, non_blocking=True)
+        if on_gpu:
             self._ready = torch.cuda.Event()
-            self._ready.record(torch.cuda.current_stream(both.device))
+            self._ready.record(torch.cuda.current_stream(decoder.tokens.device))
 
     def read(self) -> Iterator[tuple[_Text, int, float]]:
         """Text, token and largest logit, once they are there."""
         if self._ready is not None:
             self._ready.synchronize()
-        tokens, highest = self._both.tolist()
+        tokens, highest = (part.tolist() for part in self._parts)
         for row, text in self._texts:
-            yield text, int(tokens[row]), highest[row]
+            yield text, tokens[row], highest[row]
 
 
 class Generation:
@@ -170,7 +170,6 @@ class Generation:
         batch: how many texts there may be, and how many slots.
         fitted: how the longest of them lies in memory.
         progress: told of prompt tokens and generated ones.
-        ahead: whether to launch a step before the last one's tokens are read; None: where it pays.
 
     Attributes:
         batch, fitted: as above.
@@ -186,13 +185,11 @@ class Generation:
         batch: Batch,
         fitted: Fit,
         progress: Progress,
-        ahead: bool | None = None,
     ) -> None:
         self.batch, self.fitted = batch, fitted
         self._model, self._requests, self._limits = model, requests, limits
         self._steps, self._progress = deque(steps), progress
         self._on_gpu = model.device.type == "cuda"
-        self._ahead = ahead
         budgets = [request.max_tokens for request in requests]
         self.tokens = sum(step.tokens for step in steps) + sum(budgets)
         leaves = (leaf for step in steps if not step.snapshot for node in step.nodes
@@ -217,12 +214,16 @@ class Generation:
         self._decoder = self._model.decoder(self._cache, self.batch.size, self._room)
         self._path.append((0, None, self._cache.state))
         try:
-            while self._steps or self._flying:
-                while self._steps and self._fits(self._steps[0]):
+            while self._steps or self._waiting or self._flying:
+                self._admit()
+                if self._steps and self._fits(self._steps[0]):
                     yield from self._feed(self._steps.popleft())
                     self._admit()
-                yield from self._decode()
-                self._admit()
+                    yield from self._decode_between()
+                elif self._flying:
+                    yield from self._decode()
+                else:
+                    raise RuntimeError("texts wait for slots of the cache that nobody has")
         except (Exception, KeyboardInterrupt):
             while self._launched:  # nothing that was computed is lost
                 yield from self._read(self._launched.popleft(), 1)
@@ -242,17 +243,18 @@ class Generation:
             if not step.snapshot:
                 nodes += node.children
                 texts += len(node.item.requests) * (not node.children)
-        fits = wanted <= self._pages.free and texts <= len(self._rows)
-        return fits or not self._flying  # of a prompt asked more often than there are rows, some
+        # Of a prompt that is asked many times, some texts may wait.
+        rows = min(texts, self.batch.items)
+        return not self._flying or (wanted <= self._pages.free and rows <= len(self._rows))
 
     def _slots_of(self, node: Node) -> int:
-        """That a node takes, and the answers after it."""
+        """That a node takes, and an answer after it."""
         if node.children:
             return rounded(_fed(node), self._pages.page)
         budgets = [self._requests[index].max_tokens for index in node.item.requests]
         if len(budgets) == 1:
             return rounded(_fed(node) + budgets[0], self._pages.page)
-        return sum(rounded(tokens, self._pages.page) for tokens in (_fed(node), *budgets))
+        return sum(rounded(tokens, self._pages.page) for tokens in (_fed(node), max(budgets)))
 
     def _feed(self, step: Step) -> Iterator[tuple[int, list[int]]]:
         """Feeds a step's prompts, whose texts wait then; yields answers that end meanwhile."""
@@ -277,15 +279,15 @@ class Generation:
     def _prefill(
         self, node: Node, room: Stretches, state: State
     ) -> Generator[tuple[int, list[int]], None, State]:
-        """Feeds a node's own tokens chunk by chunk; texts in flight wait for one at most.
+        """Feeds a node's own tokens chunk by chunk.
 
         Yields answers that end meanwhile; returns the state after the tokens.
         """
         stop = node.start + _fed(node)
         self._cache.state, self._cache.room = state, room
         for start in range(node.start, stop, self.fitted.chunk):
-            if start > node.start and self._flying:
-                yield from self._decode()
+            if start > node.start:
+                yield from self._decode_between()
             ids = self._ids(node.item.tokens[start : min(stop, start + self.fitted.chunk)])
             self._model.prefill(ids, self._cache)
             self._progress(len(ids))
@@ -379,6 +381,8 @@ class Generation:
                 text.own, text.taken = _fed(leaf), place.taken
             elif place.branch is not None:
                 place.branch.users += 1
+            if text.request.sampling.temperature:
+                text.generator = text.request.sampling.generator(self._model.device)
             self._waiting.append(text)
         if len(leaf.item.requests) > 1:
             self._release(place.branch)
@@ -394,8 +398,10 @@ class Generation:
                 text.taken = self._pages.take(text.request.max_tokens)
             text.row = heapq.heappop(self._rows)
             admitted.append(self._waiting.popleft())
-        for state, group in groupby(admitted, key=lambda text: text.state):
+        for _, group in groupby(admitted, key=lambda text: id(text.state)):
             texts = list(group)
+            state = texts[0].state
+            assert state is not None
             self._decoder.join(
                 [text.row for text in texts],
                 state,
@@ -408,14 +414,18 @@ class Generation:
         self._flying += admitted
         self._changed = self._changed or bool(admitted)
 
+    def _decode_between(self) -> Iterator[tuple[int, list[int]]]:
+        """A step between prompts and chunks of prompts, so that no text waits for more than one;
+        but where most rows are still empty, they are filled first."""
+        if 2 * len(self._flying) >= self.batch.size:
+            yield from self._decode()
+
     def _decode(self) -> Iterator[tuple[int, list[int]]]:
         """One step for all texts in flight; yields the answers that are complete."""
         live = [text for text in self._flying if text.launched < text.request.max_tokens]
         if live:
             self._launch(live)
-        ahead = self._ahead
-        if ahead is None:
-            ahead = self._on_gpu and len(live) > _ALONE
+        ahead = self._on_gpu and len(live) > _ALONE
         while len(self._launched) > (1 if live and ahead else 0):
             yield from self._read(self._launched.popleft(), _STOP_EVERY if ahead else 1)
 
@@ -423,7 +433,7 @@ class Generation:
         if self._changed:
             self._tell_what_is_read()
         self._decoder.step(self._count)
-        self._draw([text for text in live if text.draws is not None])
+        self._draw([text for text in live if text.generator is not None])
         for text in live:
             text.launched += 1
         self._launched.append(_Launched(live, self._decoder))
@@ -449,20 +459,18 @@ class Generation:
 
     def _draw(self, sampled: list[_Text]) -> None:
         """Draws the next tokens of texts that are sampled."""
-        if not sampled:
-            return
-        numbers = []
-        for text in sampled:
-            how = text.request.sampling
-            assert text.draws is not None
-            numbers.append([how.temperature, how.top_p, how.top_k, text.draws[text.launched]])
-        device = self._model.device
-        index = to_device(torch.tensor([text.row for text in sampled]), device)
-        settings = to_device(torch.tensor(numbers, dtype=torch.float64), device)
-        temperature, top_p, top_k, uniform = settings.unbind(1)
-        logits = self._decoder.logits.index_select(0, index)
-        drawn = draw(logits, temperature, top_p, top_k.long(), uniform)
-        self._decoder.tokens.index_copy_(0, index, drawn)
+        device, dtype = self._model.device, self._model.dtype
+        vocabulary = self._decoder.logits.shape[1]
+        wide = torch.promote_types(dtype, torch.float32)
+        for first in range(0, len(sampled), _DRAWN):  # their distributions take much memory
+            some = sampled[first : first + _DRAWN]
+            index = to_device(torch.tensor([text.row for text in some]), device)
+            noise = torch.empty(len(some), vocabulary, dtype=wide, device=device)
+            for row, text in zip(noise, some, strict=True):
+                row.exponential_(generator=text.generator)
+            logits = self._decoder.logits.index_select(0, index)
+            drawn = draw(logits, [text.request.sampling for text in some], noise)
+            self._decoder.tokens.index_copy_(0, index, drawn)
 
     def _read(self, launched: _Launched, every: int) -> Iterator[tuple[int, list[int]]]:
         """Takes a step's tokens; yields the answers that are complete with them."""
@@ -502,7 +510,7 @@ class Generation:
         """Moves texts to lower rows where many are free that nobody waits for."""
         if not self._on_gpu:
             self._changed = True  # the references work for what they are told of only
-        if self._steps or self._waiting or 4 * len(self._flying) > 3 * self._count:
+        if self._steps or self._waiting or 2 * len(self._flying) > self._count:
             return
         self._changed = True
         high = [text for text in self._flying if text.row >= len(self._flying)]

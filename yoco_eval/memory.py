@@ -92,12 +92,18 @@ class Fit:
                 f"are free for them on {self.device}; {self._mends()}"
             )
 
-    def watch(self) -> AbstractContextManager[None]:
-        """Turns an allocation that fails meanwhile into OutOfMemory."""
+    def watch(self, need: int | None = None, *mends: str) -> AbstractContextManager[None]:
+        """Turns an allocation that fails meanwhile into OutOfMemory.
+
+        Args:
+            need: bytes that were planned, if that is more than for one text.
+            mends: what else to do.
+        """
         return allocating(
             self.device,
-            f"{gib(self.need)} were planned beside the weights, of {gib(self.free)} that were free",
-            self._mends("shorten contexts", "end what else takes memory"),
+            f"{gib(need or self.need)} were planned beside the weights, of {gib(self.free)} that "
+            "were free",
+            self._mends(*mends, "shorten contexts", "end what else takes memory"),
         )
 
     def _mends(self, *mends: str) -> str:
@@ -115,6 +121,7 @@ def fit(
     loaded: bool = False,
     tokens: int | None = None,
     spare: int = 0,
+    logits: int = _LOGITS,
 ) -> Fit:
     """Fits a run into the free memory as well as possible.
 
@@ -126,6 +133,7 @@ def fit(
         tokens: of all contexts together, of which several may be fed at a time; None: one context
             is fed at a time.
         spare: slots of the cache that no token takes.
+        logits: that may exist at a time for each token of a chunk.
     """
     free = int(free_bytes(device) * _MARGIN)
 
@@ -134,7 +142,7 @@ def fit(
         size = max(1, min(most, total))
         # A packed batch of a chunk's size may lie behind what its texts share.
         capacity = min(length + size, total) + spare
-        memory = footprint(costs, dtype, capacity, size, size * _LOGITS, device)
+        memory = footprint(costs, dtype, capacity, size, size * logits, device)
         return size, memory, memory.total - (memory.weights if loaded else 0)
 
     for most in (chunk,) if chunk else chunk_sizes(device):
@@ -143,7 +151,7 @@ def fit(
             break
     beyond = range(1, max(0, free) // costs.cache_bytes(dtype, 1) + 2)
     longest = bisect_right(beyond, free, key=lambda length: needs(length, most)[2])
-    return Fit(length, chunk, size, size * _LOGITS, memory, need, free, longest, device)
+    return Fit(length, chunk, size, size * logits, memory, need, free, longest, device)
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,7 @@ class Batch:
 
     Attributes:
         size: texts in flight at most.
-        items: prompts that are fed as a packed batch at most.
+        items: prompts, and branches of several, that are fed as a packed batch at most.
         slots: of the cache.
         need: bytes that are still to be allocated for all of it.
     """
@@ -194,8 +202,8 @@ def fit_batch(
 ) -> Batch:
     """As many texts side by side as fit beside what is fitted for one, up to `most`.
 
-    A text in flight takes a state, its own slots and its logits. A quarter of the texts at most are
-    fed as a batch, which takes their states once more: few rows stand empty for long, then.
+    A text in flight takes a state, its own slots and its logits. Few of the texts are fed as a
+    batch, which takes their states once more: so that few rows wait for it, empty.
     """
     device, state = fitted.device, costs.state_bytes(dtype)
     each = state + costs.passing_bytes(dtype, device)
@@ -207,10 +215,11 @@ def fit_batch(
         """Bytes of all but the cache."""
         need = fitted.need - fitted.memory.cache + (_items(size) - 1) * each
         need += (size - 1 + stored.states) * state
+        need += size * stored.room * 8  # the slots that it is told of
         step = costs.activation_bytes(dtype, 1, size, size * vocabulary, device)
         # What graphs compute with is theirs alone.
-        shared = 0 if device.type == "cuda" else fitted.memory.activations
-        return need + max(0, step - shared)
+        apart = device.type == "cuda" and size > 1
+        return need + max(0, step - (0 if apart else fitted.memory.activations))
 
     def cache(size: int) -> int:
         """Slots with which so many typical texts have room."""
@@ -234,7 +243,7 @@ def fit_batch(
 
 
 def _items(size: int) -> int:
-    return max(1, size // 4)
+    return max(1, min(size // 4, 8), size // 8)
 
 
 def chunk_sizes(device: torch.device) -> tuple[int, ...]:

@@ -286,8 +286,7 @@ def _decode_batch(model: Model, state: State, batch: int, shared: bool, deadline
     warm_up, steps = _of(BATCH_STEPS, model.device)
     room, length = warm_up + steps, state.length
     cache = model.new_cache(_slots(length, batch, shared, model.device))
-    for part in (cache.keys, cache.values):
-        part.normal_()
+    cache.fill_with_noise()
     decoder = model.decoder(cache, batch, room)
     common, position = (length, length) if shared else (0, 0)
     own = room + length - common

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,40 +40,49 @@ class Sampling:
         if self.seed < 0:
             raise ValueError(f"seed {self.seed} is below 0")
 
-    def draws(self, count: int) -> np.ndarray:
-        """The uniform numbers, float64 [count] in [0, 1), that decide on the first tokens."""
-        return np.random.Generator(np.random.Philox(self.seed)).random(count)
+    def generator(self, device: torch.device) -> torch.Generator:
+        """That an answer is drawn with; on a CPU, PyTorch's takes 32 bits of a seed and no more."""
+        (seed,) = np.random.SeedSequence(self.seed).generate_state(1)
+        return torch.Generator(device).manual_seed(int(seed))
 
 
-def draw(
-    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor
-) -> Tensor:
-    """Draws a token for each row.
+def draw(logits: Tensor, how: Sequence[Sampling], noise: Tensor) -> Tensor:
+    """Draws a token for each row, at temperatures above 0.
+
+    The token with the largest tempered logit less the logarithm of a number drawn from the
+    exponential distribution is one drawn from their softmax (the Gumbel-max trick). Other ways,
+    along the cumulative distribution, would let the rounding of one logit decide on all tokens.
 
     Args:
         logits: [n, vocabulary].
-        temperature: [n], above 0.
-        top_p: [n], from 0 to 1.
-        top_k: int64 [n]; 0 leaves every token in.
-        uniform: [n] in [0, 1): where in the distribution, its likeliest tokens first, to draw.
+        how: of each row.
+        noise: [n, vocabulary], drawn from the exponential distribution with mean 1.
 
     Returns:
         int64 [n].
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    tempered = logits.to(wide) / temperature.to(wide)[:, None]
-    ordered, tokens = tempered.sort(descending=True, stable=True)
+
+    def column(numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=wide, device=logits.device)[:, None]
+
+    tempered = logits.to(wide) / column([one.temperature for one in how])
     vocabulary = logits.shape[1]
-    last = torch.where(top_k == 0, vocabulary, top_k).clamp(max=vocabulary) - 1
-    out = ordered < ordered.gather(1, last[:, None])  # those that tie with the last one are in
-    probabilities = ordered.masked_fill(out, -math.inf).softmax(-1)
-    # The smallest set of likeliest tokens whose probability reaches top_p, the first in any case.
-    before = probabilities.cumsum(-1) - probabilities
-    before[:, 0] = -1.0
-    probabilities.masked_fill_(before >= top_p.to(wide)[:, None], 0.0)
-    reached = probabilities.cumsum(-1)
-    total = reached[:, -1:]
-    # Rounding may take a number just below 1 to the total, behind the last token that is in.
-    inside = (probabilities > 0).sum(-1, keepdim=True).clamp(min=1) - 1
-    place = torch.searchsorted(reached, uniform.to(wide)[:, None] * total, right=True)
-    return tokens.gather(1, torch.minimum(place, inside))[:, 0]
+    kept = [min(one.top_k, vocabulary) or vocabulary for one in how]
+    if min(kept) < vocabulary:
+        most = max(number for number in kept if number < vocabulary)
+        largest = tempered.topk(most, dim=-1).values
+        last = largest.gather(1, column(kept).long().clamp(max=most) - 1)
+        full = column(kept) == vocabulary
+        tempered = tempered.masked_fill((tempered < last) & ~full, -math.inf)
+    if any(one.top_p < 1 for one in how):
+        ordered = tempered.sort(dim=-1, descending=True).values
+        probabilities = ordered.softmax(-1)
+        # The smallest set of likeliest tokens whose probability reaches top_p, the first in any
+        # case, and those that tie with the last.
+        before = probabilities.cumsum(-1) - probabilities
+        before[:, 0] = -1.0
+        inside = (before < column([one.top_p for one in how])).sum(-1, keepdim=True)
+        last = ordered.gather(1, inside - 1)
+        tempered = tempered.masked_fill(tempered < last, -math.inf)
+    return (tempered - noise.log()).argmax(-1)

@@ -235,10 +235,8 @@ def test_generation_ends(exact):
 
 def frequencies(sampling, draws=4000):
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(draws, -1)
-    settings = (sampling.temperature, sampling.top_p, sampling.top_k)
-    temperature, top_p, top_k = (torch.tensor(number).expand(draws) for number in settings)
-    drawn = draw(logits, temperature, top_p, top_k, torch.from_numpy(sampling.draws(draws)))
-    return torch.bincount(drawn, minlength=4) / draws
+    noise = torch.empty(draws, 4).exponential_(generator=sampling.generator(logits.device))
+    return torch.bincount(draw(logits, [sampling] * draws, noise), minlength=4) / draws
 
 
 def test_sampling_follows_the_tempered_nucleus():

@@ -20,7 +20,8 @@ from predicting import predictions
 from scipy.stats import chi2
 from torch.overrides import TorchFunctionMode
 
-from yoco_eval import memory
+from yoco_eval import engine as engine_module
+from yoco_eval import generation, memory
 from yoco_eval.engine import Engine
 from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig
 from yoco_eval.model.mixers import (
@@ -44,11 +45,15 @@ SELF_DECODERS = (
 
 
 class Ahead(Engine):
-    """Launches each step before the tokens of the last one are read, as is done on a GPU."""
+    """Does as on a GPU: each step is launched before the tokens of the last one are read, rows of
+    texts that have ended go on until others need them, and slots are given in pages."""
 
     def _generation(self, *args):
-        run = super()._generation(*args)
-        run._ahead = True
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (engine_module, generation):
+                patch.setattr(module, "page_size", lambda device: 64)
+            run = super()._generation(*args)
+        run._on_gpu = True
         return run
 
 

@@ -142,7 +142,7 @@ def test_a_refusal_names_what_fits(free):
 
 
 def test_contexts_fed_one_at_a_time_take_as_much_as_the_longest(exact, free):
-    one = fit(exact.costs, torch.float64, exact.device, 70, chunk=10**6, loaded=True)
+    one = fit(exact.costs, torch.float64, exact.device, 70, chunk=10**6, loaded=True, logits=0)
     assert one.chunk == 70
     assert one.memory.cache == exact.costs.cache_bytes(torch.float64, 70)
     spare = exact.costs.cache_bytes(torch.float64, 1)  # a slot that nobody has
@@ -171,10 +171,10 @@ def test_snapshots_where_contexts_branch_are_part_of_the_memory(exact, free):
     }
     for kind, requests in runs.items():
         if kind == "score":
-            length, tokens, spare = 121, sum(map(len, contexts)), 0
+            length, beside = 121, {"tokens": sum(map(len, contexts))}
         else:  # a slot that nobody has
-            length, tokens, spare = 122, None, 1
-        need = fit(exact.costs, dtype, exact.device, length, 16, True, tokens, spare).need
+            length, beside = 122, {"spare": 1, "logits": 0}
+        need = fit(exact.costs, dtype, exact.device, length, 16, True, **beside).need
 
         def run(snapshots, kind=kind, requests=requests, need=need):
             # Of what is left when scoring, packed batches may have half.
@@ -276,14 +276,18 @@ def test_generation_side_by_side_stays_within_the_memory(sliding_window, live_by
         GenerateRequest([*stems[i % 2], i] + [i] * (i * 37 % 120), 1 + i % 3) for i in range(24)
     ]
     tokens = sum(len(request.context) + request.max_tokens for request in requests)
-    need = fit(model.costs, torch.float32, model.device, 330, 64, True, tokens).need
+    need = fit(model.costs, torch.float32, model.device, 330, 64, True, tokens, logits=0).need
     answers, sizes = [], []
     for left in (2**20, 2**40):
         monkeypatch.setattr(memory, "free_bytes", lambda device, n=left: round((need + n) / 0.95))
         engine = Engine(model, batch_size=None, prefill_chunk=64)
         batch = engine._generation(requests, lambda *counts: None).batch
         with live_bytes() as live:
-            answers.append(dict(engine.generate(requests, lambda n: None, lambda *n: None)))
+            run = engine._generation(requests, lambda *counts: None)
+            free = run._pages.free
+            with torch.inference_mode():
+                answers.append(dict(run.answers()))
+        assert run._pages.free == free  # all slots are given back
         assert batch.need <= need + left and live.peak < batch.need
         sizes.append(batch.size)
     assert 1 < sizes[0] < sizes[1] == 24
@@ -310,7 +314,7 @@ def test_short_prompts_are_fed_together_before_they_are_decoded_together(exact, 
         list(Engine(exact, batch_size).generate(requests, lambda n: None, lambda *n: None))
     assert rows == [1, 8, 40]
     assert sum(packed) == 3 * sum(len(request.context) - 1 for request in requests)
-    assert len(packed) == 40 + 20 + 4
+    assert len(packed) == 40 + 20 + 5
 
 
 def test_weights_are_refused_before_they_are_loaded(free):
