@@ -13,6 +13,7 @@ Bytes and operations, with R = T * Hq rows of queries, and element size e:
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from functools import cache
@@ -485,9 +486,12 @@ class _Task(NamedTuple):
 def _plan(spans: Sequence[Span], runs: list[_Run], shape: _Shape) -> _Plan:
     query_heads, heads, dim, dtype, device = shape
     group = query_heads // heads
+    # Blocks that are larger than any span's rows walk what the next smaller ones do.
+    rows = max(span.end_query - span.first_query for span in spans) * group
+    sizes = _block_sizes(dtype)
+    sizes = sizes[: 1 + bisect_left(sizes, rows)]
     units, block_m = min(
-        ((_units(runs, group, size), size) for size in _block_sizes(dtype)),
-        key=lambda choice: _cost(*choice),
+        ((_units(runs, group, size), size) for size in sizes), key=lambda choice: _cost(*choice)
     )
     walks = [walk for unit in units for walk in _row_blocks(*unit, group, block_m)]
     block_n = _config(block_m, dim, dtype)["BLOCK_N"]
@@ -508,17 +512,17 @@ def _plan(spans: Sequence[Span], runs: list[_Run], shape: _Shape) -> _Plan:
     # The longest first, and neighbours read the same keys.
     tasks.sort(key=lambda task: (-task.keys, task.ranges[0]))
 
-    rows = cells((task.first, task.end, i) for i, task in enumerate(tasks))
+    shares = cells((task.first, task.end, i) for i, task in enumerate(tasks))
     places: dict[int, int] = {}
     pieces = 0
-    for _, _, shared in rows:
+    for _, _, shared in shares:
         for _, _, i in shared if len(shared) > 1 else ():
             if i not in places:
                 places[i] = pieces
                 pieces += tasks[i].end - tasks[i].first
     merged: list[tuple[int, int, int, int]] = []
     entries: list[int] = []
-    for first, end, shared in rows:
+    for first, end, shared in shares:
         own = [places[i] - task_first for task_first, _, i in shared if i in places]
         if own:
             merged.append((first, end, len(entries), len(entries) + len(own)))

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yoco_eval.model import to_device
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -64,7 +66,7 @@ def draw(logits: Tensor, how: Sequence[Sampling], noise: Tensor) -> Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
 
     def column(numbers: Sequence[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=wide, device=logits.device)[:, None]
+        return to_device(torch.tensor(numbers, dtype=wide), logits.device)[:, None]
 
     tempered = logits.to(wide) / column([one.temperature for one in how])
     vocabulary = logits.shape[1]
