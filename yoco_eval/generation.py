@@ -207,6 +207,7 @@ class Generation:
         self._rows = list(range(batch.size))  # free ones, the lowest first
         self._launched: deque[_Launched] = deque()
         self._changed, self._count = False, 0  # whether other rows are read; rows of a step
+        self._fed = 0  # tokens since the last step
 
     def answers(self) -> Iterator[tuple[int, list[int]]]:
         """Yields (index of the request, new token ids), each as soon as it is complete."""
@@ -290,6 +291,7 @@ class Generation:
                 yield from self._decode_between()
             ids = self._ids(node.item.tokens[start : min(stop, start + self.fitted.chunk)])
             self._model.prefill(ids, self._cache)
+            self._fed += len(ids)
             self._progress(len(ids))
         self._progress(node.end - stop)
         return self._cache.state
@@ -337,6 +339,7 @@ class Generation:
         self._cache.room = tuple(chain.from_iterable(place.stretches for place in places))
         ids = np.concatenate([node.item.tokens[node.start :][: _fed(node)] for node in nodes])
         _, after = self._model.feed(self._ids(ids), sequences, state, self._cache)
+        self._fed += len(ids)
         assert after is not None
         return after
 
@@ -415,13 +418,14 @@ class Generation:
         self._changed = self._changed or bool(admitted)
 
     def _decode_between(self) -> Iterator[tuple[int, list[int]]]:
-        """A step between prompts and chunks of prompts, so that no text waits for more than one;
-        but where most rows are still empty, they are filled first."""
-        if 2 * len(self._flying) >= self.batch.size:
+        """A step after each chunk's worth of prompts, so that no text waits for longer; but where
+        most rows are still empty, they are filled first."""
+        if self._fed >= self.fitted.chunk and 2 * len(self._flying) >= self.batch.size:
             yield from self._decode()
 
     def _decode(self) -> Iterator[tuple[int, list[int]]]:
         """One step for all texts in flight; yields the answers that are complete."""
+        self._fed = 0
         live = [text for text in self._flying if text.launched < text.request.max_tokens]
         if live:
             self._launch(live)
