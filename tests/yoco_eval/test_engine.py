@@ -206,18 +206,6 @@ def test_only_asked_positions_enter_the_cross_decoder(exact):
     assert sum(entered) == 5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk", [None, 13])
-def test_generation_equals_naive_greedy_decoding(exact, chunk):
-    prompts = contexts(12, seed=2)
-    prompts.append(prompts[0])
-    results, _ = collect(
-        Engine(exact, prefill_chunk=chunk).generate,
-        [GenerateRequest(prompt, 6) for prompt in prompts],
-    )
-    assert results == [generate_by_definition(exact, prompt, 6) for prompt in prompts]
-
-
 def test_generation_ends(exact):
     prompt = contexts(1)[0]
     full = generate_by_definition(exact, prompt, 12)

@@ -244,10 +244,10 @@ def check_greedy(model, requests, answers):
 @pytest.mark.slow
 def test_greedy_answers_are_the_likeliest_tokens_of_each_text_alone(model):
     rng = random.Random(0)
-    requests = [random_request(rng, prompt) for prompt in prompts(rng, 400)]
+    requests = [random_request(rng, prompt) for prompt in prompts(rng, 200)]
     answers = generate(auto(model), requests)
     ends = check_greedy(model, requests, answers)
-    assert min(ends["end token"], ends["stop"], ends["budget"]) > 20
+    assert min(ends["end token"], ends["stop"], ends["budget"]) > 10
     for engine, some in ((seven, slice(0, None, 3)), (ahead, slice(1, None, 3)), (one, slice(50))):
         assert generate(engine(model), requests[some]) == answers[some]
 
