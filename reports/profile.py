@@ -329,7 +329,7 @@ def explain_gain(profile: Profile) -> list[str]:
     first, second = (one_line(model, LONGEST) for model in profile.models)
     lines = [f"gain: {second} / {first} of memory and time, {first} / {second} of tokens/s"]
     if profile.has_throughput:
-        lines.append("of throughput, the highest that each of them reaches is compared")
+        lines.append("gain in throughput: of the highest that either of them reaches")
     gains = [profile.gain(PEAK, length) for length in profile.lengths]
     if any(gain and gain.at_least for gain in gains):
         lines.append(

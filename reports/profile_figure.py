@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from textwrap import wrap
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -41,6 +42,7 @@ from .style import (
 )
 
 HEIGHT, SECOND_ROW = 3.0, 2.6  # of the figure, in inches, and what throughput adds to it
+_LETTERS = 165  # of a note below the panels, in a line as wide as these
 PARTS = (("weights", 1.0), ("cache", 0.6), ("states, activations", 0.3))  # with their strength
 
 
@@ -82,7 +84,8 @@ def profile_figure(profile: Profile) -> Figure:
         batches = " and ".join(map(str, BATCHES[1:]))
         fastest = "throughput: of the fastest batch, whose size stands at the point"
         notes.append(f"{fastest}; thin lines: of batches of {batches}")
-    figure.supxlabel("\n".join(notes), size=SMALL_FONT, color="0.3")
+    lines = [line for note in notes for line in wrap(note, _LETTERS)]
+    figure.supxlabel("\n".join(lines), size=SMALL_FONT, color="0.3")
     return figure
 
 

@@ -288,7 +288,7 @@ class Generation:
         self._cache.state, self._cache.room = state, room
         for start in range(node.start, stop, self.fitted.chunk):
             if start > node.start:
-                yield from self._decode_between()
+                yield from self._decode_between(long=True)
             ids = self._ids(node.item.tokens[start : min(stop, start + self.fitted.chunk)])
             self._model.prefill(ids, self._cache)
             self._fed += len(ids)
@@ -417,10 +417,14 @@ class Generation:
         self._flying += admitted
         self._changed = self._changed or bool(admitted)
 
-    def _decode_between(self) -> Iterator[tuple[int, list[int]]]:
-        """A step after each chunk's worth of prompts, so that no text waits for longer; but where
-        most rows are still empty, they are filled first."""
-        if self._fed >= self.fitted.chunk and 2 * len(self._flying) >= self.batch.size:
+    def _decode_between(self, long: bool = False) -> Iterator[tuple[int, list[int]]]:
+        """A step after each chunk's worth of prompts, so that no text waits for longer.
+
+        On a GPU, short prompts fill half of the rows first: a graph is captured for each of a few
+        numbers of rows, and it is soon time for the next number.
+        """
+        enough = long or not self._on_gpu or 2 * len(self._flying) >= self.batch.size
+        if self._flying and enough and self._fed >= self.fitted.chunk:
             yield from self._decode()
 
     def _decode(self) -> Iterator[tuple[int, list[int]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -133,7 +134,7 @@ class YocoLM(TemplateLM):
         kind = find_dtype(dtype, where)
         chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
-        auto = str(batch_size).startswith("auto")
+        auto = re.fullmatch(r"auto(:\d+)?", str(batch_size)) is not None
         batch = None if auto else _count("batch_size", batch_size)
         if add_bos_token not in (None, True, False):
             raise ValueError(f"add_bos_token: {add_bos_token!r} is neither True nor False")

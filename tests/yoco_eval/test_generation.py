@@ -247,7 +247,7 @@ def test_greedy_answers_are_the_likeliest_tokens_of_each_text_alone(model):
     requests = [random_request(rng, prompt) for prompt in prompts(rng, 200)]
     answers = generate(auto(model), requests)
     ends = check_greedy(model, requests, answers)
-    assert min(ends["end token"], ends["stop"], ends["budget"]) > 10
+    assert min(ends["end token"], ends["stop"], ends["budget"]) > 3
     for engine, some in ((seven, slice(0, None, 3)), (ahead, slice(1, None, 3)), (one, slice(50))):
         assert generate(engine(model), requests[some]) == answers[some]
 
