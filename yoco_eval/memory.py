@@ -23,7 +23,7 @@ from .prefixes import Limits
 # tiles fill whole rounds of them.
 CHUNKS = {"cuda": (12672, 8448, 4224, 2112, 1056, 528, 264), "cpu": (1024, 512, 256)}
 _LOGITS = 4096  # for each token of a chunk, so many logits may exist at a time
-_MARGIN = 0.95  # of the free memory; allocators lose some between blocks
+MARGIN = 0.95  # of the free memory; allocators lose some between blocks
 
 
 class OutOfMemory(ValueError):
@@ -135,7 +135,7 @@ def fit(
         spare: slots of the cache that no token takes.
         logits: that may exist at a time for each token of a chunk.
     """
-    free = int(free_bytes(device) * _MARGIN)
+    free = int(free_bytes(device) * MARGIN)
 
     def needs(length: int, most: int) -> tuple[int, Footprint, int]:
         total = tokens or length

@@ -37,7 +37,7 @@ from yoco_eval.reports.profile import (
 )
 
 from .devices import find_device, find_dtype
-from .memory import chunk_sizes, free_bytes, out_of_memory
+from .memory import MARGIN, chunk_sizes, free_bytes, out_of_memory
 
 # Fed before the clock starts: kernels are compiled and chosen meanwhile.
 WARM_UP_TOKENS = {"cpu": 64, "cuda": 65536}
@@ -46,7 +46,6 @@ WARM_UP_STEPS, DECODE_STEPS = 4, 16
 BATCH_STEPS = {"cpu": (1, 4), "cuda": (WARM_UP_STEPS, DECODE_STEPS)}
 # Larger batches are not tried: by then the products rule, and take as long for each text more.
 LARGEST_BATCH = {"cpu": 64, "cuda": 1024}
-_MARGIN = 0.95  # of the free memory, for batches; allocators lose some between blocks
 
 
 T = TypeVar("T")
@@ -153,18 +152,8 @@ def profile(
         chunk: how many tokens are fed at a time.
     """
     for name, blueprint in blueprints.items():
-        outcome, model = MEASURED, None
         weights = blueprint.costs.weight_bytes(dtype)
-        try:
-            # To be asked first: memory that a CPU does not have can be allocated there, and using
-            # it ends the process.
-            if weights > free_bytes(device):
-                raise MemoryError
-            model = blueprint.make(device, dtype)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            outcome = OUT_OF_MEMORY
+        outcome, model = _tried(partial(_made, blueprint, device, dtype))
         for length in lengths:
             cache = blueprint.costs.cache_bytes(dtype, _capacity(length))
             sizes: dict[str, Any] = {"weights_bytes": weights, "cache_bytes": cache}
@@ -172,20 +161,33 @@ def profile(
                 outcome = OUT_OF_MEMORY
             row = None
             if model is not None and outcome == MEASURED:
-                try:
-                    row = ProfileRow(
-                        name, length, MEASURED, **sizes, **_measure(model, length, patience, chunk)
-                    )
-                except (MemoryError, RuntimeError) as error:
-                    if not out_of_memory(error):
-                        raise
-                    outcome = OUT_OF_MEMORY
-                except _OutOfPatience:
-                    outcome = OUT_OF_PATIENCE
+                outcome, figures = _tried(partial(_measure, model, length, patience, chunk))
+                if figures is not None:
+                    row = ProfileRow(name, length, outcome, **sizes, **figures)
                 _free(device)
             yield row or ProfileRow(name, length, outcome, **sizes)
         del model
         _free(device)
+
+
+def _made(blueprint: Blueprint, device: torch.device, dtype: torch.dtype) -> Model:
+    # To be asked first: memory that a CPU does not have can be allocated there, and using it ends
+    # the process.
+    if blueprint.costs.weight_bytes(dtype) > free_bytes(device):
+        raise MemoryError
+    return blueprint.make(device, dtype)
+
+
+def _tried(run: Callable[[], T]) -> tuple[str, T | None]:
+    """The outcome of what may run out of memory or patience, and what it returns if it does not."""
+    try:
+        return MEASURED, run()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return OUT_OF_MEMORY, None
+    except _OutOfPatience:
+        return OUT_OF_PATIENCE, None
 
 
 def _measure(model: Model, length: int, patience: float, chunk: int) -> dict[str, Any]:
@@ -262,15 +264,8 @@ def _throughput(model: Model, state: State, patience: float) -> Iterator[Through
             yield Throughput(2, shared, OUT_OF_MEMORY)
             continue
         for batch in (*(batch for batch in BATCHES if 1 < batch < largest), largest):
-            outcome, speed = MEASURED, None
-            try:
-                speed = _decode_batch(model, state, batch, shared, time.perf_counter() + patience)
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                outcome = OUT_OF_MEMORY
-            except _OutOfPatience:
-                outcome = OUT_OF_PATIENCE
+            deadline = time.perf_counter() + patience
+            outcome, speed = _tried(partial(_decode_batch, model, state, batch, shared, deadline))
             _free(model.device)
             yield Throughput(batch, shared, outcome, speed)
             if outcome != MEASURED:
@@ -321,7 +316,7 @@ def _largest_that_fits(model: Model, length: int, shared: bool) -> int:
         # The text's state and a copy; and what a graph that is captured of a step keeps for itself.
         return cache + (batch + 2) * costs.state_bytes(dtype) + 2 * activations
 
-    free = int(_MARGIN * free_bytes(device))
+    free = int(MARGIN * free_bytes(device))
     return bisect_right(range(1, _of(LARGEST_BATCH, device) + 1), free, key=needs)
 
 

@@ -216,10 +216,8 @@ def test_the_engine_refuses_before_it_computes(exact, free):
     assert not begun
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sliding_window", [None, 1, 256])
-def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monkeypatch):
-    """Many short questions after one long text; each brings a state or a window with it."""
+def with_random_weights(sliding_window):
+    """Whose self-decoder is gated retention where there is no window."""
     config = YocoConfig(
         dim=128,
         n_layers=4,
@@ -232,7 +230,14 @@ def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monke
         vocab_size=100,
     )
     torch.manual_seed(0)
-    model = Yoco(config).requires_grad_(False)
+    return Yoco(config).requires_grad_(False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sliding_window", [None, 1, 256])
+def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monkeypatch):
+    """Many short questions after one long text; each brings a state or a window with it."""
+    model = with_random_weights(sliding_window)
     stem = torch.randint(100, (300,)).tolist()
     requests = [
         ScoreRequest([*stem, q, p] + [q] * 15, [a])
@@ -258,19 +263,7 @@ def test_packed_batches_stay_within_the_memory(sliding_window, live_bytes, monke
 @pytest.mark.parametrize("sliding_window", [None, 64])
 def test_generation_side_by_side_stays_within_the_memory(sliding_window, live_bytes, monkeypatch):
     """As many as fit, whatever else there would be to do; and nothing is kept."""
-    config = YocoConfig(
-        dim=128,
-        n_layers=4,
-        hidden_dim=128,
-        self_decoder=SlidingWindowSettings(2, sliding_window)
-        if sliding_window
-        else GatedRetentionSettings(2),
-        n_attn_heads=2,
-        n_attn_kv_heads=1,
-        vocab_size=100,
-    )
-    torch.manual_seed(0)
-    model = Yoco(config).requires_grad_(False)
+    model = with_random_weights(sliding_window)
     stems = torch.randint(100, (2, 200)).tolist()
     requests = [
         GenerateRequest([*stems[i % 2], i] + [i] * (i * 37 % 120), 1 + i % 3) for i in range(24)
