@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
 from torch import Tensor
 
 from yoco_eval.printable import VALUE, listed, shortened, shown
@@ -30,6 +29,18 @@ from yoco_eval.printable import VALUE, listed, shortened, shown
 from .config import YocoConfig, known_settings
 from .errors import CheckpointError
 from .fla import fla_config, fla_name, fla_weights, is_fla
+from .folder import (
+    BOOKKEEPING,
+    CONFIG,
+    WEIGHTS,
+    check_names,
+    check_numbers,
+    check_regular,
+    damaged,
+    is_folder,
+    read_json,
+    read_weights,
+)
 from .hub import hub_commit, hub_folder, is_hub_name
 from .interface import Blueprint
 from .yoco import Yoco
@@ -38,17 +49,7 @@ BUNDLED = Path(__file__).parent / "checkpoints"
 DEFAULT_CHECKPOINT = (BUNDLED / "DEFAULT").read_text(encoding="utf-8").strip()
 
 MODEL_TYPE = "yoco"
-# What Hugging Face's libraries write into any config.json, and says nothing about the model.
-_BOOKKEEPING = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "dtype", "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
-    "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
-    "return_dict", "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
 _PARAMS = "params.json"
-_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_JSON = 64 << 20  # bytes; the index of the largest models has a few million
 _ENCRYPTED = 1  # a zip record's flag
 _MOST_UNPACKED = 20  # times the size of a compressed file; weights hardly shrink
 # What stands in training checkpoints beside the weights and is never needed, or only for its
@@ -124,7 +125,7 @@ def open_yoco(path: Path) -> Blueprint | None:
     Raises:
         CheckpointError: as `load_config`; and when it is made, as `load_checkpoint`.
     """
-    if _is_native(path) and _read_json(path / _CONFIG).get("model_type") != MODEL_TYPE:
+    if is_folder(path) and read_json(path / CONFIG).get("model_type") != MODEL_TYPE:
         return None
     config = load_config(path)
 
@@ -145,8 +146,8 @@ def load_config(path: str | Path) -> YocoConfig:
         CheckpointError: as `load_checkpoint`, for faults that show without the weights.
     """
     path = resolve_checkpoint(path)
-    if _is_native(path):
-        return _native_config(path / _CONFIG)
+    if is_folder(path):
+        return _native_config(path / CONFIG)
     file = _torch_file(path)
     params = file.parent / _PARAMS
     return _params_config(params) if params.exists() else _load_torch(file)[0]
@@ -163,10 +164,10 @@ def load_shape(path: Path) -> YocoConfig:
         CheckpointError: as `load_config`.
     """
     if path.is_dir():
-        path = next((path / name for name in (_CONFIG, _PARAMS) if (path / name).exists()), path)
+        path = next((path / name for name in (CONFIG, _PARAMS) if (path / name).exists()), path)
     if path.suffix != ".json":
         return load_config(path)
-    return _native_config(path) if "model_type" in _read_json(path) else _params_config(path)
+    return _native_config(path) if "model_type" in read_json(path) else _params_config(path)
 
 
 def load_checkpoint(
@@ -196,12 +197,12 @@ def load_checkpoint(
         load_config(folder)  # says that it is of another model before weights are fetched
     path = resolve_checkpoint(path, commit, weights=True)
     said: Callable[[str], str] = str
-    if _is_native(path):
+    if is_folder(path):
         config, weights, said = _load_native(path)
     else:
         config, weights = _load_torch(_torch_file(path))
-    _check_names(path, config, weights, said)
-    _check_numbers(path, {said(name): weight for name, weight in weights.items()}, dtype)
+    check_names(path, _expected_shapes(config), weights, said)
+    check_numbers(path, {said(name): weight for name, weight in weights.items()}, dtype)
     return config, weights
 
 
@@ -224,15 +225,15 @@ def save_checkpoint(path: str | Path, config: YocoConfig, weights: Mapping[str, 
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as temporary:
         save_torch_state_dict(whole, temporary)
         files = os.listdir(temporary)
-        Path(temporary, _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        Path(temporary, CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         for name in files:  # safetensors writes files that only their owner may read
-            shutil.copymode(Path(temporary, _CONFIG), Path(temporary, name))
+            shutil.copymode(Path(temporary, CONFIG), Path(temporary, name))
         for name in sorted(files):
             os.replace(Path(temporary, name), path / name)
         for old in path.glob("model*.safetensors*"):
             if old.name not in files:  # the shards and the index of an earlier model
                 old.unlink()
-        os.replace(Path(temporary, _CONFIG), path / _CONFIG)
+        os.replace(Path(temporary, CONFIG), path / CONFIG)
 
 
 def save(model: Yoco, path: str | Path) -> None:
@@ -240,12 +241,8 @@ def save(model: Yoco, path: str | Path) -> None:
     save_checkpoint(path, model.config, dict(model.named_parameters()))
 
 
-def _is_native(path: Path) -> bool:
-    return path.is_dir() and (path / _CONFIG).exists()
-
-
 def _native_config(file: Path) -> YocoConfig:
-    settings = _read_json(file)
+    settings = read_json(file)
     if settings.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"{file}: says model_type {shown(settings.get('model_type'))}, not 'yoco'; "
@@ -258,11 +255,11 @@ def _native_config(file: Path) -> YocoConfig:
             f"{file}: is of another project's models of model_type 'yoco', with hidden_size in "
             "place of dim, which are not read; evaluate it with that project"
         )
-    return _config(file, {k: v for k, v in settings.items() if k not in _BOOKKEEPING})
+    return _config(file, {k: v for k, v in settings.items() if k not in BOOKKEEPING})
 
 
 def _params_config(file: Path) -> YocoConfig:
-    return _config(file, _read_json(file))
+    return _config(file, read_json(file))
 
 
 def _config(
@@ -278,35 +275,11 @@ def _config(
 
 def _load_native(folder: Path) -> tuple[YocoConfig, dict[str, Tensor], Callable[[str], str]]:
     """With what the files call a weight, given its name here."""
-    config = _native_config(folder / _CONFIG)
-    weights: dict[str, Tensor] = {}
-    for file in _shards(folder / _INDEX) if (folder / _INDEX).exists() else [_WEIGHTS]:
-        if not (folder / file).exists():
-            mend = "copy the whole folder"
-            if hub_commit(folder):
-                mend = "its download is not complete; download it once without HF_HUB_OFFLINE"
-            raise CheckpointError(f"{folder}: {file} is missing; {mend}")
-        _check_regular(folder / file)
-        try:
-            weights |= load_file(folder / file)
-        except Exception as error:  # the reader raises whatever a damaged file leads it to
-            raise _damaged(folder / file, error) from error
-    if is_fla(_read_json(folder / _CONFIG)):
+    config = _native_config(folder / CONFIG)
+    weights = read_weights(folder)
+    if is_fla(read_json(folder / CONFIG)):
         return config, fla_weights(config, weights), fla_name
     return config, weights, str
-
-
-def _shards(index: Path) -> list[str]:
-    """The names of the weights' files, all in the folder of their index."""
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map; copy it again")
-    for file in weight_map.values():
-        if not isinstance(file, str) or os.path.basename(file) != file or not file.strip("."):
-            raise CheckpointError(
-                f"{index}: names {shown(file)}, which is no file beside it; copy the whole folder"
-            )
-    return sorted(set(weight_map.values()))
 
 
 def _torch_file(path: Path) -> Path:
@@ -315,7 +288,7 @@ def _torch_file(path: Path) -> Path:
             raise CheckpointError(f"{path}: is a part of a checkpoint; name its folder")
         return path
     if not path.is_dir():
-        _check_regular(path)
+        check_regular(path)
     candidates = [path / "checkpoint.pth"]
     if not candidates[0].exists():
         candidates = sorted(path.glob("*.pt"))
@@ -325,7 +298,7 @@ def _torch_file(path: Path) -> Path:
         )
     if not candidates:
         raise CheckpointError(
-            f"{path}: not a YOCO checkpoint; expected {_CONFIG} with {_WEIGHTS}, or params.json "
+            f"{path}: not a YOCO checkpoint; expected {CONFIG} with {WEIGHTS}, or params.json "
             "with checkpoint.pth, or a fairseq .pt file"
         )
     return candidates[0]
@@ -388,7 +361,7 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 def _unpickle(file: Path) -> Any:
-    _check_regular(file)
+    check_regular(file)
     mend = "save its state dict alone with torch.save(model.state_dict(), ...)"
     try:
         zipped = zipfile.is_zipfile(file)
@@ -412,7 +385,7 @@ def _unpickle(file: Path) -> Any:
             f"{file}: refused, its pickle is damaged or holds more than plain data; {mend}"
         ) from error
     except Exception as error:  # the reader raises whatever a damaged file leads it to
-        raise _damaged(file, error) from error
+        raise damaged(file, error) from error
 
 
 def _is_stored(file: Path) -> bool:
@@ -437,31 +410,6 @@ def _is_stored(file: Path) -> bool:
     )
 
 
-def _check_names(
-    path: Path, config: YocoConfig, weights: Mapping[str, Tensor], said: Callable[[str], str]
-) -> None:
-    """Refuses parameters that are not those of the configuration, in name and shape.
-
-    `said` gives the name that the file has for a parameter.
-    """
-    expected = _expected_shapes(config)
-    faults = []
-    if missing := [said(name) for name in expected if name not in weights]:
-        faults.append(f"missing: {listed(missing)}")
-    if surplus := [said(name) for name in weights if name not in expected]:
-        faults.append(f"surplus: {listed(surplus)}")
-    if wrong := [
-        f"{said(name)} is {list(weights[name].shape)}, not {list(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]:
-        faults.append(f"mis-shaped: {listed(wrong)}")
-    if faults:
-        raise CheckpointError(
-            f"{path}: its parameters do not fit its configuration; {'; '.join(faults)}"
-        )
-
-
 def _expected_shapes(config: YocoConfig) -> dict[str, torch.Size]:
     """Of every parameter. All layers of a decoder are alike, so that one of each is made."""
     with torch.device("meta"):
@@ -473,53 +421,3 @@ def _expected_shapes(config: YocoConfig) -> dict[str, torch.Size]:
         for name, weight in two.named_parameters()
         for layer in range(layers[name.partition(".")[0]] if first in name else 1)
     }
-
-
-def _check_numbers(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Refuses parameters that are no floating-point numbers, NaN or infinite, or become so."""
-    if odd := [name for name, weight in weights.items() if weight.dtype not in _DTYPES]:
-        kinds = {str(weights[name].dtype).removeprefix("torch.") for name in odd}
-        raise CheckpointError(
-            f"{path}: holds {listed(sorted(kinds))} in {listed(odd)}; weights must be float16, "
-            "bfloat16, float32 or float64"
-        )
-    # NaN is both the least and the greatest of numbers that it stands among.
-    ends = {name: torch.stack(torch.aminmax(weight.detach())) for name, weight in weights.items()}
-    if bad := [name for name, end in ends.items() if not end.isfinite().all()]:
-        raise CheckpointError(
-            f"{path}: NaN or infinite numbers in {listed(bad)}; copy it again, or take a "
-            "checkpoint from before its training diverged"
-        )
-    if bad := [n for n, end in ends.items() if dtype and not end.to(dtype).isfinite().all()]:
-        raise CheckpointError(
-            f"{path}: too large for {str(dtype).removeprefix('torch.')} are numbers in "
-            f"{listed(bad)}; choose another dtype, such as bfloat16"
-        )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    _check_regular(file)
-    try:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(f"{file}: far larger than any model's; copy it again")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds a {type(content).__name__}, not an object")
-    return content
-
-
-def _check_regular(file: Path) -> None:
-    """Refuses what would be waited for, or read without end: pipes, sockets, devices; folders."""
-    if file.exists() and not file.is_file():
-        raise CheckpointError(f"{file}: is no regular file; put a copy of the file there")
-
-
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return CheckpointError(f"{file}: damaged or truncated ({lines[0]}); copy it again")
