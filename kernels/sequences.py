@@ -127,8 +127,9 @@ class Span(NamedTuple):
     All of them, or where `causal`: the last query reads up to the last key, the one before it up to
     the last but one, and so on; there are at least as many keys as queries, then.
 
-    Where a text is decoded, `start` is the position in it of the first key's token: a query reads
-    the keys of the tokens up to its own position, which only the device knows.
+    `start` is the position in its text of the first key's token. It is asked for where a window
+    limits what is read; and where a text is decoded, a query of a span that says it reads the keys
+    of the tokens up to its own position, which only the device knows.
     """
 
     first_query: int
@@ -179,7 +180,9 @@ def cells(intervals: Iterable[Interval]) -> list[tuple[int, int, list[Interval]]
 def cut_span(span: Span, first_query: int, end_query: int) -> Span:
     """The part of a span that some of its queries make, less the keys that none of them reads."""
     unread = span.end_query - end_query if span.causal else 0
-    return Span(first_query, end_query, span.first_key, span.end_key - unread, span.causal)
+    return span._replace(
+        first_query=first_query, end_query=end_query, end_key=span.end_key - unread
+    )
 
 
 class DeviceTables(Protocol):

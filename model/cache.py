@@ -39,29 +39,18 @@ class SelfState(TextState):
     layers: tuple[MixerState | None, ...]
 
 
-class KeyValueCache(Generic[S]):
-    """Room for the keys and values of tokens, and the state of one text.
-
-    Args:
-        shape: of the keys and of the values, [..., capacity, head_dim].
-        state: before the text's first token.
+class SlotCache(Generic[S]):
+    """Account of the slots of a cache, and the state of one text; what lies in them is a
+    subclass's.
 
     Attributes:
-        keys, values: of that shape, keys rotated.
-        room, state: as `states.Cache` has them.
+        capacity, room, state: as `states.Cache` has them.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], state: S, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.room: Stretches = ((0, self.capacity),)
+    def __init__(self, capacity: int, state: S) -> None:
+        self.capacity = capacity
+        self.room: Stretches = ((0, capacity),)
         self.state = state
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[-2]
 
     @property
     def filled(self) -> int:
@@ -81,16 +70,35 @@ class KeyValueCache(Generic[S]):
         claimed, self.room = cut(self.room, count)
         return claimed
 
-    def fill_with_noise(self) -> None:
-        """Writes random numbers to all slots."""
-        self.keys.normal_()
-        self.values.normal_()
-
     def restore(self, snapshot: S) -> None:
         """Goes back to a state that this cache had when it was filled from the front; the tokens
         since are forgotten."""
         self.state = snapshot
         self.room = ((snapshot.length, self.capacity),)
+
+
+class KeyValueCache(SlotCache[S]):
+    """Room for the keys and values of tokens.
+
+    Args:
+        shape: of the keys and of the values, [..., capacity, head_dim].
+        state: before the text's first token.
+
+    Attributes:
+        keys, values: of that shape, keys rotated.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], state: S, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(shape[-2], state)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    def fill_with_noise(self) -> None:
+        """Writes random numbers to all slots."""
+        self.keys.normal_()
+        self.values.normal_()
 
 
 def cut(stretches: Stretches, count: int) -> tuple[Stretches, Stretches]:

@@ -7,10 +7,9 @@ through all of them: only the output projection is left to the tokens whose pred
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,15 +23,16 @@ from yoco_eval.kernels.dispatch import triton_takes, use_triton
 from yoco_eval.kernels.matvec import linear_add, norm_linear
 from yoco_eval.kernels.norm import rms_norm
 from yoco_eval.kernels.rotary import Angles, rotate
-from yoco_eval.kernels.sequences import Sequences, Span, Spans, Step
+from yoco_eval.kernels.sequences import Sequences, Spans, Step
 
 from . import costs
-from .cache import KeyValueCache, TextState, cut, slots_of
+from .cache import KeyValueCache, slots_of
 from .config import YocoConfig
 from .decoder import Decoder
 from .interface import count
 from .layers import DecoderLayer, Layers, RMSNorm
 from .linear import Embedding, Stack, allocate, linear
+from .places import Places
 from .rotary import Rotary
 
 _MANY_QUERIES = 1024  # from here on the library's attention is the faster one
@@ -135,16 +135,6 @@ class TransformerCosts:
         return self.config.n_kv_heads * self.config.head_dim
 
 
-@dataclass(frozen=True)
-class Places(TextState):
-    """What a Transformer remembers of n texts: where in the cache their tokens lie.
-
-    `spans` holds, of each, the stretches (first, end) of the cache, in the order of its tokens.
-    """
-
-    spans: tuple[tuple[tuple[int, int], ...], ...]
-
-
 Cache = KeyValueCache[Places]
 
 
@@ -226,14 +216,10 @@ class Transformer(nn.Module):
         keep: bool = True,
     ) -> tuple[Tensor, Places | None]:
         """Runs packed tokens [T] through all layers, to the last one's output [T, dim]."""
-        rest = stretches = cache.extend(len(input_ids))
+        stretches = cache.extend(len(input_ids))
         slots = slots_of(stretches, self.device)
-        sources = sequences.sources or range(len(sequences.lengths))
-        places = []
-        for source, length in zip(sources, sequences.lengths, strict=True):
-            own, rest = cut(rest, length)
-            places.append(_joined((*state.spans[source], *own)))
-        spans = Spans(tuple(_readings(places, sequences.offsets)))
+        places = state.after(sequences, stretches)
+        spans = places.readings(sequences)
         x = self.embed_tokens(input_ids)
         angles = self.rotary.of(sequences, x.dtype)
 
@@ -242,7 +228,7 @@ class Transformer(nn.Module):
             return _attention(q, keys, values, spans, angles)
 
         x = self._run(x, cache, attend)
-        return x, Places(sequences.ends, tuple(places)) if keep else None
+        return x, places if keep else None
 
     def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Feeds tokens [T] that follow those in the cache, to the last layer's output [T, dim]."""
@@ -304,31 +290,6 @@ def _layer_numbers(config: TransformerConfig) -> int:
     """In all weights of a layer; a plan asks for them again and again."""
     with torch.device("meta"):
         return count(_layer(config))
-
-
-def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Stretches that lie one behind the other as one."""
-    joined: list[tuple[int, int]] = []
-    for first, end in spans:
-        if joined and joined[-1][1] == first:
-            first = joined.pop()[0]
-        joined.append((first, end))
-    return tuple(joined)
-
-
-def _readings(
-    places: Sequence[tuple[tuple[int, int], ...]], offsets: Sequence[int]
-) -> Iterator[Span]:
-    """Who reads what: of each text, the queries are its last tokens."""
-    for spans, (query, end_query) in zip(places, pairwise(offsets), strict=True):
-        asking = end_query
-        for first, end in reversed(spans):
-            own = min(end - first, asking - query)  # of the stretch's tokens, those that ask
-            if own:
-                yield Span(asking - own, asking, first, end, causal=True)
-            if asking < end_query:
-                yield Span(asking, end_query, first, end, causal=False)
-            asking -= own
 
 
 def _attention(q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: Angles) -> Tensor:

@@ -196,7 +196,7 @@ class Engine:
             rows = self.model.prefill(ids, walk.cache)
             count = len(ids)
             positions = torch.arange(start, start + count, device=ids.device)
-            causal = Spans((Span(0, count, 0, start + count, causal=True),))
+            causal = Spans((Span(0, count, 0, start + count, causal=True, start=0),))
             yield self.model.predict(rows, positions, walk.cache, causal)
             progress(count)
 
@@ -270,11 +270,12 @@ def _spans(step: Step, places: Mapping[Node, int]) -> Iterator[Span]:
             yield from below(node.children)
             if not node.children:
                 query += node.end - node.item.first
-            yield Span(first, query, place, place + node.end - node.start, not node.children)
+            end = place + node.end - node.start
+            yield Span(first, query, place, end, not node.children, node.start)
 
     yield from below(step.nodes)
     if step.resume:
-        yield Span(0, query, 0, step.resume, causal=False)
+        yield Span(0, query, 0, step.resume, causal=False, start=0)
 
 
 def _answers(
