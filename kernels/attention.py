@@ -1,6 +1,7 @@
 """Attention over a cache, of many tokens or of one of each of many texts, and over a window.
 
-Scores are scaled by D^(-1/2). Query head h reads key-value head h // (Hq / Hkv).
+Scores are multiplied by `scale`, D^(-1/2) unless it is given. Query head h reads key-value head
+h // (Hq / Hkv).
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from torch import Tensor
 from .cache import store_keys_values
 from .dispatch import run_triton, use_triton
 from .rotary import Angles, rotate
-from .sequences import Readings, Sequences, Span, Spans, cut_span, query_runs, to_device
+from .sequences import (
+    Readings,
+    Sequences,
+    Span,
+    Spans,
+    cut_span,
+    query_runs,
+    to_device,
+    window_shifts,
+)
 
 SCORES = 1 << 22  # queries are taken in blocks so that no more scores exist at a time
 KEYS = 1 << 12  # of a cache, widened and multiplied at a time
@@ -25,7 +35,13 @@ FEW = 64  # queries of a group of heads up to which reading its keys only once i
 
 
 def cache_attention(
-    q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: Angles | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spans: Spans,
+    angles: Angles | None = None,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Queries over the keys of a shared cache that `spans` gives them.
 
@@ -35,23 +51,44 @@ def cache_attention(
             slots. Keys outside the spans may be uninitialised.
         spans: which keys each query reads.
         angles: cos and sin [T, D / 2] by which q is rotated first; None: it is rotated already.
+        scale: of the scores, positive.
+        window: how many of its text's last tokens a query reads at most, its own included; None:
+            all. Each query lies in one causal span then, and all spans say their `start`.
 
     Returns:
         [T, Hq, D].
+
+    Raises:
+        ValueError: the spans do not say what a window needs.
     """
     if use_triton(q, keys, values):
         from .attention_triton import cache_attention as fast
 
-        return run_triton(fast, q, keys, values, spans, angles)
-    return cache_attention_reference(q, keys, values, spans, angles)
+        return run_triton(fast, q, keys, values, spans, angles, scale, window)
+    return cache_attention_reference(q, keys, values, spans, angles, scale, window)
 
 
 def cache_attention_reference(
-    q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: Angles | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spans: Spans,
+    angles: Angles | None = None,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """`cache_attention`, run after run of queries that read the same spans."""
     if angles is not None:
         q = rotate(q, angles)
+    if window is not None:
+        return torch.cat(
+            [
+                _attend_windows(q, keys, values, run, first, end, scale, window)
+                for first, end, run in query_runs(spans)
+            ]
+        )
+    if scale is not None:
+        q = q * (scale * q.shape[2] ** 0.5)
     outputs = []
     for first, end, run in query_runs(spans):
         run = sorted((cut_span(span, first, end) for span in run), key=lambda s: s.first_key)
@@ -64,6 +101,44 @@ def cache_attention_reference(
             stop = min(start + block, end)
             cut = [_from_zero(cut_span(span, start, stop)) for span in run]
             outputs.append(_attend_apart(q[start:stop], keys, values, cut))
+    return torch.cat(outputs)
+
+
+def _attend_windows(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    run: list[Span],
+    first: int,
+    end: int,
+    scale: float | None,
+    window: int,
+) -> Tensor:
+    """Queries first .. end - 1 of q [T, Hq, D], rotated, over a run: [end - first, Hq, D].
+
+    Each block of queries meets the keys in reach of any of them.
+    """
+    shifts, outputs = window_shifts(run), []
+    block = max(128, min(window, 512))
+    for start in range(first, end, block):
+        queries = torch.arange(start, min(start + block, end), device=q.device)
+        slots, visible = [], []
+        for span, shift in zip(run, shifts, strict=True):
+            reach = max(span.first_key, start + shift - window)
+            slot = torch.arange(
+                reach, max(reach, min(span.end_key, start + len(queries) - 1 + shift))
+            ).to(q.device)
+            limit = queries[:, None] + shift
+            slots.append(slot)
+            visible.append((slot < limit) & (slot >= limit - window))
+        every, mask = torch.cat(slots), torch.cat(visible, 1)
+        heads = keys.shape[0]
+        rows = q[start : start + len(queries)].transpose(0, 1).unflatten(0, (heads, -1))
+        mask = mask.repeat(rows.shape[1], 1)
+        out = F.scaled_dot_product_attention(
+            rows.flatten(1, 2), keys[:, every], values[:, every], mask, scale=scale
+        )
+        outputs.append(out.unflatten(1, rows.shape[1:3]).flatten(0, 1).transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -170,6 +245,7 @@ def batch_attention(
     positions: Tensor,
     readings: Readings,
     angles: Angles | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """One token of each of B texts over their keys in a cache, in a CUDA graph if need be.
 
@@ -183,6 +259,7 @@ def batch_attention(
         readings: which keys each reads, at least one. Rows that it does not name come out as
             anything.
         angles: cos and sin [B, D / 2] by which q is rotated first; None: it is rotated already.
+        scale: of the scores, positive.
 
     Returns:
         [B, Hq, D].
@@ -190,8 +267,8 @@ def batch_attention(
     if use_triton(q, keys, values):
         from .attention_triton import batch_attention as fast
 
-        return run_triton(fast, q, keys, values, positions, readings, angles)
-    return batch_attention_reference(q, keys, values, positions, readings, angles)
+        return run_triton(fast, q, keys, values, positions, readings, angles, scale)
+    return batch_attention_reference(q, keys, values, positions, readings, angles, scale)
 
 
 def batch_attention_reference(
@@ -201,10 +278,13 @@ def batch_attention_reference(
     positions: Tensor,
     readings: Readings,
     angles: Angles | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """`batch_attention`, with the positions read on the host."""
     if angles is not None:
         q = rotate(q, angles)
+    if scale is not None:
+        q = q * (scale * q.shape[2] ** 0.5)
     order = list(readings.order)
     at = positions.tolist()
     spans = [_known(span, at[order[span.first_query]]) for span in readings.spans]
@@ -233,6 +313,7 @@ def sliding_window_attention(
     past: Tensor | None = None,
     angles: Angles | None = None,
     keep: bool = True,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Each token attends to itself and the `window` - 1 tokens before it in its sequence.
 
@@ -247,6 +328,7 @@ def sliding_window_attention(
             sequence begins its text.
         angles: cos and sin [T, D / 2] by which q and k are rotated first; None: they are already.
         keep: whether to return the past of the tokens that follow.
+        scale: of the scores, positive.
 
     Returns:
         The output [T, Hq, D] and, of the n sequences, the `past` [n, 2, window - 1, Hkv, D] of the
@@ -255,8 +337,8 @@ def sliding_window_attention(
     if use_triton(q, k, v):
         from .attention_triton import sliding_window_attention as fast
 
-        return run_triton(fast, q, k, v, window, sequences, past, angles, keep)
-    return sliding_window_attention_reference(q, k, v, window, sequences, past, angles, keep)
+        return run_triton(fast, q, k, v, window, sequences, past, angles, keep, scale)
+    return sliding_window_attention_reference(q, k, v, window, sequences, past, angles, keep, scale)
 
 
 def sliding_window_attention_reference(
@@ -268,6 +350,7 @@ def sliding_window_attention_reference(
     past: Tensor | None = None,
     angles: Angles | None = None,
     keep: bool = True,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`sliding_window_attention`; sequences of one length and one length of past are a batch."""
     if angles is not None:
@@ -286,7 +369,7 @@ def sliding_window_attention_reference(
         if past is not None and before:
             continued = torch.tensor([sources[i] for i in members], device=q.device)
             own = torch.cat((past[continued, :, window - 1 - before :], own), 2)
-        out[rows] = _window(q[rows], own[:, 0], own[:, 1], window)
+        out[rows] = _window(q[rows], own[:, 0], own[:, 1], window, scale)
         if following is not None:
             last = own[:, :, max(0, before + length - window + 1) :]
             padding = window - 1 - last.shape[2]
@@ -296,7 +379,7 @@ def sliding_window_attention_reference(
     return out, following
 
 
-def _window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def _window(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
     """q [n, length, Hq, D] over k, v [n, total, Hkv, D], whose last `length` are the queries' own.
 
     Each block of queries meets the keys in reach of any of them: length * (block + window) scores
@@ -314,7 +397,7 @@ def _window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         visible = (j <= i) & (j > i - window)
         rows = q[:, start:end].transpose(1, 2).unflatten(1, (heads, group)).flatten(2, 3)
         keys, values = (x[:, reach].transpose(1, 2) for x in (k, v))
-        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=visible)
+        out = F.scaled_dot_product_attention(rows, keys, values, visible, scale=scale)
         outputs.append(out.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2))
     return torch.cat(outputs, 1)
 
@@ -326,7 +409,8 @@ def window_step(
     ring_keys: Tensor,
     ring_values: Tensor,
     positions: Tensor,
-    angles: Angles,
+    angles: Angles | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """`sliding_window_attention` of a decoded token of each of B texts, in a CUDA graph if need be.
 
@@ -337,16 +421,32 @@ def window_step(
             The tokens' own rotated keys and values are written to theirs. Slots never written may
             be uninitialised.
         positions: int64 [B], of the tokens in their texts, on q's device.
-        angles: cos and sin [B, D / 2] by which q and k are rotated first.
+        angles: cos and sin [B, D / 2] by which q and k are rotated first; None: they are already.
+        scale: of the scores, positive.
 
     Returns:
         [B, Hq, D].
     """
     count, heads, window, _ = ring_keys.shape
+    _, firsts = _ring_readings(count, heads, window, q.device)
     keys, values = _as_cache(ring_keys), _as_cache(ring_values)
-    readings, firsts = _ring_readings(count, heads, window, q.device)
     store_keys_values(k, v, angles, keys, values, firsts + positions % window)
-    return batch_attention(q, keys, values, positions, readings, angles)
+    return ring_attention(q, ring_keys, ring_values, positions, angles, scale)
+
+
+def ring_attention(
+    q: Tensor,
+    ring_keys: Tensor,
+    ring_values: Tensor,
+    positions: Tensor,
+    angles: Angles | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """What `window_step` reads of rings that the tokens' own keys and values are in already."""
+    count, heads, window, _ = ring_keys.shape
+    readings, _ = _ring_readings(count, heads, window, q.device)
+    keys, values = _as_cache(ring_keys), _as_cache(ring_values)
+    return batch_attention(q, keys, values, positions, readings, angles, scale)
 
 
 def _as_cache(rings: Tensor) -> Tensor:

@@ -31,7 +31,16 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .launch import packed_heads, padded, programs
 from .rotary import Angles, rotate
-from .sequences import Readings, Sequences, Span, Spans, cells, query_runs, to_device
+from .sequences import (
+    Readings,
+    Sequences,
+    Span,
+    Spans,
+    cells,
+    query_runs,
+    to_device,
+    window_shifts,
+)
 
 _UNLIMITED = 1 << 30  # shift of a key range that every query reads whole
 _FEW_PIECES = 8  # of a row, up to which they are merged at once
@@ -39,15 +48,20 @@ _FEWEST = 8  # tasks, and rows of pieces, that tables for decoding have room for
 _LONG_TEXT = 1024  # queries of a single causal span from which library kernels take over
 
 
-def _block_sizes(dtype: torch.dtype) -> tuple[int, ...]:
+def _block_sizes(dtype: torch.dtype, dim: int) -> tuple[int, ...]:
     """Rows of queries that a program may take; float32 without TF32 compiles only if small."""
-    return (16, 32) if dtype == torch.float32 else (16, 32, 64, 128)
+    if dtype == torch.float32:
+        return (16, 32) if dim <= 256 else (16,)
+    return (16, 32, 64, 128) if dim <= 256 else (16, 32, 64)
 
 
 def _config(block_m: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Keys per step, warps and pipeline stages, within 228 KiB of shared memory."""
     if dtype == torch.float32:
-        return {"BLOCK_N": 16 if dim > 128 else 32, "num_warps": 8, "num_stages": 2}
+        stages = 2 if dim <= 256 else 1
+        return {"BLOCK_N": 16 if dim > 128 else 32, "num_warps": 8, "num_stages": stages}
+    if dim > 256:  # outputs of 64 rows are 128 KiB of registers
+        return {"BLOCK_N": 32, "num_warps": 8 if block_m >= 64 else 4, "num_stages": 2}
     warps = 8 if block_m >= 128 else 4
     if dim > 128:
         return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 2}
@@ -84,7 +98,7 @@ def _step(
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, from `start`, of an online softmax in powers of two.
+    """One block of keys, from `start`, of an online softmax in powers of two; SCALE is positive.
 
     The block's offset is 64-bit, those within it 32-bit: a head's keys may be over 2^31 numbers.
     """
@@ -104,17 +118,17 @@ def _step(
     else:
         k = tl.load(keys + at, mask=(dims < D)[None, :], other=0.0)
         v = tl.load(values + at, mask=(dims < D)[None, :], other=0.0)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         visible = slot[None, :] < tl.minimum(limit, end)[:, None]
         if WINDOW > 0:
             visible = visible & (slot[None, :] >= (limit - WINDOW)[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
     shift = new_top
     if MASKED:  # a row may have seen no key yet
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - shift[:, None])
+    weights = tl.exp2(scores * SCALE - shift[:, None])  # one instruction for both
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
@@ -231,11 +245,11 @@ def _merge(
     )  # fmt: skip
 
 
-def _query_constants(q: Tensor, heads: int, angles: Angles | None) -> dict:
+def _query_constants(q: Tensor, heads: int, angles: Angles | None, scale: float | None) -> dict:
     """What kernels must know at compile time of q [T, Hq, D] over so many key-value heads."""
     dim = q.shape[2]
     return {
-        "SCALE": math.log2(math.e) * dim**-0.5,
+        "SCALE": math.log2(math.e) * (dim**-0.5 if scale is None else scale),
         "STRIDE": q.stride(0),
         "HEADS": heads,
         "GROUP": q.shape[1] // heads,
@@ -267,22 +281,29 @@ def _to_device(tables: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def cache_attention(
-    q: Tensor, keys: Tensor, values: Tensor, spans: Spans, angles: Angles | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spans: Spans,
+    angles: Angles | None = None,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """As `attention.cache_attention`."""
     span = spans.spans[0]
-    if len(spans.spans) == 1 and span.causal and len(q) >= _LONG_TEXT and _flash_takes(q):
-        return _long_text_attention(q, keys, values, span, angles)
+    alone = len(spans.spans) == 1 and span.causal and window is None
+    if alone and len(q) >= _LONG_TEXT and _flash_takes(q):
+        return _long_text_attention(q, keys, values, span, angles, scale)
     shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
 
     def on_device() -> _Plan:
-        plan = _plan(spans.spans, query_runs(spans), shape)
+        plan = _plan(spans.spans, query_runs(spans), shape, window)
         tables = [plan.tasks, plan.ranges, plan.rows, plan.entries]
         tasks, ranges, rows, entries = _to_device(tables, q.device)
         return plan._replace(tasks=tasks, ranges=ranges, rows=rows, entries=entries)
 
-    plan = spans.table(("cache_attention", shape), on_device)
-    return _over_cache(q, keys, values, plan, angles)
+    plan = spans.table(("cache_attention", shape, window), on_device)
+    return _over_cache(q, keys, values, plan, angles, scale, window=window or 0)
 
 
 def batch_attention(
@@ -292,12 +313,13 @@ def batch_attention(
     positions: Tensor,
     readings: Readings,
     angles: Angles | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """As `attention.batch_attention`; the launch depends on `readings.layout` alone."""
     shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
     tables = readings.tables(lambda: _BatchTables(shape))
     batch = tables.order, positions.contiguous()
-    return _over_cache(q, keys, values, tables.now, angles, batch)
+    return _over_cache(q, keys, values, tables.now, angles, scale, batch)
 
 
 def _over_cache(
@@ -306,7 +328,9 @@ def _over_cache(
     values: Tensor,
     plan: _Plan,
     angles: Angles | None,
+    scale: float | None,
     batch: tuple[Tensor, Tensor] | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Runs a plan's tasks and merges what are but pieces.
 
@@ -322,7 +346,8 @@ def _over_cache(
     _cache_kernel[plan.tasks.shape[0], heads](
         q, cos, sin, keys, values, out, partial, norms, plan.tasks, plan.ranges, order, positions,
         _head_slots(keys), BLOCK_M=plan.block_m, BATCH=batch is not None,
-        **_query_constants(q, heads, angles), **_config(plan.block_m, dim, q.dtype),
+        WINDOW=window, **_query_constants(q, heads, angles, scale),
+        **_config(plan.block_m, dim, q.dtype),
     )  # fmt: skip
     if plan.pieces:
         _merge(partial, norms, out, plan.rows, plan.entries, plan.most, order if batch else None)
@@ -334,12 +359,13 @@ def _cache_kernel(
     q, cos, sin, keys, values, out, partial, norms, tasks, ranges, order, positions, capacity,
     SCALE: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROTATE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BATCH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BATCH: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One task and key-value head: a block of rows over a list of key ranges.
 
     Row r is query r // GROUP and the head's query head r % GROUP. In a BATCH, query t is row
-    order[t] of q, and reads keys before its position + shift in place of t + shift.
+    order[t] of q, and reads keys before its position + shift in place of t + shift. With a WINDOW
+    it reads no more than so many keys before t + shift.
     """
     head = tl.program_id(1)
     task = tasks + 5 * tl.program_id(0)
@@ -373,9 +399,13 @@ def _cache_kernel(
         shift = tl.load(ranges + 3 * i + 2)
         if BATCH:  # what no row reads yet may be NaN
             end = tl.minimum(end, last + shift)
+        seen_from = first
+        if WINDOW > 0:
+            last_query = (tl.minimum(end_row, first_row + BLOCK_M) - 1) // GROUP
+            seen_from = tl.minimum(last_query + shift - WINDOW, end)
         acc, top, total = _walk(
-            acc, top, total, x, keys, values, first, first, seen_to + shift, end, seen + shift,
-            SCALE, D, D, D_PAD, BLOCK_N, 0,
+            acc, top, total, x, keys, values, first, seen_from, seen_to + shift, end, seen + shift,
+            SCALE, D, D, D_PAD, BLOCK_N, WINDOW,
         )  # fmt: skip
     if piece < 0:
         _store_output(out, query, column, acc, total, valid, HEADS * GROUP * D, D, D_PAD)
@@ -436,7 +466,7 @@ class _BatchTables:
         self.order: Tensor
 
     def fill(self, order: Sequence[int], spans: Sequence[Span]) -> None:
-        plan = _plan(spans, cells(spans), self._shape)
+        plan = _plan(spans, cells(spans), self._shape, batch=True)
         group = self._shape.query_heads // self._shape.heads
         # Powers of two, so that few layouts, each of which takes a graph of its own, occur.
         tasks = _power(max(len(plan.tasks), -(-len(plan.ranges) // 2), _FEWEST))
@@ -483,17 +513,29 @@ class _Task(NamedTuple):
         return sum(end - first for first, end, _ in self.ranges)
 
 
-def _plan(spans: Sequence[Span], runs: list[_Run], shape: _Shape) -> _Plan:
+def _plan(
+    spans: Sequence[Span],
+    runs: list[_Run],
+    shape: _Shape,
+    window: int | None = None,
+    batch: bool = False,
+) -> _Plan:
+    """Of a launch of `_cache_kernel`; `batch`: whether texts are decoded."""
     query_heads, heads, dim, dtype, device = shape
     group = query_heads // heads
     # Blocks that are larger than any span's rows walk what the next smaller ones do.
     rows = max(span.end_query - span.first_query for span in spans) * group
-    sizes = _block_sizes(dtype)
+    sizes = _block_sizes(dtype, dim)
     sizes = sizes[: 1 + bisect_left(sizes, rows)]
-    units, block_m = min(
-        ((_units(runs, group, size), size) for size in sizes), key=lambda choice: _cost(*choice)
-    )
-    walks = [walk for unit in units for walk in _row_blocks(*unit, group, block_m)]
+    if window:
+        block_m = sizes[-1]
+        walks = [walk for run in runs for walk in _window_blocks(*run, group, block_m, window)]
+    else:
+        units, block_m = min(
+            ((_units(runs, group, size), size) for size in sizes),
+            key=lambda choice: _cost(*choice),
+        )
+        walks = [walk for unit in units for walk in _row_blocks(*unit, group, block_m, batch)]
     block_n = _config(block_m, dim, dtype)["BLOCK_N"]
     at_once = programs(device) // (2 if block_m >= 128 else 1)
     # All pieces should take about as long as each other, and be as many as fit on the GPU at once;
@@ -592,20 +634,45 @@ def _cost(units: list[_Unit], block_m: int) -> int:
     return walking + 900 * (rows - max(end for _, end, _ in units))
 
 
-def _row_blocks(first: int, end: int, spans: list[Span], group: int, block_m: int) -> list[_Task]:
-    """A unit's rows in blocks, with the keys that any of a block's queries reads."""
+def _row_blocks(
+    first: int, end: int, spans: list[Span], group: int, block_m: int, batch: bool
+) -> list[_Task]:
+    """A unit's rows in blocks, with the keys that any of a block's queries reads.
+
+    Args:
+        batch: whether texts are decoded.
+    """
     blocks = []
     for row in range(first, end, block_m):
         end_row = min(row + block_m, end)
         ranges = []
         for span in spans:
             shift, end_key = _UNLIMITED, span.end_key
-            if span.start is not None:
+            if batch and span.start is not None:
                 shift = span.first_key + 1 - span.start
             elif span.causal:
                 shift = span.end_key - span.end_query + 1
                 end_key = min(span.end_key, (end_row - 1) // group + shift)
             ranges.append((span.first_key, end_key, shift))
+        blocks.append(_Task(row, end_row, ranges))
+    return blocks
+
+
+def _window_blocks(
+    first: int, end: int, spans: list[Span], group: int, block_m: int, window: int
+) -> list[_Task]:
+    """A run's rows in blocks, with the keys that lie in the window of any of a block's queries."""
+    shifts = window_shifts(spans)
+    blocks = []
+    for row in range(first * group, end * group, block_m):
+        end_row = min(row + block_m, end * group)
+        queries = row // group, (end_row - 1) // group
+        ranges = []
+        for span, shift in zip(spans, shifts, strict=True):
+            first_key = max(span.first_key, queries[0] + shift - window)
+            end_key = min(span.end_key, queries[1] + shift)
+            if first_key < end_key:
+                ranges.append((first_key, end_key, shift))
         blocks.append(_Task(row, end_row, ranges))
     return blocks
 
@@ -642,7 +709,12 @@ def _has_flash_attn() -> bool:
 
 
 def _long_text_attention(
-    q: Tensor, keys: Tensor, values: Tensor, span: Span, angles: Angles | None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    span: Span,
+    angles: Angles | None,
+    scale: float | None,
 ) -> Tensor:
     """Many queries of one causal span, by the flash-attn package or by PyTorch's copy of it."""
     if angles is not None:
@@ -652,11 +724,16 @@ def _long_text_attention(
         from flash_attn import flash_attn_func
 
         k, v = (x.transpose(0, 1)[None] for x in (keys, values))
-        return flash_attn_func(q[None], k, v, causal=True)[0]
+        return flash_attn_func(q[None], k, v, softmax_scale=scale, causal=True)[0]
     bias = causal_lower_right(q.shape[0], keys.shape[1])
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys[None], values[None], attn_mask=bias, enable_gqa=True
+            q.transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=bias,
+            scale=scale,
+            enable_gqa=True,
         )
     return out[0].transpose(0, 1).contiguous()
 
@@ -673,12 +750,13 @@ def sliding_window_attention(
     past: Tensor | None = None,
     angles: Angles | None = None,
     keep: bool = True,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `attention.sliding_window_attention`."""
     _, heads, dim = k.shape
     q, k, v = packed_heads(q), packed_heads(k), packed_heads(v)
     flash = _flash_takes(q) and _has_flash_attn()
-    block_m = max(_block_sizes(q.dtype)) if max(sequences.lengths) > 64 else 32
+    block_m = max(_block_sizes(q.dtype, dim)) if max(sequences.lengths) > 64 else 32
     plan = sequences.table(
         ("sliding_window", window, past is not None, block_m),
         lambda: _window_plan(sequences, window, past is not None, block_m),
@@ -706,14 +784,14 @@ def sliding_window_attention(
 
         out = flash_attn_varlen_func(
             q if angles is None else rotate(q, angles), packed[0], packed[1], plan.query_offsets,
-            plan.key_offsets, plan.most_queries, plan.most_keys, causal=True,
+            plan.key_offsets, plan.most_queries, plan.most_keys, softmax_scale=scale, causal=True,
             window_size=(window - 1, 0),
         )  # fmt: skip
     else:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         _window_kernel[plan.tasks.shape[0], q.shape[1]](
             q, cos, sin, packed[0], packed[1], out, plan.tasks, WINDOW=window, BLOCK_M=block_m,
-            **_query_constants(q, heads, angles), **_config(block_m, dim, q.dtype),
+            **_query_constants(q, heads, angles, scale), **_config(block_m, dim, q.dtype),
         )  # fmt: skip
     return out, following
 

@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from .dispatch import run_triton, use_triton
-from .rotary import rotate
+from .rotary import Angles, rotate
 
 
 def store_keys_values(
     k: Tensor,
     v: Tensor,
-    angles: tuple[Tensor, Tensor],
+    angles: Angles | None,
     keys: Tensor,
     values: Tensor,
     slots: int | Tensor,
 ) -> None:
-    """Rotates k and writes it and v to slots of the cache.
+    """Writes k, rotated, and v to slots of the cache.
 
     Args:
-        k, v: [T, Hkv, D], not rotated.
-        angles: cos and sin [T, D / 2].
+        k, v: [T, Hkv, D].
+        angles: cos and sin [T, D / 2] by which k is rotated; None: it is already.
         keys, values: [Hkv, N, D], each head's slots one behind the other; changed in place.
         slots: the first of T slots in a row; or, on the device, integers [T].
     """
@@ -36,7 +36,7 @@ def store_keys_values(
 def store_keys_values_reference(
     k: Tensor,
     v: Tensor,
-    angles: tuple[Tensor, Tensor],
+    angles: Angles | None,
     keys: Tensor,
     values: Tensor,
     slots: int | Tensor,
@@ -44,5 +44,6 @@ def store_keys_values_reference(
     """`store_keys_values`, in three passes."""
     if isinstance(slots, int):
         slots = torch.arange(slots, slots + k.shape[0], device=k.device)
-    keys.index_copy_(1, slots, rotate(k, angles).transpose(0, 1))
+    k = k if angles is None else rotate(k, angles)
+    keys.index_copy_(1, slots, k.transpose(0, 1))
     values.index_copy_(1, slots, v.transpose(0, 1))

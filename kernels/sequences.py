@@ -185,6 +185,21 @@ def cut_span(span: Span, first_query: int, end_query: int) -> Span:
     )
 
 
+def window_shifts(spans: Sequence[Span]) -> list[int]:
+    """Of each of the spans that a query lies in, `s` such that query t is at key t + s - 1 of it,
+    or would be if the span went on.
+
+    Raises:
+        ValueError: not exactly one span is causal, or one does not say its `start`.
+    """
+    own = [span for span in spans if span.causal]
+    if len(own) != 1 or any(span.start is None for span in spans):
+        raise ValueError("a window needs spans that say their start, one of each query causal")
+    # Where in its text query t is, less t.
+    position = own[0].start + own[0].end_key - own[0].first_key - own[0].end_query
+    return [position + 1 + span.first_key - span.start for span in spans]
+
+
 class DeviceTables(Protocol):
     """What kernels read of `Readings`, on the device.
 

@@ -113,6 +113,86 @@ def test_queries_are_rotated():
     )
 
 
+# Two texts behind one prefix of 12 tokens, of which the second goes on behind a gap; and one alone.
+# Its last token asks, and those of the others.
+STARTS = (
+    Span(0, 9, 3, 15, False, 0),
+    Span(0, 5, 20, 25, True, 12),
+    Span(5, 9, 16, 19, False, 12),
+    Span(5, 9, 30, 34, True, 15),
+    Span(9, 10, 36, 40, True, 0),
+)
+
+
+def positions_of(spans):
+    """Of each query in its text."""
+    own = [span for span in spans if span.causal]
+    return [
+        span.start + span.end_key - span.first_key - (span.end_query - query)
+        for span in own
+        for query in range(span.first_query, span.end_query)
+    ]
+
+
+def windows_by_definition(q, keys, values, spans, window):
+    """With the keys that a query must not read left out of the definition's slots."""
+    out = torch.empty_like(q)
+    group = q.shape[1] // keys.shape[0]
+    for t, position in enumerate(positions_of(spans)):
+        at = {
+            slot: span.start + slot - span.first_key
+            for span in spans
+            if span.first_query <= t < span.end_query
+            for slot in range(span.first_key, span.end_key)
+        }
+        read = [slot for slot, p in at.items() if position - window < p <= position]
+        for h in range(q.shape[1]):
+            out[t, h] = attend(q[t, h], keys[h // group, read], values[h // group, read])
+    return out
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+@pytest.mark.parametrize("window", [1, 2, 6, 14, 100])
+def test_windows_over_a_cache(heads, window):
+    torch.manual_seed(0)
+    q = randn(10, heads[0], 8)
+    keys, values = poisoned_cache(Spans(STARTS), heads[1], 40, 8)
+    torch.testing.assert_close(
+        cache_attention_reference(q, keys, values, Spans(STARTS), window=window),
+        windows_by_definition(q, keys, values, STARTS, window),
+    )
+
+
+def test_windows_need_to_know_where_texts_begin():
+    q, (keys, values) = randn(5, 1, 8), randn(2, 1, 9, 8)
+    for spans in [(Span(0, 5, 0, 9, True),), (Span(0, 5, 0, 9, False, 0),)]:
+        with pytest.raises(ValueError, match="say their start, one of each query causal"):
+            cache_attention_reference(q, keys, values, Spans(spans), window=3)
+
+
+def test_scores_are_scaled_as_told():
+    torch.manual_seed(0)
+    scale, factor = 1.7, 1.7 * 8**0.5
+    spans = Spans((Span(0, 5, 0, 9, True, 0),))
+    q, (keys, values) = randn(5, 2, 8), randn(2, 1, 9, 8)
+    for window in (None, 3):
+        torch.testing.assert_close(
+            cache_attention_reference(q, keys, values, spans, scale=scale, window=window),
+            cache_attention_reference(factor * q, keys, values, spans, window=window),
+        )
+    k, v = randn(2, 5, 1, 8)
+    sequences = Sequences((5,), (0,), CPU)
+    torch.testing.assert_close(
+        sliding_window_attention_reference(q, k, v, 3, sequences, scale=scale),
+        sliding_window_attention_reference(factor * q, k, v, 3, sequences),
+    )
+    outputs = []
+    for x, told in ((q, scale), (factor * q, None)):
+        rings = torch.zeros(2, 5, 1, 3, 8, dtype=q.dtype)
+        outputs.append(window_step(x, k, v, *rings, torch.arange(5), scale=told))
+    torch.testing.assert_close(*outputs)
+
+
 # -- one token of each of many texts ---------------------------------------------------------------
 
 
@@ -294,7 +374,7 @@ def test_window_steps_of_texts_of_any_length(heads):
 
 ON_GPU = torch.cuda.is_available()
 LENGTHS = [1, 63, 65, 1000, 32769] if ON_GPU else [1, 63, 1000]
-HEAD_SIZES = [4, 8, 32, 48, 64, 96, 128, 256] if ON_GPU else [8, 48]
+HEAD_SIZES = [4, 8, 32, 48, 64, 96, 128, 256, 512] if ON_GPU else [8, 48]
 LONG = 5000 if ON_GPU else 700
 
 
@@ -361,6 +441,27 @@ def test_triton_cache_attention_of_long_texts(
 ):
     spans = (Span(0, queries, 5, 5 + length, True),)
     check_cache_attention(triton_kernels, close, spans, (6, 2), 128, dtype, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spans", "window", "dim"),
+    [
+        (STARTS, 6, 48),
+        ((Span(0, 150, 7, 7 + LONG, True, 0),), 65, 64),
+        ((Span(0, 3, 1, LONG, False, 0), Span(0, 3, LONG + 5, LONG + 9, True, LONG - 1)), 100, 512),
+    ],
+)
+def test_triton_windows_over_a_cache(spans, window, dim, dtype, device, close, triton_kernels):
+    if device == "cpu" and (dtype != torch.float32):
+        pytest.skip("the interpreter is slow")
+    torch.manual_seed(0)
+    q = randn(spans[-1].end_query, 6, dim, dtype=dtype, device=device)
+    slots = max(span.end_key for span in spans)
+    keys, values = poisoned_cache(Spans(spans), 2, slots, dim, dtype, device)
+    out = triton_kernels.cache_attention(q, keys, values, Spans(spans), None, 0.1, window)
+    wide = (x.double() for x in (q, keys, values))
+    close(out, cache_attention_reference(*wide, Spans(spans), None, 0.1, window))
 
 
 def test_triton_cache_attention_needs_no_angles(device, triton_kernels):
