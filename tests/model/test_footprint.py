@@ -153,7 +153,9 @@ def test_activations_on_a_gpu(mixer, chunk):
             model.prefill(ids, cache)
             extra.append(torch.cuda.max_memory_allocated() - before)
     memory = footprint(YocoCosts(config), torch.bfloat16, chunk, chunk)
-    assert 0.6 * memory.activations < max(extra) < memory.activations + memory.states
+    # What the matrix library keeps for itself may be there from an earlier test.
+    least = 0.6 * (memory.activations - OVERHEAD)
+    assert least < max(extra) < memory.activations + memory.states
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
