@@ -18,6 +18,7 @@ def rotary_angles(
     theta: float,
     dtype: torch.dtype,
     endpoint: bool = True,
+    turned: int | None = None,
 ) -> Angles:
     """Cosines and sines of p * theta^(-e_j) for pair j of position p.
 
@@ -29,19 +30,25 @@ def rotary_angles(
         endpoint: whether the exponents e_j = j / (head_dim / 2 - 1) reach exactly 1 at the last
             pair, as in the published YOCO; or are the usual j / (head_dim / 2) (RoFormer,
             arXiv:2104.09864).
+        turned: how many pairs are turned at all, the first ones; None: all are.
 
     Returns:
         cos, sin: [T, head_dim / 2] each, of `dtype`.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    frequencies = _frequencies(head_dim, theta, wide, positions.device, endpoint)
+    frequencies = _frequencies(head_dim, theta, wide, positions.device, endpoint, turned)
     angles = positions.to(wide)[:, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @cache
 def _frequencies(
-    head_dim: int, theta: float, dtype: torch.dtype, device: torch.device, endpoint: bool
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    endpoint: bool,
+    turned: int | None,
 ) -> Tensor:
     """Of each pair, [head_dim / 2]; kept, so that only the first call copies to the device.
 
@@ -51,7 +58,8 @@ def _frequencies(
     # In Python floats, so that every device starts from the same frequencies: at position one
     # million, the last bit of a float32 frequency turns a pair by a visible angle.
     last = max(pairs - 1, 1) if endpoint else pairs
-    frequencies = [theta ** (-j / last) for j in range(pairs)]
+    turned = pairs if turned is None else turned
+    frequencies = [theta ** (-j / last) if j < turned else 0.0 for j in range(pairs)]
     return torch.tensor(frequencies, dtype=dtype, device=device)
 
 

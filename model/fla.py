@@ -24,6 +24,7 @@ from .mixers import (
     Settings,
     SlidingWindowSettings,
 )
+from .rotary import neighbours
 
 _QUERY_NORM_EPS = 1e-5  # that norm's own default, whatever `norm_eps` is
 # All that version 0.6.0 writes; others' may change the model.
@@ -149,7 +150,7 @@ def fla_weights(config: YocoConfig, weights: Mapping[str, Tensor]) -> dict[str, 
         head_dim = config.self_decoder.head_dim(config.dim)
         for name in renamed:
             if re.fullmatch(r"self_decoder\.layers\.\d+\.mixer\.[qk]_proj\.(weight|bias)", name):
-                renamed[name] = _neighbours(renamed[name], head_dim)
+                renamed[name] = neighbours(renamed[name], head_dim)
     return renamed
 
 
@@ -250,11 +251,3 @@ def _translated(name: str, beginnings: Mapping[str, str]) -> str:
         if name.startswith(beginning):
             return other + name.removeprefix(beginning)
     return name
-
-
-def _neighbours(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of heads whose halves belong together, with what belongs together side by side."""
-    if not weight.dim() or len(weight) % head_dim:
-        return weight  # which will be refused for its shape
-    halves = weight.unflatten(0, (-1, 2, head_dim // 2))
-    return halves.transpose(1, 2).reshape(weight.shape)

@@ -25,6 +25,15 @@ def test_each_theta_and_dtype_has_its_own_frequencies():
             assert cos[0, 1].item() == pytest.approx(math.cos(3 / theta), abs=1e-6)
 
 
+def test_pairs_that_are_not_turned():
+    """The first ones have the frequencies that they have where all are turned."""
+    positions = torch.tensor([0, 3])
+    every = rotary_angles(positions, 12, 100.0, torch.float64, endpoint=False)
+    some = rotary_angles(positions, 12, 100.0, torch.float64, endpoint=False, turned=2)
+    for part, whole, still in zip(some, every, (1.0, 0.0), strict=True):
+        assert torch.equal(part[:, :2], whole[:, :2]) and (part[:, 2:] == still).all()
+
+
 def test_adjacent_channels_are_pairs():
     x = torch.tensor([[[1.0, 0.0, 0.0, 1.0]]], dtype=torch.float64)
     cos, sin = rotary_angles(torch.tensor([2]), head_dim=4, theta=10.0, dtype=torch.float64)
