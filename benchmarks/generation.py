@@ -7,7 +7,7 @@
 - distinct: 512 prompts of 900 tokens that share nothing, 128 new tokens each;
 - alone: 4 such prompts, one after the other (`batch_size=1`);
 - contexts: 32 contexts of 64K tokens that share nothing, 128 new tokens each;
-- questions: 64 of 16 tokens about one context of 1M, 64 new tokens each, and one of them alone.
+- questions: 64 of 16 tokens about one context of 1M, 256 new tokens each, and one of them alone.
 
 Each case is generated with a few new tokens, then with all, in turns, of which the fastest count.
 Its first row is of all, prompts included; the one of decoding is of the difference between the two.
@@ -78,8 +78,8 @@ class Case:
     peer: bool = False
 
 
-ONE = Case("one question", 1, 1 << 20, 16, 64)
-MANY = Case("64 questions", 64, 1 << 20, 16, 64)
+ONE = Case("one question", 1, 1 << 20, 16, 256)
+MANY = Case("64 questions", 64, 1 << 20, 16, 256)
 CASES = {
     "shared": (Case("shared", 256, 800, 100, 128, peer=True),),
     "distinct": (Case("distinct", 512, 0, 900, 128, peer=True),),
