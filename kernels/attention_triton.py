@@ -45,6 +45,7 @@ from .sequences import (
 _UNLIMITED = 1 << 30  # shift of a key range that every query reads whole
 _FEW_PIECES = 8  # of a row, up to which they are merged at once
 _FEWEST = 8  # tasks, and rows of pieces, that tables for decoding have room for
+_ROTATED_FIRST = 64  # rows from which on rotated queries take registers that are needed
 _LONG_TEXT = 1024  # queries of a single causal span from which library kernels take over
 
 
@@ -52,7 +53,7 @@ def _block_sizes(dtype: torch.dtype, dim: int) -> tuple[int, ...]:
     """Rows of queries that a program may take; float32 without TF32 compiles only if small."""
     if dtype == torch.float32:
         return (16, 32) if dim <= 256 else (16,)
-    return (16, 32, 64, 128) if dim <= 256 else (16, 32, 64)
+    return (16, 32, 64, 128)
 
 
 def _config(block_m: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -60,9 +61,9 @@ def _config(block_m: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         stages = 2 if dim <= 256 else 1
         return {"BLOCK_N": 16 if dim > 128 else 32, "num_warps": 8, "num_stages": stages}
-    if dim > 256:  # outputs of 64 rows are 128 KiB of registers
-        return {"BLOCK_N": 32, "num_warps": 8 if block_m >= 64 else 4, "num_stages": 2}
     warps = 8 if block_m >= 128 else 4
+    if dim > 256:
+        return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 3 if block_m == 64 else 2}
     if dim > 128:
         return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 2}
     return {"BLOCK_N": 64, "num_warps": warps, "num_stages": 3}
@@ -94,30 +95,32 @@ def load_rotated(
 
 @triton.jit
 def _step(
-    acc, top, total, q, keys, values, start, end, limit, SCALE: tl.constexpr, ROW: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr,
+    acc, top, total, q, keys, values, start, end, limit, part, SCALE: tl.constexpr,
+    ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, V_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from `start`, of an online softmax in powers of two; SCALE is positive.
 
-    The block's offset is 64-bit, those within it 32-bit: a head's keys may be over 2^31 numbers.
+    Of the values, columns `part` * V_PAD and the following. The block's offset is 64-bit, those
+    within it 32-bit: a head's keys may be over 2^31 numbers.
     """
     block = tl.arange(0, BLOCK_N)
     slot = start + block
-    dims = tl.arange(0, D_PAD)
+    dims, columns = tl.arange(0, D_PAD), part * V_PAD + tl.arange(0, V_PAD)
     at = block[:, None] * ROW + dims[None, :]
+    v_at = block[:, None] * ROW + columns[None, :]
     keys += tl.cast(start, tl.int64) * ROW
     values += tl.cast(start, tl.int64) * ROW
     if MASKED:  # what lies beyond `end` may be NaN and is not loaded
-        loaded = (slot < end)[:, None] & (dims < D)[None, :]
-        k = tl.load(keys + at, mask=loaded, other=0.0)
-        v = tl.load(values + at, mask=loaded, other=0.0)
+        loaded = (slot < end)[:, None]
+        k = tl.load(keys + at, mask=loaded & (dims < D)[None, :], other=0.0)
+        v = tl.load(values + v_at, mask=loaded & (columns < D)[None, :], other=0.0)
     elif D == D_PAD:
         k = tl.load(keys + at)
-        v = tl.load(values + at)
+        v = tl.load(values + v_at)
     else:
         k = tl.load(keys + at, mask=(dims < D)[None, :], other=0.0)
-        v = tl.load(values + at, mask=(dims < D)[None, :], other=0.0)
+        v = tl.load(values + v_at, mask=(columns < D)[None, :], other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         visible = slot[None, :] < tl.minimum(limit, end)[:, None]
@@ -137,9 +140,9 @@ def _step(
 
 @triton.jit
 def _walk(
-    acc, top, total, q, keys, values, first, seen_from, seen_to, end, limit, SCALE: tl.constexpr,
-    ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
+    acc, top, total, q, keys, values, first, seen_from, seen_to, end, limit, part,
+    SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    V_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys first .. end - 1: each row sees those from limit - WINDOW (from
     `first`, if WINDOW is 0) to limit - 1. Masks only the blocks outside seen_from .. seen_to - 1,
@@ -150,30 +153,31 @@ def _walk(
         begin += tl.cdiv(tl.maximum(seen_from - first, 0), BLOCK_N) * BLOCK_N
         for start in range(first, begin, BLOCK_N):
             acc, top, total = _step(
-                acc, top, total, q, keys, values, start, end, limit, SCALE, ROW, D, D_PAD, BLOCK_N,
-                WINDOW, True,
+                acc, top, total, q, keys, values, start, end, limit, part, SCALE, ROW, D, D_PAD,
+                V_PAD, BLOCK_N, WINDOW, True,
             )  # fmt: skip
     rest = begin + tl.maximum(tl.minimum(seen_to, end) - begin, 0) // BLOCK_N * BLOCK_N
     for start in range(begin, rest, BLOCK_N):
         acc, top, total = _step(
-            acc, top, total, q, keys, values, start, end, limit, SCALE, ROW, D, D_PAD, BLOCK_N,
-            WINDOW, False,
+            acc, top, total, q, keys, values, start, end, limit, part, SCALE, ROW, D, D_PAD, V_PAD,
+            BLOCK_N, WINDOW, False,
         )  # fmt: skip
     for start in range(rest, end, BLOCK_N):
         acc, top, total = _step(
-            acc, top, total, q, keys, values, start, end, limit, SCALE, ROW, D, D_PAD, BLOCK_N,
-            WINDOW, True,
+            acc, top, total, q, keys, values, start, end, limit, part, SCALE, ROW, D, D_PAD, V_PAD,
+            BLOCK_N, WINDOW, True,
         )  # fmt: skip
     return acc, top, total
 
 
 @triton.jit
 def _store_output(
-    out, token, column, acc, total, valid, STRIDE: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr,
+    out, token, column, acc, total, valid, part, STRIDE: tl.constexpr, D: tl.constexpr,
+    V_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The weighted mean acc / total to out[token, column : column + D]."""
-    dims = tl.arange(0, D_PAD)
+    """The weighted mean acc / total to the columns `part` * V_PAD and the following of
+    out[token, column : column + D]."""
+    dims = part * V_PAD + tl.arange(0, V_PAD)
     total = tl.where(total == 0.0, 1.0, total)  # a row that is not valid, or saw no key
     at = token.to(tl.int64)[:, None] * STRIDE + column[:, None] + dims[None, :]
     result = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -182,10 +186,10 @@ def _store_output(
 
 @triton.jit
 def _store_piece(
-    partial, norms, place, acc, top, total, valid, D: tl.constexpr, D_PAD: tl.constexpr
+    partial, norms, place, acc, top, total, valid, part, D: tl.constexpr, V_PAD: tl.constexpr
 ):
     """A piece's output and log2-sum-exp2, -inf if it saw no key, at rows `place`."""
-    _store_output(partial, place, place * 0, acc, total, valid, D, D, D_PAD)
+    _store_output(partial, place, place * 0, acc, total, valid, part, D, D, V_PAD)
     tl.store(norms + place, top + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=valid)
 
 
@@ -245,6 +249,12 @@ def _merge(
     )  # fmt: skip
 
 
+def _parts(dim: int) -> int:
+    """In how many parts programs take the values' columns: outputs of 64 rows and 512 columns fill
+    half of all registers, and to compute the scores twice is the cheaper way."""
+    return 2 if dim > 256 else 1
+
+
 def _query_constants(q: Tensor, heads: int, angles: Angles | None, scale: float | None) -> dict:
     """What kernels must know at compile time of q [T, Hq, D] over so many key-value heads."""
     dim = q.shape[2]
@@ -255,6 +265,7 @@ def _query_constants(q: Tensor, heads: int, angles: Angles | None, scale: float 
         "GROUP": q.shape[1] // heads,
         "D": dim,
         "D_PAD": padded(dim),
+        "V_PAD": padded(dim) // _parts(dim),
         "ROTATE": angles is not None,
     }
 
@@ -339,11 +350,13 @@ def _over_cache(
     """
     q = packed_heads(q)
     heads, _, dim = keys.shape
+    if angles is not None and plan.block_m >= _ROTATED_FIRST:
+        q, angles = rotate(q, angles), None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     partial, norms = _float32(q, plan.pieces, heads, dim), _float32(q, plan.pieces, heads)
     cos, sin = angles or (q, q)
     order, positions = batch or (plan.tasks, plan.tasks)
-    _cache_kernel[plan.tasks.shape[0], heads](
+    _cache_kernel[plan.tasks.shape[0], heads, _parts(dim)](
         q, cos, sin, keys, values, out, partial, norms, plan.tasks, plan.ranges, order, positions,
         _head_slots(keys), BLOCK_M=plan.block_m, BATCH=batch is not None,
         WINDOW=window, **_query_constants(q, heads, angles, scale),
@@ -358,16 +371,18 @@ def _over_cache(
 def _cache_kernel(
     q, cos, sin, keys, values, out, partial, norms, tasks, ranges, order, positions, capacity,
     SCALE: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, ROTATE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BATCH: tl.constexpr, WINDOW: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, V_PAD: tl.constexpr, ROTATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BATCH: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One task and key-value head: a block of rows over a list of key ranges.
+    """One task, key-value head and part of the values' columns: a block of rows over a list of key
+    ranges.
 
     Row r is query r // GROUP and the head's query head r % GROUP. In a BATCH, query t is row
     order[t] of q, and reads keys before its position + shift in place of t + shift. With a WINDOW
     it reads no more than so many keys before t + shift.
     """
     head = tl.program_id(1)
+    part = tl.program_id(2)
     task = tasks + 5 * tl.program_id(0)
     first_row = tl.load(task)
     end_row = tl.load(task + 1)
@@ -390,7 +405,7 @@ def _cache_kernel(
     x = load_rotated(q, cos, sin, query, column, valid, STRIDE, D, D_PAD, ROTATE, BLOCK_M)
     keys += head.to(tl.int64) * capacity * D
     values += head.to(tl.int64) * capacity * D
-    acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
+    acc = tl.zeros((BLOCK_M, V_PAD), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for i in range(first_range, end_range):
@@ -405,13 +420,13 @@ def _cache_kernel(
             seen_from = tl.minimum(last_query + shift - WINDOW, end)
         acc, top, total = _walk(
             acc, top, total, x, keys, values, first, seen_from, seen_to + shift, end, seen + shift,
-            SCALE, D, D, D_PAD, BLOCK_N, WINDOW,
+            part, SCALE, D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
         )  # fmt: skip
     if piece < 0:
-        _store_output(out, query, column, acc, total, valid, HEADS * GROUP * D, D, D_PAD)
+        _store_output(out, query, column, acc, total, valid, part, HEADS * GROUP * D, D, V_PAD)
     else:
         place = (piece + tl.arange(0, BLOCK_M)) * HEADS + head
-        _store_piece(partial, norms, place, acc, top, total, valid, D, D_PAD)
+        _store_piece(partial, norms, place, acc, top, total, valid, part, D, V_PAD)
 
 
 class _Shape(NamedTuple):
@@ -537,7 +552,8 @@ def _plan(
         )
         walks = [walk for unit in units for walk in _row_blocks(*unit, group, block_m, batch)]
     block_n = _config(block_m, dim, dtype)["BLOCK_N"]
-    at_once = programs(device) // (2 if block_m >= 128 else 1)
+    at_once = programs(device) // (2 if block_m >= 128 or dim > 256 else 1)
+    heads *= _parts(dim)
     # All pieces should take about as long as each other, and be as many as fit on the GPU at once;
     # rounding down, since one more would wait for all the others. Where that rounds too coarsely,
     # they are as many as fit four times, if merging a piece costs little beside walking it.
@@ -789,7 +805,7 @@ def sliding_window_attention(
         )  # fmt: skip
     else:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        _window_kernel[plan.tasks.shape[0], q.shape[1]](
+        _window_kernel[plan.tasks.shape[0], q.shape[1], _parts(dim)](
             q, cos, sin, packed[0], packed[1], out, plan.tasks, WINDOW=window, BLOCK_M=block_m,
             **_query_constants(q, heads, angles, scale), **_config(block_m, dim, q.dtype),
         )  # fmt: skip
@@ -889,10 +905,13 @@ def _pack_kernel(
 def _window_kernel(
     q, cos, sin, keys, values, out, tasks, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, ROTATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D_PAD: tl.constexpr, V_PAD: tl.constexpr, ROTATE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One task and query head: a block of a sequence's tokens over the packed keys in reach."""
+    """One task, query head and part of the values' columns: a block of a sequence's tokens over the
+    packed keys in reach."""
     head = tl.program_id(1)
+    part = tl.program_id(2)
     task = tasks + 4 * tl.program_id(0)
     first_token = tl.load(task)
     tokens = tl.load(task + 1)
@@ -906,12 +925,12 @@ def _window_kernel(
     x = load_rotated(q, cos, sin, token, column, valid, STRIDE, D, D_PAD, ROTATE, BLOCK_M)
     keys += first_key * (HEADS * D) + head // GROUP * D
     values += first_key * (HEADS * D) + head // GROUP * D
-    acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
+    acc = tl.zeros((BLOCK_M, V_PAD), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     end = seen + tokens - 1
     acc, top, total = _walk(
-        acc, top, total, x, keys, values, 0, end - WINDOW, seen, end, row + seen, SCALE,
-        HEADS * D, D, D_PAD, BLOCK_N, WINDOW,
+        acc, top, total, x, keys, values, 0, end - WINDOW, seen, end, row + seen, part, SCALE,
+        HEADS * D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
     )  # fmt: skip
-    _store_output(out, token, column, acc, total, valid, HEADS * GROUP * D, D, D_PAD)
+    _store_output(out, token, column, acc, total, valid, part, HEADS * GROUP * D, D, V_PAD)
