@@ -33,6 +33,7 @@ from yoco_eval.kernels.sequences import Sequences, Spans, Step, to_device
 from yoco_eval.printable import shown
 
 from .cache import KeyValueCache, slots_of
+from .checks import check_count
 from .places import Places
 from .rotary import Rotary
 
@@ -42,7 +43,7 @@ _SCALE = 1.0  # of scores: the norms of queries and keys have weights
 Rings = list[tuple[Tensor, Tensor]]
 
 
-def check_layers(layer_types: Any, layers: int, shared: int) -> None:
+def check_layers(layer_types: Any, layers: int, shared: Any) -> None:
     """Refuses layers, the last `shared` of which share, that are not as described above.
 
     Raises:
@@ -58,10 +59,7 @@ def check_layers(layer_types: Any, layers: int, shared: int) -> None:
             "num_kv_shared_layers = 0: all layers own keys and values, so that no token could "
             "leave early; evaluate this model with --model hf"
         )
-    if shared >= layers:
-        raise ValueError(
-            f"num_kv_shared_layers = {shown(shared)} leaves none of {layers} layers to own any"
-        )
+    check_count("num_kv_shared_layers", shared, layers - 1)
     owning = layer_types[: layers - shared]
     for kind in (FULL, SLIDING):
         if kind not in owning:

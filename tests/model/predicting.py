@@ -7,9 +7,9 @@ from yoco_eval.model import Span, Spans
 
 def predictions(model, x, cache):
     """Logits [T, vocab_size] of the last T tokens of the cache's only text, whose rows x are."""
-    end = cache.state.length
-    positions = torch.arange(end - len(x), end, device=x.device)
-    spans = Spans((Span(0, len(x), 0, end, causal=True),))
+    end, length = cache.state.length, len(x if isinstance(x, torch.Tensor) else x[0])
+    positions = torch.arange(end - length, end, device=model.device)
+    spans = Spans((Span(0, length, 0, end, causal=True, start=0),))
     return model.logits(model.predict(x, positions, cache, spans))
 
 

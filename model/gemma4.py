@@ -1,0 +1,359 @@
+"""Gemma 4 with shared keys and values, E2B and E4B: layers, model, weights.
+
+Equations and the weights' names: `modeling_gemma4.py` of transformers 5.23. Beside what
+`kv_sharing` describes, each part of a layer has a norm before and after it; queries, keys and
+values are normed, and scores are not scaled; a layer ends with a gated input that it makes of the
+token itself, whatever came before it; logits are capped.
+
+This is the language model alone. What else a multimodal checkpoint holds, for images and sounds, is
+not read: the texts of evaluations have none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yoco_eval.kernels.dispatch import use_triton
+from yoco_eval.kernels.matvec import norm_linear
+from yoco_eval.kernels.norm import rms_norm
+from yoco_eval.kernels.sequences import Sequences, Spans, Step
+
+from .decoder import Decoder
+from .folder import CONFIG, check_names, check_numbers, is_folder, read_json, read_weights
+from .gemma4_config import PREFIXES, Gemma4Config, read_gemma4
+from .gemma4_costs import Gemma4Costs
+from .interface import Blueprint
+from .kv_sharing import (
+    Decoding,
+    Feeding,
+    Predicting,
+    Rings,
+    SharedCache,
+    SharedState,
+    begin_rings,
+    new_rings,
+)
+from .layers import RMSNorm
+from .linear import Embedding, Stack, allocate, linear
+from .rotary import neighbours
+
+# Keys and values of layers; those that share may have some in files, which nothing reads.
+_KEYS_VALUES = re.compile(r"layers\.(\d{1,9})\.self_attn\.[kv]_(?:proj|norm)\..*")
+_QUERIES_KEYS = re.compile(r"layers\.(\d{1,9})\.self_attn\.[qk]_(?:proj|norm)\.weight")
+
+
+class Attention(nn.Module):
+    """Projections and norms of queries and, in a layer that owns them, of keys and values."""
+
+    def __init__(self, config: Gemma4Config, layer: int) -> None:
+        super().__init__()
+        heads = config.layout.heads(layer)
+        self.head_dim, self.eps = heads.dim, config.rms_norm_eps
+        self.q_proj = linear(config.hidden_size, config.num_attention_heads * heads.dim)
+        self.o_proj = linear(config.num_attention_heads * heads.dim, config.hidden_size)
+        self.q_norm = RMSNorm(heads.dim)
+        if layer <= config.layout.exit:
+            self.k_proj = linear(config.hidden_size, heads.count * heads.dim)
+            self.v_proj = linear(config.hidden_size, heads.count * heads.dim)
+            self.k_norm = RMSNorm(heads.dim)
+            self.stack = Stack(self, "q_proj", "k_proj", "v_proj")
+
+    def queries(self, x: Tensor, norm: Tensor) -> Tensor:
+        """[T, heads, head_dim], not rotated, of x [T, hidden_size] that is not normed yet."""
+        y = norm_linear(x, norm, self.q_proj.weight, self.eps)
+        return self._normed(y, self.q_norm.weight)
+
+    def keys_values(self, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, not rotated, and values [T, kv_heads, head_dim] likewise."""
+        weight = self.stack.weight[self.q_proj.out_features :]
+        k, v = self.stack.split(norm_linear(x, norm, weight, self.eps), first=1)
+        return self._normed(k, self.k_norm.weight), self._normed(v)
+
+    def all(self, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        q, k, v = self.stack.split(norm_linear(x, norm, self.stack.weight, self.eps))
+        q, k = self._normed(q, self.q_norm.weight), self._normed(k, self.k_norm.weight)
+        return q, k, self._normed(v)
+
+    def _normed(self, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        return rms_norm(y.unflatten(-1, (-1, self.head_dim)), weight, self.eps)
+
+
+class MLP(nn.Module):
+    """down_proj( gelu(gate_proj z) * up_proj z )"""
+
+    def __init__(self, dim: int, hidden_dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gate_proj = linear(dim, hidden_dim)
+        self.up_proj = linear(dim, hidden_dim)
+        self.down_proj = linear(hidden_dim, dim)
+        self.stack = Stack(self, "gate_proj", "up_proj", alignment=1)
+
+    def forward(self, x: Tensor, norm: Tensor) -> Tensor:
+        return self.down_proj(self._hidden(x, norm))
+
+    def _hidden(self, x: Tensor, norm: Tensor) -> Tensor:
+        gate, up = self.stack.split(norm_linear(x, norm, self.stack.weight, self.eps))
+        return _gelu(gate).mul_(up)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Gemma4Config, layer: int) -> None:
+        super().__init__()
+        dim, inputs = config.hidden_size, config.hidden_size_per_layer_input
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(dim)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(dim)
+        self.pre_feedforward_layernorm = RMSNorm(dim)
+        self.mlp = MLP(dim, config.hidden(layer), self.eps)
+        self.post_feedforward_layernorm = RMSNorm(dim)
+        self.per_layer_input_gate = linear(dim, inputs)
+        self.per_layer_projection = linear(inputs, dim)
+        self.post_per_layer_input_norm = RMSNorm(dim)
+        self.layer_scalar = nn.Parameter(torch.ones(1))
+
+    def forward(
+        self, x: Tensor, inputs: Tensor, attend: Callable[..., Tensor], own: bool
+    ) -> Tensor:
+        """x [T, hidden_size], which stays as it is, to the next layer's.
+
+        Args:
+            inputs: [T, hidden_size_per_layer_input], of this layer.
+            attend: takes queries, and where `own`, keys and values, to outputs shaped as queries.
+        """
+        mixed = self._mixed(x, attend, own)
+        x = rms_norm(mixed, self.post_attention_layernorm.weight, self.eps).add_(x)
+        fed = self.mlp(x, self.pre_feedforward_layernorm.weight)
+        x = rms_norm(fed, self.post_feedforward_layernorm.weight, self.eps).add_(x)
+        fed = self.per_layer_projection(_gelu(self.per_layer_input_gate(x)).mul_(inputs))
+        x = rms_norm(fed, self.post_per_layer_input_norm.weight, self.eps).add_(x)
+        return x.mul_(self.layer_scalar)
+
+    def _mixed(self, x: Tensor, attend: Callable[..., Tensor], own: bool) -> Tensor:
+        attention, norm = self.self_attn, self.input_layernorm.weight
+        out = attend(*attention.all(x, norm)) if own else attend(attention.queries(x, norm))
+        return attention.o_proj(out.flatten(-2))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All that is made of a token that exits here."""
+        return self.self_attn.keys_values(x, self.input_layernorm.weight)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# Of each token, what comes into the exit layer, and the token's id.
+Rows = tuple[Tensor, Tensor]
+
+
+class Gemma4(nn.Module):
+    """The language model for evaluation, as `interface.Model` has it."""
+
+    def __init__(self, config: Gemma4Config) -> None:
+        super().__init__()
+        self.config, self.layout = config, config.layout
+        dim, inputs = config.hidden_size, config.hidden_size_per_layer_input
+        layers = len(config.layer_types)
+        self.embed_tokens = Embedding(config.vocab_size, dim)
+        self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, layers * inputs)
+        self.per_layer_model_projection = linear(dim, layers * inputs)
+        self.per_layer_projection_norm = RMSNorm(inputs)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(layers))
+        self.norm = RMSNorm(dim)
+
+    @staticmethod
+    def costs_of(config: Gemma4Config) -> Gemma4Costs:
+        return Gemma4Costs(config)
+
+    @property
+    def costs(self) -> Gemma4Costs:
+        return self.costs_of(self.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @classmethod
+    def empty(cls, config: Gemma4Config, device: torch.device, dtype: torch.dtype) -> Gemma4:
+        """A model for evaluation whose weights are allocated but not set."""
+        with torch.device("meta"):
+            model = cls(config)
+        allocate(model, device, dtype)
+        return model.requires_grad_(False).eval()
+
+    @classmethod
+    def of_weights(
+        cls,
+        config: Gemma4Config,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Gemma4:
+        """A model for evaluation with copies of weights, which have its parameters' names."""
+        model = cls.empty(config, device, dtype)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+        return model
+
+    def new_cache(self, capacity: int) -> SharedCache:
+        return SharedCache(self.layout, capacity, self.dtype, self.device)
+
+    def feed(
+        self,
+        input_ids: Tensor,
+        sequences: Sequences,
+        state: SharedState,
+        cache: SharedCache,
+        keep: bool = True,
+    ) -> tuple[Rows, SharedState | None]:
+        """Runs packed tokens [T] through the layers before the exit, to the exit's keys and values.
+
+        Returns:
+            What comes into the exit layer [T, hidden_size], with the ids; and the state.
+        """
+        feeding = Feeding(self.layout, cache, state, sequences, keep)
+        x, inputs = self._embedded(input_ids, range(self.layout.exit))
+        for i in range(self.layout.exit):
+            x = self.layers[i](x, inputs[:, i], partial(feeding.attend, i), own=True)
+        last = self.layers[self.layout.exit]
+        assert isinstance(last, Layer)
+        feeding.store(self.layout.exit, *last.keys_values(x))
+        return (x, input_ids), feeding.after()
+
+    def prefill(self, input_ids: Tensor, cache: SharedCache) -> Rows:
+        """Feeds tokens [T] of the cache's text, keeping their state."""
+        sequences = Sequences((len(input_ids),), (cache.state.length,), input_ids.device)
+        rows, state = self.feed(input_ids, sequences, cache.state, cache)
+        assert state is not None
+        cache.state = state
+        return rows
+
+    def predict(self, rows: Rows, positions: Tensor, cache: SharedCache, spans: Spans) -> Tensor:
+        """Runs some cached tokens through the exit layer, and those that share behind it.
+
+        Returns:
+            The normalised output [T, hidden_size], of which `logits` makes predictions.
+        """
+        x, input_ids = rows
+        layers = range(self.layout.exit, len(self.layers))
+        _, inputs = self._embedded(input_ids, layers)
+        predicting = Predicting(self.layout, cache, positions, spans)
+        for i in layers:
+            own = inputs[:, i - layers.start]
+            x = self.layers[i](x, own, partial(predicting.attend, i), own=False)
+        return rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
+
+    def logits(self, output: Tensor) -> Tensor:
+        """[T, vocab_size]"""
+        return self._capped(F.linear(output, self.embed_tokens.weight))
+
+    def decoder(
+        self, cache: SharedCache, size: int = 1, room: int | None = None
+    ) -> Decoder[SharedState]:
+        """Decodes up to `size` texts side by side, whose keys and values are in the cache."""
+        memory = new_rings(self.layout, size, self.dtype, self.device)
+        return Decoder(
+            partial(self._step, cache=cache),
+            partial(begin_rings, memory),
+            memory,
+            cache,
+            size,
+            room,
+            self.device,
+            self.dtype,
+            graph=use_triton(cache.keys, self.embed_tokens.weight),
+        )
+
+    def _step(self, tokens: Tensor, step: Step, memory: Rings, cache: SharedCache) -> Tensor:
+        """Logits [B, vocab_size] after tokens [B]."""
+        decoding = Decoding(self.layout, cache, memory, step)
+        x, inputs = self._embedded(tokens, range(len(self.layers)))
+        for i, layer in enumerate(self.layers):
+            own = i <= self.layout.exit
+            x = layer(x, inputs[:, i], partial(decoding.attend, i), own=own)
+        eps = self.config.rms_norm_eps
+        return self._capped(norm_linear(x, self.norm.weight, self.embed_tokens.weight, eps))
+
+    def _embedded(self, input_ids: Tensor, layers: range) -> tuple[Tensor, Tensor]:
+        """Of tokens [T], what comes into the first layer [T, hidden_size], and the inputs of some
+        layers [T, len(layers), hidden_size_per_layer_input], which add to what is looked up what is
+        made of the former."""
+        config, size = self.config, self.config.hidden_size_per_layer_input
+        x = self.embed_tokens(input_ids).mul_(_root(config.hidden_size, self.dtype))
+        rows = slice(layers.start * size, layers.stop * size)
+        made = F.linear(x, self.per_layer_model_projection.weight[rows])
+        made = made.mul_(config.hidden_size**-0.5).unflatten(-1, (-1, size))
+        made = rms_norm(made, self.per_layer_projection_norm.weight, config.rms_norm_eps)
+        found = F.embedding(input_ids, self.embed_tokens_per_layer.weight[:, rows])
+        found = found.mul_(_root(size, self.dtype)).unflatten(-1, (-1, size))
+        return x, made.add_(found).mul_(2**-0.5)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """In place."""
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def _root(size: int, dtype: torch.dtype) -> float:
+    """The square root, by which embeddings are multiplied, as near as the weights' dtype has it:
+    the model was trained with that in bfloat16."""
+    return torch.tensor(math.sqrt(size), dtype=dtype).item()
+
+
+def open_gemma4(path: Path) -> Blueprint | None:
+    """The model of a Hugging Face folder, multimodal or of the language model alone, whose weights
+    are read when it is made.
+
+    Returns:
+        None where it is of another type of models.
+
+    Raises:
+        CheckpointError: it is of a kind of Gemma 4 that is not supported, or damaged; faults of the
+            weights when it is made.
+    """
+    if not is_folder(path) or (config := read_gemma4(path / CONFIG)) is None:
+        return None
+    prefix = PREFIXES[read_json(path / CONFIG)["model_type"]]
+
+    def make(device: torch.device, dtype: torch.dtype) -> Gemma4:
+        return Gemma4.of_weights(config, _weights(path, config, prefix, dtype), device, dtype)
+
+    return Blueprint(config, Gemma4.costs_of(config), make)
+
+
+def _weights(
+    folder: Path, config: Gemma4Config, prefix: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Under the names of `Gemma4`'s parameters, with heads in the order in which neighbours are
+    turned."""
+    layout = config.layout
+
+    def wanted(name: str) -> bool:
+        found = _KEYS_VALUES.fullmatch(name.removeprefix(prefix))
+        return name.startswith(prefix) and not (found and int(found[1]) > layout.exit)
+
+    weights = read_weights(folder, wanted)
+    weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    with torch.device("meta"):
+        expected = {name: weight.shape for name, weight in Gemma4(config).named_parameters()}
+    check_names(folder, expected, weights, prefix.__add__)
+    check_numbers(folder, {prefix + name: weight for name, weight in weights.items()}, dtype)
+    for name in weights:
+        if found := _QUERIES_KEYS.fullmatch(name):
+            weights[name] = neighbours(weights[name], layout.heads(int(found[1])).dim)
+    return weights

@@ -1,0 +1,344 @@
+"""Gemma 4: equal to the class of transformers, however a text is fed, and no token goes too far."""
+
+import json
+import math
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from predicting import decoded_side_by_side, predictions
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from yoco_eval.engine import Engine
+from yoco_eval.kernels.sequences import Sequences, Span, Spans
+from yoco_eval.model import load
+from yoco_eval.model.interface import concatenate, take
+from yoco_eval.requests import GenerateRequest, ScoreRequest
+
+S, F = "sliding_attention", "full_attention"
+LENGTH, WINDOW, VOCABULARY = 64, 12, 50
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 6,
+    "sliding_window": WINDOW,
+}
+CONFIGS = {
+    # As E2B and E4B are, in small.
+    "e2b": {
+        "num_hidden_layers": 10,
+        "num_kv_shared_layers": 5,
+        "layer_types": [S, S, S, S, F] * 2,
+        "num_key_value_heads": 1,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 30.0,
+    },
+    "e4b": {
+        "num_hidden_layers": 12,
+        "num_kv_shared_layers": 6,
+        "num_key_value_heads": 2,
+        "final_logit_softcapping": 30.0,
+    },
+    # Sources that are not neighbours, other embeddings of positions, heads that differ in number.
+    "other": {
+        "num_hidden_layers": 7,
+        "num_kv_shared_layers": 3,
+        "layer_types": [F, S, F, F, F, S, F],
+        "num_key_value_heads": 2,
+        "per_layer_config": {
+            i: {"head_dim": 16, "num_key_value_heads": 4} for i in (0, 2, 3, 4, 6)
+        },
+        "rope_parameters": {
+            S: {"rope_type": "proportional", "rope_theta": 50.0, "partial_rotary_factor": 0.7},
+            F: {"rope_type": "default", "rope_theta": 300.0},
+        },
+    },
+}
+IDS = torch.randint(VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(0))
+
+
+class Wide:
+    """`torch`, with float64 for whoever asks for float32."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+class Reference:
+    """The class of transformers with its casts to float32 lifted: they would hide differences."""
+
+    def __init__(self):
+        self.made = {}
+        self.transformers = pytest.importorskip("transformers", minversion="5.23")
+
+    @contextmanager
+    def lifted(self):
+        from transformers import modeling_rope_utils
+        from transformers.models.gemma4 import modeling_gemma4
+
+        default = torch.get_default_dtype()
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (modeling_gemma4, modeling_rope_utils):
+                patch.setattr(module, "torch", Wide())
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+            torch.set_default_dtype(torch.float64)
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(default)
+
+    def model(self, name):
+        """With random weights that are large enough that attention is far from uniform."""
+        if name in self.made:
+            return self.made[name]
+        config = self.transformers.Gemma4TextConfig(**SMALL, **CONFIGS[name])
+        with self.lifted():
+            model = self.transformers.Gemma4ForCausalLM(config).requires_grad_(False).eval()
+        generator = torch.Generator().manual_seed(1)
+        for weight in model.state_dict().values():
+            if weight.dim() > 1:
+                weight.normal_(0, 1.5 / math.sqrt(weight.shape[1]), generator=generator)
+            else:
+                weight.uniform_(0.7, 1.4, generator=generator)
+        self.made[name] = model
+        return model
+
+    def logits(self, name, ids):
+        """[T, VOCABULARY] of a text."""
+        with self.lifted():
+            return self.model(name)(ids[None], use_cache=False).logits[0]
+
+    def save(self, name, folder, multimodal=False):
+        """In the layout of the multimodal class, or in that of the language model alone."""
+        model = self.model(name)
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+        if multimodal:
+            others = {"vision_config": {"hidden_size": 8}, "image_token_id": 7}
+            config = {"model_type": "gemma4", "text_config": config, **others}
+            weights = {k.replace("model.", "model.language_model."): v for k, v in weights.items()}
+            weights["model.vision_tower.patch_embedder.input_proj.weight"] = torch.ones(3, 4)
+            last = f"model.language_model.layers.{CONFIGS[name]['num_hidden_layers'] - 1}"
+            weights[f"{last}.self_attn.k_proj.weight"] = torch.ones(3)  # which nothing reads
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return Reference()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(reference, name, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(name)
+    reference.save(name, folder)
+    return load(folder, "cpu", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def expected(reference, name):
+    logits = reference.logits(name, IDS)
+    assert logits.std() > 0.1  # else the comparison says little
+    return logits
+
+
+def assert_equal(logits, expected):
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+def scattered(positions):
+    """What tokens at these positions of the cache's only text read, each for itself."""
+    return Spans(tuple(Span(i, i + 1, 0, p + 1, True, 0) for i, p in enumerate(positions)))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, LENGTH])
+def test_prefill_in_chunks(model, expected, chunk):
+    cache = model.new_cache(LENGTH)
+    stretches = [model.prefill(part, cache) for part in IDS.split(chunk)]
+    for _ in range(2):  # asking changes nothing
+        assert_equal(predictions(model, concatenate(stretches), cache), expected)
+
+
+def test_some_are_asked(model, expected):
+    """In any order, by chunks that are all in the cache before the first is asked."""
+    cache = model.new_cache(LENGTH)
+    rows = concatenate([model.prefill(part, cache) for part in IDS.split(17)])
+    for positions in ([LENGTH - 1], [3, 50, 0, 49, 17, 16, 63, 12]):
+        index = torch.tensor(positions)
+        out = model.predict(take(rows, index), index, cache, scattered(positions))
+        assert_equal(model.logits(out), expected[index])
+
+
+def test_restored_and_fed_again(model, expected):
+    """Another text in between; states are as they were."""
+    cache = model.new_cache(LENGTH)
+    model.prefill(IDS[:20], cache)
+    snapshot = cache.state
+    model.prefill(IDS.flip(0)[:30], cache)
+    cache.restore(snapshot)
+    rows = model.prefill(IDS[20:], cache)
+    assert_equal(predictions(model, rows, cache), expected[20:])
+
+
+def test_packed_branches(model, reference, name):
+    """Of a stem that lies in two places, and of branches, which are fed side by side."""
+    generator = torch.Generator().manual_seed(3)
+    stem, *branches, long, short = (
+        torch.randint(VOCABULARY, (n,), generator=generator) for n in (30, 5, 17, 1, 15, 2)
+    )
+    cache = model.new_cache(70)
+    cache.room = ((55, 70), (0, 55))
+    first = Sequences((5, 17, 1), (30,) * 3, IDS.device, sources=(0, 0, 0))
+    second = Sequences((15, 2), (47, 35), IDS.device, sources=(1, 0))
+    state, levels = (
+        cache.state,
+        (
+            (Sequences((30,), (0,), IDS.device), [stem]),
+            (first, [torch.cat((stem, branch)) for branch in branches]),
+            (second, [torch.cat((stem, branches[1], long)), torch.cat((stem, branches[0], short))]),
+        ),
+    )
+    fed = []
+    for sequences, texts in levels:
+        ends = [text[-length:] for text, length in zip(texts, sequences.lengths, strict=True)]
+        rows, state = model.feed(torch.cat(ends), sequences, state, cache)
+        fed.append((rows, state.places.readings(sequences), sequences, texts))
+    for rows, spans, sequences, texts in fed:
+        logits = model.logits(model.predict(rows, sequences.positions, cache, spans))
+        for part, text in zip(logits.split(sequences.lengths), texts, strict=True):
+            assert_equal(part, reference.logits(name, text)[-len(part) :])
+
+
+@pytest.mark.parametrize("begin", [3, 40])
+def test_decoding(model, expected, begin):
+    """Step after step, and again from where the cache is."""
+    cache = model.new_cache(LENGTH)
+    model.prefill(IDS[:begin], cache)
+    decoder = model.decoder(cache)
+    for steps in (20, 3):
+        decoder.start(int(IDS[begin]))
+        for position in range(begin, begin + steps):
+            decoder.tokens.fill_(IDS[position])
+            decoder.step()
+            assert_equal(decoder.logits[0], expected[position])
+            assert decoder.tokens == decoder.logits.argmax()
+
+
+def test_decoding_side_by_side(model, reference, name):
+    other = torch.cat((IDS[:30], IDS.flip(0)[:20]))
+    texts = [IDS, other, IDS.flip(0)]
+    expected = [reference.logits(name, text) for text in texts]
+    numbers = {}
+    for number, position, logits in decoded_side_by_side(model, texts):
+        assert_equal(logits, expected[number][position])
+        numbers[number] = numbers.get(number, 0) + 1
+    assert numbers == {0: 9, 1: 12, 2: 8}
+
+
+def test_through_the_engine(model):
+    """Texts that share stems and branch, scored and generated."""
+    random = np.random.default_rng(0)
+    stem, other = random.integers(VOCABULARY, size=(2, 30))
+    contexts = [stem, other, stem[:12], *[np.append(stem, other[:9])] * 2]
+    scored = [
+        ScoreRequest(context, end[:length])
+        for context, end in zip(contexts, random.integers(VOCABULARY, size=(5, 7)), strict=True)
+        for length in (1, 7)
+    ]
+
+    def rows(ids):
+        cache = model.new_cache(len(ids))
+        return predictions(model, model.prefill(torch.as_tensor(ids), cache), cache)
+
+    quiet = {"begin": lambda count: None, "progress": lambda *counts: None}
+    engine = Engine(model, prefill_chunk=9, batch_size=3)
+    for index, score in engine.score(scored, **quiet):
+        context, continuation = scored[index].context, torch.as_tensor(scored[index].continuation)
+        whole = rows(np.append(context, continuation))[len(context) - 1 : -1].log_softmax(-1)
+        likely = whole.gather(1, continuation[:, None]).sum().item()
+        assert score.logprob == pytest.approx(likely, abs=1e-9)
+    for index, tokens in engine.generate([GenerateRequest(c, 5) for c in contexts], **quiet):
+        ids = list(contexts[index])
+        for token in tokens:
+            assert token == int(rows(ids)[-1].argmax())
+            ids.append(token)
+
+
+def test_no_token_goes_further_than_it_has_to(model):
+    """The rows that go through each layer's MLP, and those that are asked for."""
+    counts = dict.fromkeys(range(len(model.layers)), 0)
+
+    def counting(i):
+        def count(module, inputs):
+            counts[i] += len(inputs[0])
+
+        return count
+
+    hooks = [
+        layer.mlp.register_forward_pre_hook(counting(i)) for i, layer in enumerate(model.layers)
+    ]
+    cache = model.new_cache(LENGTH)
+    rows = concatenate([model.prefill(part, cache) for part in IDS.split(20)])
+    asked = torch.tensor([30, LENGTH - 1])
+    before = [LENGTH if i < model.layout.exit else 0 for i in counts]
+    assert list(counts.values()) == before
+    model.predict(take(rows, asked), asked, cache, scattered(asked.tolist()))
+    assert list(counts.values()) == [count or 2 for count in before]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_the_first_token_matters(model, expected):
+    """To all others, though no window reaches so far."""
+    cache, ids = model.new_cache(LENGTH), IDS.clone()
+    ids[0] += 1
+    logits = predictions(model, model.prefill(ids, cache), cache)
+    assert (logits - expected).abs().amax(1).min() > 1e-6
+
+
+def test_both_layouts(model, reference, name, expected, tmp_path):
+    reference.save(name, tmp_path, multimodal=True)
+    other = load(tmp_path, "cpu", torch.float64)
+    assert other.config == model.config
+    for (key, weight), same in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, same), key
+
+
+def test_costs_are_those_of_a_real_model(model):
+    costs, config = model.costs, model.config
+    assert costs.weight_bytes(torch.float64) == sum(p.nbytes for p in model.parameters())
+    cache = model.new_cache(LENGTH)
+    parts = (cache.keys, cache.values, cache.window_keys, cache.window_values)
+    assert costs.cache_bytes(torch.float64, LENGTH) == sum(part.nbytes for part in parts)
+    with FlopCounterMode(display=False) as counter:
+        model.prefill(IDS, cache)
+    assert costs.state_bytes(torch.float64) == sum(part.nbytes for part in cache.state.windows)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "mm" in str(op) and "bmm" not in str(op))
+    attended = 0
+    for layer, kind in enumerate(config.layer_types[: model.layout.exit]):
+        pairs = sum(min(t + 1, WINDOW if kind == S else LENGTH) for t in range(LENGTH))
+        attended += 4 * pairs * config.num_attention_heads * model.layout.heads(layer).dim
+    padding = 2 * LENGTH * 8 * config.hidden_size * (model.layout.exit + 1)
+    assert 0 <= products + attended - costs.prefill_operations(LENGTH) <= padding
+    table = model.embed_tokens_per_layer.weight
+    read = costs.decode_bytes(torch.float64, 0) + table.nbytes - table[0].nbytes
+    assert read == costs.weight_bytes(torch.float64)
+    more = costs.decode_bytes(torch.float64, 10) - costs.decode_bytes(torch.float64, 9)
+    layers = [model.layout.heads(i).numbers for i in range(len(config.layer_types))]
+    assert more == 8 * sum(layers)
