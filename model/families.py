@@ -11,12 +11,17 @@ import torch
 
 from .checkpoint import load_config, open_yoco, resolve_checkpoint
 from .errors import CheckpointError
+from .gemma3n import open_gemma3n
 from .gemma4 import open_gemma4
 from .hub import hub_commit
 from .interface import Blueprint, Model, default_dtype
 
 # Each says of a path what model lies there, or None where it is of another family.
-_FAMILIES: tuple[Callable[[Path], Blueprint | None], ...] = (open_yoco, open_gemma4)
+_FAMILIES: tuple[Callable[[Path], Blueprint | None], ...] = (
+    open_yoco,
+    open_gemma3n,
+    open_gemma4,
+)
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None) -> Blueprint:

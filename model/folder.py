@@ -22,12 +22,14 @@ from .hub import hub_commit
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What Hugging Face's libraries write into any config.json, and says nothing about the model.
+# What Hugging Face's libraries, and others that train with them, write into any config.json, and
+# says nothing about the model.
 BOOKKEEPING = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "dtype", "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
-    "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
-    "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
+    "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
+    "pad_token_id", "problem_type", "return_dict", "torch_dtype", "transformers_version",
+    "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_JSON = 64 << 20  # bytes; the index of the largest models has a few million

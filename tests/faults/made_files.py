@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 from made_results import log_samples, needle_results, results, write
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from yoco_eval.model import GatedRetentionSettings, SlidingWindowSettings, Yoco, YocoConfig, save
 from yoco_eval.model import checkpoint as checkpoints
+from yoco_eval.model.gemma3n import Gemma3n, Gemma3nConfig
 from yoco_eval.reports.profile import Profile, ProfileRow
 from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.tokenizers import save_tokenizer
@@ -49,6 +51,7 @@ def make_files(folder: Path) -> None:
         fla = folder / "checkpoints" / f"fla-{name}"
         shutil.copytree(FLA / name, fla, ignore=shutil.ignore_patterns("expected.pt"))
         _letters(fla, json.loads((fla / "config.json").read_text())["vocab_size"])
+    _gemma3n(folder / "checkpoints" / "gemma3n")
     _tokenizers(folder / "tokenizers")
     _results(folder / "results")
     _profile(folder / "profiles")
@@ -77,6 +80,31 @@ def _checkpoints(folder: Path, model: Yoco, kind: str) -> None:
     torch.save({"model": weights, "cfg": cfg}, fairseq / "checkpoint_last.pt")
     for each in (native, sharded, published.with_name(f"published-{kind}-zip"), published, fairseq):
         _letters(each)
+
+
+def _gemma3n(folder: Path) -> None:
+    """A whole folder, with a text model of a few layers in it."""
+    kinds = ["sliding_attention", "full_attention"]
+    settings = {
+        "vocab_size": VOCABULARY, "vocab_size_per_layer_input": 300, "hidden_size": 16,
+        "hidden_size_per_layer_input": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 8, "intermediate_size": [24, 16, 16, 24], "laurel_rank": 2,
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": [*kinds, *kinds],
+        "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0], "sliding_window": 6,
+        "final_logit_softcapping": 30.0, "max_position_embeddings": 512, "rope_theta": 1000.0,
+        "rms_norm_eps": 1e-6, "altup_num_inputs": 3, "hidden_activation": "gelu_pytorch_tanh",
+    }  # fmt: skip
+    config = Gemma3nConfig.from_dict(settings)
+    model = Gemma3n.empty(config, torch.device("cpu"), torch.float32)
+    weights = {
+        f"model.language_model.{name}": torch.randn(weight.shape)
+        for name, weight in model.named_parameters()
+    }
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    whole = {"model_type": "gemma3n", "text_config": {"model_type": "gemma3n_text", **settings}}
+    (folder / "config.json").write_text(json.dumps({**whole, "tie_word_embeddings": True}))
+    _letters(folder)
 
 
 def _tokenizers(folder: Path) -> None:
