@@ -193,11 +193,13 @@ def window_shifts(spans: Sequence[Span]) -> list[int]:
         ValueError: not exactly one span is causal, or one does not say its `start`.
     """
     own = [span for span in spans if span.causal]
-    if len(own) != 1 or any(span.start is None for span in spans):
+    starts = [span.start for span in spans if span.start is not None]
+    if len(own) != 1 or len(starts) < len(spans):
         raise ValueError("a window needs spans that say their start, one of each query causal")
+    start = starts[spans.index(own[0])]
     # Where in its text query t is, less t.
-    position = own[0].start + own[0].end_key - own[0].first_key - own[0].end_query
-    return [position + 1 + span.first_key - span.start for span in spans]
+    position = start + own[0].end_key - own[0].first_key - own[0].end_query
+    return [position + 1 + s.first_key - start for s, start in zip(spans, starts, strict=True)]
 
 
 class DeviceTables(Protocol):
