@@ -291,6 +291,44 @@ def test_activations_on_a_cpu(dtype, live_bytes):
     assert live.peak < memory.activations + memory.states - OVERHEAD
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_card(dtype, device="cuda"):
+    """Fed in chunks, and decoded side by side under graphs, near the same weights in float64."""
+    torch.manual_seed(0)
+    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "laurel_rank": 16}
+    shape = SIZES | SHAPES["sparse"] | wide | {"activation_sparsity_pattern": [0.5, *[0.0] * 7]}
+    config = Gemma3nConfig.from_dict(shape | {"sliding_window": 40})
+    exact = Gemma3n.empty(config, CPU, torch.float64)
+    for weight in exact.parameters():
+        weight.normal_(weight.dim() == 1, 1 / math.sqrt(weight.shape[-1])).copy_(weight.to(dtype))
+    fast = Gemma3n.empty(config, torch.device(device), dtype)
+    fast.load_state_dict(exact.state_dict())
+    texts = torch.randint(SIZES["vocab_size"], (3, 300))
+    texts[1, :30] = texts[0, :30]
+    expected = []
+    for text in texts:
+        cache = exact.new_cache(300)
+        expected.append(predictions(exact, exact.prefill(text, cache), cache))
+    limit = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
+
+    def assert_near(found, reference):
+        found, reference = torch.stack(found).double().cpu(), torch.stack(reference)
+        assert (found - reference).norm() < limit * reference.norm()
+
+    with torch.inference_mode():
+        cache, found = fast.new_cache(300), []
+        for part in texts[0].to(device).split(129):
+            found += predictions(fast, fast.prefill(part, cache), cache)
+        assert_near(found, list(expected[0]))
+        steps = list(decoded_side_by_side(fast, texts))
+        found, reference = [], []
+        for text, position, logits in steps:
+            found.append(logits)
+            reference.append(expected[text][position])
+        assert_near(found, reference)
+
+
 def changed(folder, to, settings=None, weights=None):
     """A copy of a folder with other settings (None: without) and weights."""
     config = json.loads((folder / "config.json").read_text()) | (settings or {})
