@@ -131,18 +131,23 @@ class Layer(nn.Module):
             inputs: [T, hidden_size_per_layer_input], of this layer.
             attend: takes queries, and where `own`, keys and values, to outputs shaped as queries.
         """
-        mixed = self._mixed(x, attend, own)
-        x = rms_norm(mixed, self.post_attention_layernorm.weight, self.eps).add_(x)
-        fed = self.mlp(x, self.pre_feedforward_layernorm.weight)
-        x = rms_norm(fed, self.post_feedforward_layernorm.weight, self.eps).add_(x)
-        fed = self.per_layer_projection(_gelu(self.per_layer_input_gate(x)).mul_(inputs))
-        x = rms_norm(fed, self.post_per_layer_input_norm.weight, self.eps).add_(x)
+        mixed, fed, added = (
+            self.post_attention_layernorm.weight,
+            self.post_feedforward_layernorm.weight,
+            self.post_per_layer_input_norm.weight,
+        )
+        x = rms_norm(self._mixed(x, attend, own), mixed, self.eps).add_(x)
+        x = rms_norm(self.mlp(x, self.pre_feedforward_layernorm.weight), fed, self.eps).add_(x)
+        x = rms_norm(self._added(x, inputs), added, self.eps).add_(x)
         return x.mul_(self.layer_scalar)
 
     def _mixed(self, x: Tensor, attend: Callable[..., Tensor], own: bool) -> Tensor:
         attention, norm = self.self_attn, self.input_layernorm.weight
         out = attend(*attention.all(x, norm)) if own else attend(attention.queries(x, norm))
         return attention.o_proj(out.flatten(-2))
+
+    def _added(self, x: Tensor, inputs: Tensor) -> Tensor:
+        return self.per_layer_projection(_gelu(self.per_layer_input_gate(x)).mul_(inputs))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """All that is made of a token that exits here."""
@@ -251,7 +256,7 @@ class Gemma4(nn.Module):
         """
         x, input_ids = rows
         layers = range(self.layout.exit, len(self.layers))
-        _, inputs = self._embedded(input_ids, layers)
+        inputs = self._embedded(input_ids, layers)[1]
         predicting = Predicting(self.layout, cache, positions, spans)
         for i in layers:
             own = inputs[:, i - layers.start]

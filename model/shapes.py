@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,12 +15,16 @@ from yoco_eval.printable import VALUE, shortened
 from .checkpoint import load_shape
 from .config import YocoConfig
 from .fla import fla_config
+from .folder import CONFIG
+from .gemma4 import Gemma4
+from .gemma4_config import Gemma4Config, read_gemma4
 from .interface import Blueprint, Config
 from .mixers import GatedRetentionSettings, Mixer
 from .transformer import Transformer, TransformerConfig
 from .yoco import Yoco
 
-Kind = TypeVar("Kind", Yoco, Transformer)
+Kind = TypeVar("Kind", Yoco, Transformer, Gemma4)
+_KINDS: dict[type[Config], Any] = {YocoConfig: Yoco, Gemma4Config: Gemma4}
 
 SEED = 0  # of the weights
 
@@ -56,11 +60,12 @@ SHAPES = {
 }
 
 
-def find_shape(name: str) -> YocoConfig:
-    """The shape of a name; or else of a path, as `load_shape` reads it.
+def find_shape(name: str) -> Config:
+    """The shape of a name; or else of a path, as `load_shape` reads it, or of another family's
+    `config.json` there.
 
     Raises:
-        ValueError: there is none, or a CheckpointError, the file is of no YOCO model.
+        ValueError: there is none, or a CheckpointError, the file is of no model known here.
     """
     if name in SHAPES:
         return SHAPES[name]
@@ -70,12 +75,16 @@ def find_shape(name: str) -> YocoConfig:
             f"shape {shortened(repr(name), VALUE)} is unknown; choose from {', '.join(SHAPES)}, or "
             "give the path of a config.json or params.json, or of a folder with one"
         )
+    file = Path(path, CONFIG) if os.path.isdir(path) else Path(path)
+    if file.suffix == ".json" and file.exists() and (config := read_gemma4(file)):
+        return config
     return load_shape(Path(path))
 
 
-def with_random_weights(config: YocoConfig) -> Blueprint:
-    """A YOCO model of this shape."""
-    return Blueprint(config, Yoco.costs_of(config), _maker(partial(Yoco.empty, config)))
+def with_random_weights(config: Config) -> Blueprint:
+    """The model of this shape."""
+    kind = _KINDS[type(config)]
+    return Blueprint(config, kind.costs_of(config), _maker(partial(kind.empty, config)))
 
 
 def transformer_beside(config: Config) -> Blueprint:
@@ -101,7 +110,7 @@ def _maker(
     return make
 
 
-def set_random_weights(model: Yoco | Transformer, seed: int) -> None:
+def set_random_weights(model: Yoco | Transformer | Gemma4, seed: int) -> None:
     """Sets weights where they lie: matrices normal with deviation 0.02, norms' weights 1, biases
     0, and what else mixers have as they draw it."""
     generator = torch.Generator(model.device).manual_seed(seed)

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 from predicting import decoded_side_by_side, predictions
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from yoco_eval.engine import Engine
 from yoco_eval.kernels.sequences import Sequences, Span, Spans
-from yoco_eval.model import load
+from yoco_eval.model import CheckpointError, load, open_checkpoint
+from yoco_eval.model.costs import OVERHEAD
+from yoco_eval.model.footprint import footprint
+from yoco_eval.model.gemma4 import Gemma4
+from yoco_eval.model.gemma4_config import Gemma4Config
 from yoco_eval.model.interface import concatenate, take
+from yoco_eval.model.shapes import set_random_weights
 from yoco_eval.requests import GenerateRequest, ScoreRequest
 
 S, F = "sliding_attention", "full_attention"
@@ -342,3 +347,227 @@ def test_costs_are_those_of_a_real_model(model):
     more = costs.decode_bytes(torch.float64, 10) - costs.decode_bytes(torch.float64, 9)
     layers = [model.layout.heads(i).numbers for i in range(len(config.layer_types))]
     assert more == 8 * sum(layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 8])
+def test_activations_on_a_cpu(heads, dtype, live_bytes):
+    """Of a chunk before the exit, and of one from there on."""
+    config = Gemma4Config(
+        layer_types=(S, F, S, F),
+        num_kv_shared_layers=2,
+        vocab_size=100,
+        hidden_size=128,
+        intermediate_size=1000,
+        use_double_wide_mlp=True,
+        num_attention_heads=heads,
+        num_key_value_heads=1,
+        num_global_key_value_heads=1,
+        head_dim=32,
+        global_head_dim=64,
+        sliding_window=64,
+        hidden_size_per_layer_input=32,
+        vocab_size_per_layer_input=100,
+    )
+    model = Gemma4.empty(config, torch.device("cpu"), dtype)
+    set_random_weights(model, 0)
+    ids = torch.randint(100, (1000,))
+    positions, spans = torch.arange(1, 1000), Spans((Span(0, 999, 0, 1000, True, 0),))
+    memory = footprint(model.costs, dtype, 1000, 1000, device=torch.device("cpu"))
+    most = memory.activations - OVERHEAD
+    with torch.inference_mode():
+        cache = model.new_cache(1000)
+        model.prefill(ids[:1], cache)
+        parts = (cache.keys, cache.values, cache.window_keys, cache.window_values)
+        with live_bytes(besides=[*model.parameters(), *parts]) as feeding:
+            rows = model.prefill(ids[1:], cache)
+        with live_bytes(besides=[*model.parameters(), *parts, *rows]) as predicting:
+            model.predict(rows, positions, cache, spans)
+    assert feeding.peak < most + memory.states and predicting.peak < most
+    assert predicting.peak > 0.9 * most or heads > 1  # what attention keeps is less in the small
+
+
+def test_embeddings_are_scaled_as_in_training(reference, tmp_path):
+    """By a root that is rounded to bfloat16, to the last bit."""
+    torch.manual_seed(0)
+    config = reference.transformers.Gemma4TextConfig(**SMALL, **CONFIGS["e2b"])
+    theirs = reference.transformers.Gemma4ForCausalLM(config).bfloat16().model
+    ours = Gemma4.empty(Gemma4Config.from_dict(config.to_dict()), IDS.device, torch.bfloat16)
+    for name, weight in ours.named_parameters():
+        weight.copy_(theirs.state_dict()[name])
+    with torch.no_grad():
+        x = theirs.embed_tokens(IDS[None])
+        inputs = theirs.project_per_layer_inputs(x, theirs.get_per_layer_inputs(IDS[None], x))
+    assert (math.sqrt(24) * ours.embed_tokens(IDS) != x[0]).any()
+    for part, same in zip(ours._embedded(IDS, range(10)), (x[0], inputs[0]), strict=True):
+        torch.testing.assert_close(part, same, rtol=0.01 * (part.dim() - 2), atol=0)
+
+
+E2B = {
+    "model_type": "gemma4",
+    "vision_config": {"model_type": "gemma4_vision"},
+    "tie_word_embeddings": True,
+    "text_config": {
+        "model_type": "gemma4_text",
+        "attention_bias": False,
+        "attention_k_eq_v": False,
+        "enable_moe_block": False,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 512,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1536,
+        "hidden_size_per_layer_input": 256,
+        "intermediate_size": 6144,
+        "layer_types": [S, S, S, S, F] * 7,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 8,
+        "num_experts": None,
+        "num_global_key_value_heads": None,
+        "num_hidden_layers": 35,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 20,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            F: {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+            S: {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 512,
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": None,
+        "use_double_wide_mlp": True,
+        "vocab_size": 262144,
+        "vocab_size_per_layer_input": 262144,
+    },
+}
+E4B = {
+    "layer_types": None,  # every sixth with full attention
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 42,
+    "num_key_value_heads": 2,
+    "num_kv_shared_layers": 18,
+    "use_double_wide_mlp": False,
+}
+
+
+def written(folder, changes=None, top=None):
+    """A folder with the configuration of E2B, with changes in its text_config and above it."""
+    text = E2B["text_config"] | (changes or {})
+    (folder / "config.json").write_text(json.dumps(E2B | {"text_config": text} | (top or {})))
+    return folder
+
+
+def test_the_published_models(tmp_path):
+    """Figures that others give of them, and tokens that leave early."""
+    bf16 = torch.bfloat16
+    for changes, numbers, cache, state, saved in (
+        ({}, 4.6e9, 7, 6, 0.65),
+        (E4B, 7.5e9, 18, 20, 0.42),
+    ):
+        costs = open_checkpoint(written(tmp_path, changes)).costs
+        assert costs.weight_bytes(bf16) / 2 == pytest.approx(numbers, rel=0.02)
+        assert costs.cache_bytes(bf16, 1) == cache * 1024
+        assert costs.state_bytes(bf16) == pytest.approx(state * 2**20, rel=0.01)
+        whole = 2 * 4096 * sum(costs._maps(i) for i in range(len(costs.config.layer_types)))
+        assert costs.prefill_operations(4096) == pytest.approx((1 - saved) * whole, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_shared_layers": 0}, "num_kv_shared_layers = 0: all layers own keys and values"),
+        ({"num_kv_shared_layers": 35}, "num_kv_shared_layers must be at most 34, not 35"),
+        ({"num_kv_shared_layers": "20"}, "num_kv_shared_layers must be a positive whole number"),
+        ({"num_kv_shared_layers": 31}, "layer_types has no full_attention among the 4 layers that"),
+        ({"num_kv_shared_layers": 21}, "layer_types has sliding_attention for the last layer that"),
+        ({"layer_types": [F] * 35}, "layer_types has no sliding_attention among the 15 layers"),
+        ({"layer_types": [S, F]}, "is no list of 35 layers' kinds"),
+        ({"layer_types": [[]] * 35}, "layer_types names [], neither 'full_attention' nor"),
+        ({"enable_moe_block": True}, "enable_moe_block = True is not supported, only False"),
+        ({"attention_k_eq_v": True}, "attention_k_eq_v = True is not supported"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"hidden_activation": "silu"}, "only 'gelu_pytorch_tanh'; evaluate this model with --mo"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False is not supported"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all' is not"),
+        ({"hidden_size_per_layer_input": 0}, "hidden_size_per_layer_input must be a positive"),
+        ({"global_head_dim": 1024}, "global_head_dim must be at most 512, not 1024"),
+        ({"head_dim": 255}, "head_dim = 255 is no multiple of 2"),
+        ({"head_dim": None}, "head_dim must be a positive whole number, not None"),
+        ({"num_key_value_heads": 3}, "num_attention_heads = 8 is no multiple of 3"),
+        ({"vocab_size": 2**19}, "vocab_size = 524288 is more than vocab_size_per_layer_input"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, not 0"),
+        ({"final_logit_softcapping": "30"}, "final_logit_softcapping must be a positive number"),
+        ({"use_double_wide_mlp": "yes"}, "use_double_wide_mlp must be true or false, not 'yes'"),
+        ({"attention_temperature": 2.0}, "unknown settings: attention_temperature"),
+        ({"rope_parameters": {F: {"rope_theta": 1e6}}}, "not a table of sliding_attention and"),
+        ({"per_layer_config": {"40": {}}}, "per_layer_config is {'40': {}}, not a table of layers"),
+        ({"per_layer_config": {"04": {"head_dim": 128}}}, "full_attention layers of several sizes"),
+        ({"per_layer_config": {"4": {"window": 8}}}, "per_layer_config of layer 4 is {'window'"),
+    ],
+)  # fmt: skip
+def test_bad_settings(tmp_path, changes, message):
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(written(tmp_path, changes))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (F, {"rope_type": "yarn"}, "only rope_type 'default' and 'proportional', without a factor"),
+        (F, {"factor": 8.0}, "only rope_type 'default' and 'proportional', without a factor"),
+        (S, {"rope_theta": 0}, "rope_theta must be a positive number, not 0"),
+        (F, {"partial_rotary_factor": 1.5}, "global_partial_rotary_factor must be from 1e-30 to 1"),
+        (S, {"beta_fast": 32}, "rope_parameters of sliding_attention has beta_fast, unknown"),
+    ],
+)
+def test_bad_embeddings_of_positions(tmp_path, kind, change, message):
+    tables = E2B["text_config"]["rope_parameters"]
+    tables = tables | {kind: tables[kind] | change}
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(written(tmp_path, {"rope_parameters": tables}))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("top", "message"),
+    [
+        ({"model_type": "gemma4_assistant"}, "which drafts for another model, whose keys and"),
+        ({"model_type": "gemma4_unified_assistant"}, "which drafts for another model"),
+        ({"model_type": "gemma4_unified"}, "which has layers that all own keys and values"),
+        ({"model_type": "gemma4_vision"}, "says model_type 'gemma4_vision', not 'yoco'"),
+        ({"model_type": ["gemma4"]}, "says model_type ['gemma4'], not 'yoco'"),
+        ({"quantization_config": {"bits": 4}}, "has a quantization_config; take a checkpoint"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False is not supported"),
+        ({"text_config": None}, "text_config is None, not an object"),
+    ],
+)
+def test_other_models(tmp_path, top, message):
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(written(tmp_path, top=top))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_are_named_where_they_are_refused(reference, tmp_path):
+    for multimodal, prefix in ((False, "model"), (True, "model.language_model")):
+        reference.save("e2b", tmp_path, multimodal)
+        weights = load_file(tmp_path / "model.safetensors")
+        bad = {
+            "norm.weight": None,
+            "layers.9.layer_scalar": torch.ones(2),
+            "new.weight": torch.ones(1),
+        }
+        for name, weight in bad.items():
+            weights.pop(f"{prefix}.{name}", None)
+            if weight is not None:
+                weights[f"{prefix}.{name}"] = weight
+        save_file(weights, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError) as caught:
+            load(tmp_path, "cpu")
+        for part in (
+            "missing: {}.norm.weight",
+            "surplus: {}.new.weight",
+            "{}.layers.9.layer_scalar is",
+        ):
+            assert part.format(prefix) in str(caught.value)
