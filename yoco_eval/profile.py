@@ -330,7 +330,7 @@ def _predict(model: Model, last: Rows, cache: Cache) -> Tensor:
     """Logits [1, vocab_size] after the text in the cache, of whose last token the rows are."""
     length = cache.state.length
     position = torch.tensor([length - 1], device=model.device)
-    spans = Spans((Span(0, 1, 0, length, causal=True),))
+    spans = Spans((Span(0, 1, 0, length, causal=True, start=0),))
     return model.logits(model.predict(last, position, cache, spans))
 
 

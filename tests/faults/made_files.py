@@ -19,6 +19,8 @@ from transformers.convert_slow_tokenizer import import_protobuf
 from yoco_eval.model import GatedRetentionSettings, SlidingWindowSettings, Yoco, YocoConfig, save
 from yoco_eval.model import checkpoint as checkpoints
 from yoco_eval.model.gemma3n import Gemma3n, Gemma3nConfig
+from yoco_eval.model.gemma4 import Gemma4
+from yoco_eval.model.gemma4_config import Gemma4Config
 from yoco_eval.reports.profile import Profile, ProfileRow
 from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.tokenizers import save_tokenizer
@@ -52,6 +54,7 @@ def make_files(folder: Path) -> None:
         shutil.copytree(FLA / name, fla, ignore=shutil.ignore_patterns("expected.pt"))
         _letters(fla, json.loads((fla / "config.json").read_text())["vocab_size"])
     _gemma3n(folder / "checkpoints" / "gemma3n")
+    _gemma4(folder / "checkpoints" / "gemma4")
     _tokenizers(folder / "tokenizers")
     _results(folder / "results")
     _profile(folder / "profiles")
@@ -104,6 +107,33 @@ def _gemma3n(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
     whole = {"model_type": "gemma3n", "text_config": {"model_type": "gemma3n_text", **settings}}
     (folder / "config.json").write_text(json.dumps({**whole, "tie_word_embeddings": True}))
+    _letters(folder)
+
+
+def _gemma4(folder: Path) -> None:
+    """A folder of the language model alone."""
+    kinds = ["sliding_attention", "full_attention"]
+    settings = {
+        "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "hidden_size": 16,
+        "hidden_size_per_layer_input": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 8, "intermediate_size": 24, "use_double_wide_mlp": True,
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": [*kinds, *kinds],
+        "sliding_window": 6, "final_logit_softcapping": 30.0, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6, "per_layer_config": {"1": {"head_dim": 16}, "3": {"head_dim": 16}},
+        "rope_parameters": {
+            kinds[0]: {"rope_type": "default", "rope_theta": 1000.0},
+            kinds[1]: {
+                "rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.25
+            },
+        },
+    }  # fmt: skip
+    model = Gemma4.empty(Gemma4Config.from_dict(settings), torch.device("cpu"), torch.float32)
+    weights = {
+        f"model.{name}": torch.randn(weight.shape) for name, weight in model.named_parameters()
+    }
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma4_text", **settings}))
     _letters(folder)
 
 
