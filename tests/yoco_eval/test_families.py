@@ -1,0 +1,175 @@
+"""Folders of other families than YOCO: each prediction is that of lm-eval's `hf` backend."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+import yaml
+from lm_eval import evaluator, simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+import yoco_eval.tasks
+from yoco_eval.lm import YocoLM
+from yoco_eval.tasks.haystack import SyntheticHaystack
+
+TASKS = Path(yoco_eval.tasks.__file__).parent
+SLIDING, FULL = "sliding_attention", "full_attention"
+TEXT = {
+    "hidden_size": 32,
+    "hidden_size_per_layer_input": 8,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL, SLIDING, FULL],
+    "num_hidden_layers": 7,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 40,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def gemma4(vocabulary):
+    """The multimodal model, as published ones are."""
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    own = {"num_key_value_heads": 1, "global_head_dim": 16, "use_double_wide_mlp": True}
+    text = TEXT | own | vocabulary | {"final_logit_softcapping": 30.0}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    vision |= {"num_attention_heads": 2, "num_key_value_heads": 2, "position_embedding_size": 8}
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+    return transformers.Gemma4ForConditionalGeneration(config)
+
+
+def gemma3n(vocabulary):
+    """The text model: that of images would need another library."""
+    transformers = pytest.importorskip("transformers", minversion="4.53")
+    own = {"num_key_value_heads": 2, "laurel_rank": 4}
+    own["activation_sparsity_pattern"] = [0.9, 0.9, *[0.0] * 5]
+    config = transformers.Gemma3nTextConfig(**TEXT | own | vocabulary)
+    return transformers.Gemma3nForCausalLM(config)
+
+
+FAMILIES = {"gemma4": gemma4, "gemma3n": gemma3n}
+SAMPLES = {"chosen": 6, "continued": 6, "yoco_needle": 4}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level, with a BOS token before every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<bos>", "<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([SyntheticHaystack("tests").text(0, 20_000)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="module")
+def manager(tmp_path_factory):
+    """Knows `yoco_needle`, and two tasks of questions about notes, some of which share theirs."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng, haystack = Random(0), SyntheticHaystack("questions")
+    notes = [haystack.text(0, 700)[:700], haystack.text(5000, 5300)[:300]]
+    words = sorted({word.strip(".,") for word in " ".join(notes).split()})
+    rows = []
+    for i in range(6):
+        choices = [" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(4)]
+        shortest = choices.index(min(choices, key=len))  # which is often the likeliest
+        gold = (shortest + i % 2) % 4
+        question = f"{notes[i % 2]}\nWhat is next after note {i}?"
+        rows.append(json.dumps({"question": question, "choices": choices, "gold": gold}))
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+    }
+    tasks = {
+        "chosen": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "gold",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        "continued": {
+            "output_type": "generate_until",
+            "doc_to_target": "{{choices[gold]}}",
+            "metric_list": [{"metric": "exact_match"}],
+            "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False},
+        },
+    }
+    for name, own in tasks.items():
+        text = yaml.safe_dump({"task": name, **common, **own})
+        (folder / f"{name}.yaml").write_text(text)
+    grid = {"context_lengths": [256, 512], "depths": 2, "samples": 1}
+    paths = [str(TASKS), str(folder)]
+    return TaskManager(include_path=paths, include_defaults=False, metadata=grid)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request, tmp_path_factory, tokenizer, manager):
+    """What this project's backend and lm-eval's give of one folder, in float32."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), len(tokenizer))
+    model = FAMILIES[request.param](sizes)
+    with torch.no_grad():
+        for weight in model.parameters():  # large enough that attention is far from uniform
+            if weight.dim() > 1:
+                weight.normal_(0, 1.5 / math.sqrt(weight.shape[-1]))
+            else:
+                weight.uniform_(0.7, 1.4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ours = YocoLM(pretrained=str(folder), device="cpu", batch_size="auto", prefill_chunk=100)
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32")
+    assert ours.max_length == theirs.max_length == TEXT["max_position_embeddings"]
+    run = partial(simple_evaluate, task_manager=manager, log_samples=True, bootstrap_iters=0)
+    with pytest.MonkeyPatch.context() as patch:  # describing the machine takes seconds
+        patch.setattr(evaluator, "add_env_info", lambda results: None)
+        return [run(model=lm, tasks=list(SAMPLES)) for lm in (ours, theirs)]
+
+
+@pytest.mark.parametrize("task", SAMPLES)
+def test_predictions_are_those_of_the_hugging_face_backend(both, task):
+    ours, theirs = (results["samples"][task] for results in both)
+    assert len(ours) == len(theirs) == SAMPLES[task]
+    for sample, other in zip(ours, theirs, strict=True):
+        assert sample["arguments"] == other["arguments"]
+        for metric in sample["metrics"]:
+            assert sample[metric] == other[metric]
+        answers, expected = sample["filtered_resps"], other["filtered_resps"]
+        if task == "chosen":
+            answers, expected = torch.tensor(answers), torch.tensor(expected)
+            assert torch.equal(answers[:, 1], expected[:, 1])  # whether it is the greedy answer
+            torch.testing.assert_close(answers[:, 0], expected[:, 0], rtol=1e-5, atol=0)
+        else:
+            assert answers == expected
+    said = {str(sample["filtered_resps"]) for sample in ours}
+    assert len(said) == SAMPLES[task]  # else equality says little
+
+
+def test_figures_are_those_of_the_hugging_face_backend(both):
+    ours, theirs = (results["results"] for results in both)
+    assert ours == theirs
+    assert 0 < ours["chosen"]["acc,none"] < 1
