@@ -28,6 +28,15 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     return rms_norm_reference(x, weight, eps)
 
 
+def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> Tensor:
+    """residual + rms_norm(x, weight, eps), all of x's shape and dtype, in new memory."""
+    if use_triton(x, weight, residual):
+        from .norm_triton import rms_norm as fast
+
+        return run_triton(fast, x, weight, eps, residual)
+    return residual + rms_norm_reference(x, weight, eps)
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """`rms_norm` in PyTorch."""
     wide = x if x.dtype == torch.float64 else x.float()

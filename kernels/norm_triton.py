@@ -11,23 +11,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense_rows
+from .launch import dense_rows, packed_heads
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """`norm.rms_norm` for x [..., d] on the GPU; rows not evenly apart are copied."""
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
+) -> Tensor:
+    """`norm.rms_norm` for x [..., d] on the GPU, plus `residual`; rows that are not evenly apart,
+    be it in heads [T, H, d] that lie side by side, are copied."""
     width = x.shape[-1]
-    flat = dense_rows(x.reshape(-1, width))
-    rows = len(flat)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x, heads = (packed_heads(x), x.shape[1]) if x.dim() == 3 else (x.reshape(-1, width), 1)
+    x = dense_rows(x)
+    rows = len(x) * heads
     block, block_rows, warps = _config(width)
     _rms_norm[(triton.cdiv(rows, block_rows),)](
-        flat,
+        x,
         weight,
+        None if residual is None else residual.contiguous(),
         out,
         rows,
-        flat.stride(0),
+        x.stride(0),
         eps,
+        HEADS=heads,
         WIDTH=width,
         BLOCK=block,
         BLOCK_ROWS=block_rows,
@@ -51,10 +57,12 @@ def _config(width: int) -> tuple[int, int, int]:
 def _rms_norm(
     x_ptr,
     weight_ptr,
+    residual_ptr,
     out_ptr,
     rows,
     row_stride,
     eps,
+    HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -64,10 +72,13 @@ def _rms_norm(
     mask = (row < rows)[:, None] & (column < WIDTH)
     row = row.to(tl.int64)[:, None]
 
-    x = tl.load(x_ptr + row * row_stride + column, mask=mask, other=0.0)
+    at = row // HEADS * row_stride + row % HEADS * WIDTH + column
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / WIDTH + eps)
     out = (wide * scale[:, None]).to(x.dtype)
     if weight_ptr is not None:
         out *= tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0)
+    if residual_ptr is not None:
+        out += tl.load(residual_ptr + row * WIDTH + column, mask=mask, other=0.0)
     tl.store(out_ptr + row * WIDTH + column, out, mask=mask)

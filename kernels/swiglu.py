@@ -1,4 +1,4 @@
-"""The gated activation of the feed-forward layers."""
+"""The gated activations of the feed-forward layers."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ def swiglu_reference(h: Tensor) -> Tensor:
     """`swiglu` in PyTorch."""
     a, b = h.chunk(2, dim=-1)
     return F.silu(a) * b
+
+
+def geglu(h: Tensor) -> Tensor:
+    """gelu(a) * b, with the approximation of GELU by tanh (arXiv:1606.08415); else as `swiglu`."""
+    if use_triton(h):
+        from .swiglu_triton import geglu as fast
+
+        return run_triton(fast, h)
+    return geglu_reference(h)
+
+
+def geglu_reference(h: Tensor) -> Tensor:
+    """`geglu` in PyTorch."""
+    a, b = h.chunk(2, dim=-1)
+    return F.gelu(a, approximate="tanh") * b

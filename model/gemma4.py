@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from yoco_eval.kernels.dispatch import use_triton
 from yoco_eval.kernels.matvec import norm_linear
-from yoco_eval.kernels.norm import rms_norm
+from yoco_eval.kernels.norm import rms_norm, rms_norm_add
 from yoco_eval.kernels.sequences import Sequences, Spans, Step
+from yoco_eval.kernels.swiglu import geglu
 
 from .decoder import Decoder
 from .folder import CONFIG, check_names, check_numbers, is_folder, read_json, read_weights
@@ -99,11 +100,7 @@ class MLP(nn.Module):
         self.stack = Stack(self, "gate_proj", "up_proj", alignment=1)
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
-        return self.down_proj(self._hidden(x, norm))
-
-    def _hidden(self, x: Tensor, norm: Tensor) -> Tensor:
-        gate, up = self.stack.split(norm_linear(x, norm, self.stack.weight, self.eps))
-        return _gelu(gate).mul_(up)
+        return self.down_proj(geglu(norm_linear(x, norm, self.stack.weight, self.eps)))
 
 
 class Layer(nn.Module):
@@ -131,14 +128,10 @@ class Layer(nn.Module):
             inputs: [T, hidden_size_per_layer_input], of this layer.
             attend: takes queries, and where `own`, keys and values, to outputs shaped as queries.
         """
-        mixed, fed, added = (
-            self.post_attention_layernorm.weight,
-            self.post_feedforward_layernorm.weight,
-            self.post_per_layer_input_norm.weight,
-        )
-        x = rms_norm(self._mixed(x, attend, own), mixed, self.eps).add_(x)
-        x = rms_norm(self.mlp(x, self.pre_feedforward_layernorm.weight), fed, self.eps).add_(x)
-        x = rms_norm(self._added(x, inputs), added, self.eps).add_(x)
+        x = self._plus(x, self.post_attention_layernorm, self._mixed(x, attend, own))
+        fed = self.mlp(x, self.pre_feedforward_layernorm.weight)
+        x = self._plus(x, self.post_feedforward_layernorm, fed)
+        x = self._plus(x, self.post_per_layer_input_norm, self._added(x, inputs))
         return x.mul_(self.layer_scalar)
 
     def _mixed(self, x: Tensor, attend: Callable[..., Tensor], own: bool) -> Tensor:
@@ -147,15 +140,15 @@ class Layer(nn.Module):
         return attention.o_proj(out.flatten(-2))
 
     def _added(self, x: Tensor, inputs: Tensor) -> Tensor:
-        return self.per_layer_projection(_gelu(self.per_layer_input_gate(x)).mul_(inputs))
+        gate = F.gelu(self.per_layer_input_gate(x), approximate="tanh")
+        return self.per_layer_projection(gate.mul_(inputs))
+
+    def _plus(self, x: Tensor, norm: RMSNorm, made: Tensor) -> Tensor:
+        return rms_norm_add(made, norm.weight, self.eps, x)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """All that is made of a token that exits here."""
         return self.self_attn.keys_values(x, self.input_layernorm.weight)
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
 
 
 # Of each token, what comes into the exit layer, and the token's id.

@@ -280,6 +280,8 @@ def read_gemma4(file: Path) -> Gemma4Config | None:
             raise ValueError("tie_word_embeddings = False is not supported, only True")
         if not isinstance(text, dict):
             raise ValueError(f"text_config is {shown(text)}, not an object")
+        if (named := text.get("model_type", "gemma4_text")) != "gemma4_text":
+            raise ValueError(f"text_config has model_type {shown(named)}, not 'gemma4_text'")
         return Gemma4Config.from_dict(text)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error

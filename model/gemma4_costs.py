@@ -67,7 +67,7 @@ class Gemma4Costs:
         config, layout = self.config, self.config.layout
         heads, hidden = layout.heads(layer), config.hidden(layer)
         dim, size = self._dim(layer), config.hidden_size
-        fed = 2 * hidden + max(hidden, size * _normed(dtype, fast))
+        fed = 2 * hidden + max(hidden if fast else 2 * hidden, size * _normed(dtype, fast))
         projected = dim + (heads.numbers if layer < layout.exit else 0)
         projecting = size + 2 * projected + dim * _normed(dtype, fast)
         numbers, reading = max(fed, projecting), 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from yoco_eval.kernels.norm import rms_norm, rms_norm_reference
+from yoco_eval.kernels.norm import rms_norm, rms_norm_add, rms_norm_reference
 
 SHAPES = [(1, 96), (63, 128), (65, 32), (7, 3, 48), (5, 1000), (3, 5000), (0, 64)]
 if torch.cuda.is_available():
@@ -16,6 +16,18 @@ def test_rms_norm():
     expected = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 0.1)
     torch.testing.assert_close(rms_norm(x, None, 0.1), expected)
     torch.testing.assert_close(rms_norm(x, weight, 0.1), expected * weight)
+
+
+def test_added_to_a_residual(device, dtype, close):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(5, 48, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(48, device=device).to(dtype)
+    expected = residual.double() + rms_norm(x.double(), weight.double(), 0.1)
+    close(rms_norm_add(x, weight, 0.1, residual), expected)
+    pytest.importorskip("triton")
+    from yoco_eval.kernels.norm_triton import rms_norm as fast
+
+    close(fast(x, weight, 0.1, residual), expected)
 
 
 def test_mean_square_is_taken_in_float32():

@@ -1,5 +1,6 @@
 """Gemma 4: equal to the class of transformers, however a text is fed, and no token goes too far."""
 
+import gc
 import json
 import math
 from contextlib import contextmanager
@@ -403,6 +404,74 @@ def test_embeddings_are_scaled_as_in_training(reference, tmp_path):
         torch.testing.assert_close(part, same, rtol=0.01 * (part.dim() - 2), atol=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_card(dtype):
+    """Heads as the published models have them: fed in chunks, and decoded side by side under
+    graphs, near the same weights in float64."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 256, "global_head_dim": 512}
+    changes = {"sliding_window": 40, "hidden_size_per_layer_input": 64}
+    config = Gemma4Config.from_dict({**SMALL, **CONFIGS["e2b"], **sizes, **changes})
+    exact = Gemma4.empty(config, IDS.device, torch.float64)
+    set_random_weights(exact, seed=0)
+    for name, weight in exact.named_parameters():
+        # Scores are small enough that no rounding decides which of the keys is read.
+        weight.mul_(0.1 if "q_norm" in name else 1 + (weight.dim() > 1)).copy_(weight.to(dtype))
+    fast = Gemma4.empty(config, torch.device("cuda"), dtype)
+    fast.load_state_dict(exact.state_dict())
+    texts = torch.randint(VOCABULARY, (3, 300), generator=torch.Generator().manual_seed(2))
+    texts[1, :30] = texts[0, :30]
+    expected = []
+    for text in texts:
+        cache = exact.new_cache(300)
+        expected.append(predictions(exact, exact.prefill(text, cache), cache))
+    limit = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
+
+    def assert_near(found, reference):
+        found, reference = torch.stack(found).double().cpu(), torch.stack(reference)
+        assert (found - reference).norm() < limit * reference.norm()
+
+    with torch.inference_mode():
+        cache, found = fast.new_cache(300), []
+        for part in texts[0].cuda().split(129):
+            found += predictions(fast, fast.prefill(part, cache), cache)
+        assert_near(found, list(expected[0]))
+        steps = list(decoded_side_by_side(fast, texts))
+        assert_near([step[2] for step in steps], [expected[n][at] for n, at, _ in steps])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_activations_on_a_gpu():
+    """Not more than estimated, and not much less, in a model as wide as E2B."""
+    device, chunk = torch.device("cuda"), 8448
+    changes = {
+        "num_hidden_layers": 10,
+        "num_kv_shared_layers": 5,
+        "layer_types": [S, S, S, S, F] * 2,
+    }
+    small = {"vocab_size": 1000, "vocab_size_per_layer_input": 1000}
+    config = Gemma4Config.from_dict(E2B["text_config"] | changes | small)
+    gc.collect()  # what is freed meanwhile would be missed
+    model = Gemma4.empty(config, device, torch.bfloat16)
+    set_random_weights(model, 0)
+    ids = torch.zeros(chunk, dtype=torch.long, device=device)
+    positions = torch.arange(chunk, device=device)
+    extra = []
+    with torch.inference_mode():
+        for _ in range(2):  # the matrix library's own memory may have to be taken first
+            cache = model.new_cache(chunk)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            rows = model.prefill(ids, cache)
+            extra.append(torch.cuda.max_memory_allocated() - before)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model.predict(rows, positions, cache, Spans((Span(0, chunk, 0, chunk, True, 0),)))
+            extra.append(torch.cuda.max_memory_allocated() - before)
+    memory = footprint(model.costs, torch.bfloat16, chunk, chunk)
+    assert 0.6 * memory.activations < max(extra) < memory.activations + memory.states
+
+
 E2B = {
     "model_type": "gemma4",
     "vision_config": {"model_type": "gemma4_vision"},
@@ -541,6 +610,7 @@ def test_bad_embeddings_of_positions(tmp_path, kind, change, message):
         ({"quantization_config": {"bits": 4}}, "has a quantization_config; take a checkpoint"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False is not supported"),
         ({"text_config": None}, "text_config is None, not an object"),
+        ({"text_config": {"model_type": "llama"}}, "text_config has model_type 'llama', not 'gemm"),
     ],
 )
 def test_other_models(tmp_path, top, message):
