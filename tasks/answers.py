@@ -11,14 +11,19 @@ _NUMBER = re.compile(
     r"\d{1,3}(?P<mark>\{?\\?,\}?|[.'’_，．،٬ \u00a0\u2007\u2009\u202f])\d{3}"
     r"(?:(?P=mark)\d{3})*(?!\d)|\d+"
 )
+_THOUGHTS = (("<think>", "</think>"), ("<|channel>", "<channel|>"))  # the latter are Gemma's
 
 
 def after_thinking(answer: str | None) -> str:
     """What an answer says behind its last `</think>`, and before a `<think>` that has no end.
 
-    Backends give None for an answer that there is not.
+    So with Gemma's marks, where a backend leaves them in. Backends give None for an answer that
+    there is not.
     """
-    return (answer or "").rpartition("</think>")[2].partition("<think>")[0]
+    said = answer or ""
+    for begin, end in _THOUGHTS:
+        said = said.rpartition(end)[2].partition(begin)[0]
+    return said
 
 
 def first_number(text: str) -> str | None:

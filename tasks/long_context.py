@@ -13,9 +13,10 @@ from typing import Any
 
 import datasets
 from lm_eval.api.group import Group
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.utils import maybe_delimit
 from lm_eval.config.group import AggMetricConfig
 
+from .answers import after_thinking
 from .by_length import (
     BY_LENGTH,
     digest,
@@ -25,11 +26,12 @@ from .by_length import (
     values_at,
 )
 from .evaluated_model import check_positions
+from .generated import GeneratedTask
 from .members import load_members
 from .settings import read_settings
 
 
-class LongContextTask(ConfigurableTask):
+class LongContextTask(GeneratedTask):
     """One of lm-eval's tasks, prompts and scores as they are, with settings of its own.
 
     Attributes:
@@ -41,6 +43,7 @@ class LongContextTask(ConfigurableTask):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         metadata = dict(config.get("metadata") or {})
+        self._thinking = False  # whether the assistant's turn begins with thoughts
         self.settings = read_settings(self.Settings, metadata)
         own = {
             # For the results file.
@@ -71,9 +74,18 @@ class LongContextTask(ConfigurableTask):
         self.dataset = {self.config.test_split: datasets.Dataset.from_list(self.documents())}
 
     def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: Any = None) -> str:
-        if "input" not in doc:  # the examples of a task have theirs
-            doc = {**doc, "input": self.input(doc)}
-        return super().doc_to_text(doc, doc_to_text)
+        if "input" in doc:  # the examples of a task have theirs
+            return super().doc_to_text(doc, doc_to_text)
+        text = super().doc_to_text({**doc, "input": self.input(doc)}, doc_to_text)
+        if self._thinking:
+            begun = super().doc_to_prefix(doc)
+            return maybe_delimit(text, begun, self.config.target_delimiter)
+        return text
+
+    def doc_to_prefix(self, doc: Mapping[str, Any]) -> str | None:
+        """As lm-eval's, what the assistant's turn begins with; of a model that thinks the user's
+        turn ends with it."""
+        return None if self._thinking else super().doc_to_prefix(doc)
 
     def build_all_requests(self, **options: Any) -> None:
         """As lm-eval's, never cached: its cache does not tell one list of lengths from another.
@@ -81,6 +93,8 @@ class LongContextTask(ConfigurableTask):
         The results file gets digests of the prompts, before any chat template.
         """
         check_positions(self.settings.context_lengths, self.config.metadata)
+        in_chats = options.get("apply_chat_template", False)
+        self._thinking = in_chats and self._thinks(options.get("chat_template"))
         super().build_all_requests(**{**options, "cache_requests": False})
         # Of the whole run, of which this process may have a share only.
         asked = self.doc_iterator(limit=options.get("limit"), samples=options.get("samples"))
@@ -96,8 +110,7 @@ class LongContextTask(ConfigurableTask):
     def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
         if "bypass" in self._metric_fn_list:  # --predict_only
             return super().process_results(doc, results)
-        # Backends give None for an answer that there is not.
-        score = self.score(doc, [answer or "" for answer in results])
+        score = self.score(doc, [after_thinking(answer) for answer in results])
         lengths = self.settings.context_lengths
         return {"acc": score, **values_at("acc", lengths, doc["context_length"], score)}
 

@@ -16,13 +16,12 @@ from math import prod
 from typing import Any, Protocol
 
 import datasets
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from .answers import after_thinking, first_number
 from .by_length import BY_LENGTH, digest, metric_list, values_at
 from .evaluated_model import check_positions, token_counter
+from .generated import GeneratedTask
 from .haystack import sentence_starts
 from .prompts import Notes, Prompt
 from .settings import count, depths, evenly_spaced, lengths, read_settings, setting, whole
@@ -35,7 +34,6 @@ _EXCERPT = 200  # characters shown on each side of the needle
 _WORST_CELL = "acc_worst_cell"
 # Chat models write sentences, one token a letter perhaps, and lines without an answer.
 _IN_CHATS = {"max_gen_toks": 128, "until": []}
-_BUDGETS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # to lm-eval
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Haystack(Protocol):
         """The first `size` characters of a sample's text, fewer if there are no more."""
 
 
-class NeedleGrid(ConfigurableTask):
+class NeedleGrid(GeneratedTask):
     """lm-eval's task with documents, prompts and metrics of its own.
 
     Attributes:
@@ -101,7 +99,6 @@ class NeedleGrid(ConfigurableTask):
         metadata = dict(config.get("metadata") or {})
         self.settings = read_settings(self.settings_class, metadata)
         metadata |= {**asdict(self.settings), BY_LENGTH: ["acc"]}  # for the results file
-        self._generation_given: set[str] = set()
         self._answer_begun = False  # whether the answer's beginning is the assistant's
         own = {
             "metadata": metadata,
@@ -189,15 +186,6 @@ class NeedleGrid(ConfigurableTask):
         """What the assistant's turn begins with, if it does: lm-eval's `gen_prefix`."""
         return self.answer_start.format(**doc) if self._answer_begun else None
 
-    def set_config(self, key: str, value: Any, update: bool = False) -> None:
-        """As lm-eval's, which hands over --gen_kwargs so; a budget by any name is the only one."""
-        if key == "generation_kwargs":
-            self._generation_given |= set(value)
-            if update and _BUDGETS & set(value):
-                bare = {k: v for k, v in self.config.generation_kwargs.items() if k not in _BUDGETS}
-                super().set_config(key, bare)
-        super().set_config(key, value, update)
-
     def build_all_requests(
         self,
         *,
@@ -221,8 +209,7 @@ class NeedleGrid(ConfigurableTask):
             "fewshot_as_multiturn": fewshot_as_multiturn,
         }
         self._set_generation(_IN_CHATS if apply_chat_template else self._outside_chats)
-        model = getattr(chat_template, "__self__", None)
-        self._answer_begun = apply_chat_template and self._can_begin_answers(model)
+        self._answer_begun = apply_chat_template and self._can_begin_answers(chat_template)
         around, shortest = 0, self.eval_docs[0]
         if system_instruction or apply_chat_template:
             whole = _text(self._context(shortest))
@@ -252,19 +239,14 @@ class NeedleGrid(ConfigurableTask):
 
     def _set_generation(self, defaults: Mapping[str, Any]) -> None:
         """Sets what ends answers, where the user has not."""
-        own = {key: defaults[key] for key in _IN_CHATS.keys() - self._generation_given}
-        if self._generation_given & _BUDGETS:
+        own = {key: defaults[key] for key in _IN_CHATS.keys() - self.generation_given}
+        if self.budget_given:
             own.pop("max_gen_toks", None)
         self.config.generation_kwargs = {**self.config.generation_kwargs, **own}
 
-    def _can_begin_answers(self, model: Any) -> bool:
+    def _can_begin_answers(self, chat_template: Callable | None) -> bool:
         """Whether, in chats with this model, the answer's beginning can stand in its turn."""
-        if getattr(model, "think_end_token", None):  # its turn begins with thoughts
-            if not self._generation_given & _BUDGETS:
-                logger.warning(
-                    "%s: a model that thinks needs room for it; give --gen_kwargs "
-                    "max_gen_toks=4096, or more", self.config.task,
-                )  # fmt: skip
+        if self._thinks(chat_template):
             return False
         shortest = self.eval_docs[0]
         self._answer_begun = True
@@ -279,10 +261,6 @@ class NeedleGrid(ConfigurableTask):
         """What the model gets, system instruction and chat template included."""
         prefix = self.doc_to_prefix(doc)
         return self.fewshot_context(doc, num_fewshot=0, gen_prefix=prefix, **self._wrapping)
-
-    def _answer_tokens(self) -> int:
-        """The generation budget, under whichever of its names lm-eval knows."""
-        return normalize_gen_kwargs(self.config.generation_kwargs)["max_gen_toks"]
 
     def _build_documents(self, wrapping: int = 0) -> None:
         """Makes prompts that leave `wrapping` tokens to a system instruction or chat template."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from lm_eval.models.utils import normalize_gen_kwargs
-
 from .by_length import effective_length, metric_at
 from .evaluated_model import token_counter
 from .long_context import LongContextGroup, LongContextTask
@@ -87,9 +85,6 @@ class Ruler(LongContextTask):
         if self._answer_tokens() != self._answer:  # --gen_kwargs come after loading
             self.download()
         super().build_all_requests(**options)
-
-    def _answer_tokens(self) -> int:
-        return normalize_gen_kwargs(self.config.generation_kwargs)["max_gen_toks"]
 
     def input(self, doc: Mapping[str, Any]) -> str:
         return self._inputs[doc["context_length"], doc["index"]]

@@ -80,6 +80,8 @@ def test_other_first_numbers(text, number):
         ("<think>7</think> 8 <think>9</think> 12345", " 12345"),
         ("<think>It may be 12345", ""),  # there was no room for the answer
         ("12345 <think>or 7", "12345 "),
+        ("<|channel>thought\n7 or 8<channel|>12345", "12345"),
+        ("<|channel>thought\n12345", ""),
         (None, ""),
     ],
 )

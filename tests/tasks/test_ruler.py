@@ -22,6 +22,7 @@ from lm_eval.utils import make_table
 import yoco_eval.tasks
 from yoco_eval.lm import YocoLM
 from yoco_eval.tasks.by_length import effective_length
+from yoco_eval.tasks.evaluated_model import load_tokenizer
 from yoco_eval.tasks.haystack import SyntheticHaystack
 from yoco_eval.tasks.prompts import TokenCounter
 from yoco_eval.tasks.ruler import RulerGroup, Settings
@@ -294,6 +295,48 @@ def test_all_documents(data, caplog):
     assert "the prompts of context length 65536 have" in caplog.text
     for doc in task.eval_docs:
         assert doc["outputs"][0] in task.doc_to_text(doc)
+
+
+def test_models_that_think(data, reader, caplog):
+    """The user's turn ends with the answer's beginning, and what is thought does not count."""
+
+    class Thinker(reader):
+        think_end_token = "</think>"
+
+        def generate_until(self, requests, disable_tqdm=False):
+            return [self.way.format(answer) for answer in super().generate_until(requests)]
+
+    def run(model, **options):
+        few = make("niah_single_1", context_lengths=2500, samples=2, data=data)
+        results = evaluate(model, few, apply_chat_template=True, **options)
+        digests = results["configs"]["niah_single_1"]["metadata"]["prompts"]
+        return results["results"]["niah_single_1"]["acc,none"], digests
+
+    plain, thinker = reader(2500), Thinker(2500)
+    score, digests = run(plain)
+    assert score == 1 and "needs room" not in caplog.text
+    thinker.way = "<think>Which is it?</think>{}"
+    assert run(thinker) == (1, digests)
+    assert "niah_single_1: a model that thinks needs room" in caplog.text
+    for one, other in zip(plain.asked, thinker.asked, strict=True):
+        begun = one.doc["gen_prefix"]
+        assert one.args[0].endswith(f"<assistant>\n{begun}\n")
+        assert other.args[0].endswith(f"? {begun}\n<assistant>\n")
+        assert one.args[0].count(begun) == other.args[0].count(begun) == 1
+    for thinker.way in ("<think>{}</think>None.", "<think>It may be {}"):
+        assert run(thinker)[0] == 0
+    # Contexts have room for the answers.
+    caplog.clear()
+    counter = TokenCounter(load_tokenizer({"pretrained": "demo-1m"}))
+    for name in ("max_gen_toks", "max_new_tokens"):
+        thinker.asked = []
+        run(thinker, gen_kwargs={name: 800})
+        for request in thinker.asked:
+            settings = {"do_sample": False, "temperature": 0.0, "until": [], name: 800}
+            assert request.args[1] == settings
+            prompt = request.args[0].removeprefix("<user>\n").removesuffix("\n<assistant>\n")
+            assert 2300 < counter.special + counter.count(prompt) + 800 <= 2500
+    assert "needs room" not in caplog.text
 
 
 # Scores
