@@ -1,4 +1,5 @@
-"""Hugging Face folders: `config.json` and safetensors, in shards with an index when large.
+"""Hugging Face folders: `config.json` and safetensors, in shards with an index when large; and
+which tokens end a text, which stands in `generation_config.json`.
 
 What is wrong with a file is told in one line. Nothing of a folder is executed.
 """
@@ -20,7 +21,7 @@ from yoco_eval.printable import listed, shown
 from .errors import CheckpointError
 from .hub import hub_commit
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What Hugging Face's libraries, and others that train with them, write into any config.json, and
 # says nothing about the model.
@@ -32,6 +33,7 @@ BOOKKEEPING = {
     "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ENDS = "eos_token_id"
 _LARGEST_JSON = 64 << 20  # bytes; the index of the largest models has a few million
 
 
@@ -111,6 +113,29 @@ def check_numbers(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype 
             f"{path}: too large for {str(dtype).removeprefix('torch.')} are numbers in "
             f"{listed(bad)}; choose another dtype, such as bfloat16"
         )
+
+
+def end_tokens(folder: Path, vocab_size: int) -> frozenset[int]:
+    """Ids of the tokens that end a text in generation, as transformers reads them: those that
+    `generation_config.json` lists or, where there is none, `config.json`; none if it does not say.
+
+    Raises:
+        CheckpointError: the file is damaged, or an id is no token's of the vocabulary.
+    """
+    file = next((folder / n for n in (GENERATION, CONFIG) if (folder / n).exists()), None)
+    if file is None:
+        return frozenset()
+    settings = read_json(file)
+    text = settings.get("text_config")  # of a model that reads more than texts
+    parts = [settings, text] if file.name == CONFIG and isinstance(text, dict) else [settings]
+    found: Any = next((part[_ENDS] for part in parts if part.get(_ENDS) is not None), [])
+    ids = found if isinstance(found, list) else [found]
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise CheckpointError(
+            f"{file}: {_ENDS} must be the id of a token, 0 to {vocab_size - 1}, or a list of such, "
+            f"not {shown(found)}; copy it again from the model's own folder"
+        )
+    return frozenset(ids)
 
 
 def _shards(index: Path) -> list[str]:

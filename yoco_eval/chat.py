@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 _STEPS, _STEPS_A_CHARACTER, _STEPS_A_MESSAGE = 200_000, 30, 3_000
 _BYTES = 1 << 28  # of memory that it may take beyond what there is
 _limiting = Lock()  # the limit is the process's: a thread must not take another's for its own
-_MARKER = re.compile(r"<\|[^<>|\s]+\|>")  # what is hardly ever meant as plain text
+# What is hardly ever meant as plain text: <|im_start|>; Gemma's <|turn> and <turn|>.
+_MARKER = re.compile(r"<\|[^<>|\s]+\|?>|<[^<>|\s]+\|>")
+_OWN = {"add_generation_prompt", "continue_final_message", "conversation", "messages", "tokenize"}
 
 
 class ChatTemplate:
@@ -31,10 +33,22 @@ class ChatTemplate:
 
     Args:
         tokenizer: with its template, which is read at each use.
+        variables: of the template, beside the chat's own, such as `enable_thinking`.
+
+    Raises:
+        ValueError: one of the variables is the chat's own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._variables = dict(variables or {})
+        if own := _OWN & set(self._variables):
+            raise ValueError(
+                f"{', '.join(sorted(own))}: no variable that a chat template can be given, as each "
+                "request has its own; leave it out"
+            )
         self._checked: set[Any] = set()
 
     def render(self, chat: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
@@ -66,6 +80,7 @@ class ChatTemplate:
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=not add_generation_prompt,
+                    **self._variables,
                 )
         except Exception as error:  # a template raises whatever its author's slips lead to
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from yoco_eval.model.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
+from yoco_eval.model.folder import GENERATION, end_tokens
 from yoco_eval.model.hub import hub_commit
 from yoco_eval.tokenizers import (
     check_ends,
@@ -71,6 +73,7 @@ def convert(
     else:
         check_vocabulary(chosen, config.vocab_size)
     check_ends(chosen)
+    ends = end_tokens(path, config.vocab_size)
     if max_length is not None:
         config = dataclasses.replace(config, max_position_embeddings=max_length)
     if dtype is not None:
@@ -82,6 +85,9 @@ def convert(
         partial.mkdir(parents=True)
         save_checkpoint(partial, config, weights)
         save_tokenizer(chosen, partial, config.max_position_embeddings)
+        if ends - {chosen.eos_token_id}:
+            content = json.dumps({"eos_token_id": sorted(ends)})
+            (partial / GENERATION).write_text(content + "\n", encoding="utf-8")
         if dst.exists():
             dst.rmdir()  # it is empty; Windows would not replace it
         os.replace(partial, dst)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import (
     get_rolling_token_windows,
     make_disjoint_window,
@@ -27,11 +27,13 @@ from tqdm import tqdm
 
 from yoco_eval.model import open_checkpoint
 from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+from yoco_eval.model.folder import end_tokens
 from yoco_eval.model.hub import hub_commit
 
 from .chat import ChatTemplate
 from .devices import find_device, find_dtype
 from .encoding import Encoder
+from .endings import Endings
 from .engine import Engine
 from .lengths import parse_length
 from .memory import OutOfMemory, loading_weights
@@ -49,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 _ARGUMENTS = (
     "pretrained, revision, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, "
-    "prefill_chunk, add_bos_token"
+    "prefill_chunk, add_bos_token, enable_thinking, think_end_token, chat_template_args"
 )
 # Settings of other backends that change nothing if they have these values.
 _WITHOUT_EFFECT = {
@@ -94,6 +96,11 @@ class YocoLM(TemplateLM):
         prefill_chunk: tokens fed at a time; changes memory and speed, not results. Default: as many
             as pay and fit.
         add_bos_token: whether a BOS token stands before every text; default: as the tokenizer does.
+        enable_thinking: given to the chat template under this name, whether it is to ask for
+            thinking; default: as the template does.
+        think_end_token: what ends a model's thinking, as text or as the id of a token: answers
+            begin behind it. Needed where `enable_thinking` is true.
+        chat_template_args: variables for the chat template, by name.
         trust_remote_code: accepted because other backends take it; no code is ever executed.
     """
 
@@ -110,6 +117,9 @@ class YocoLM(TemplateLM):
         max_gen_toks: int = 256,
         prefill_chunk: int | str | None = None,
         add_bos_token: bool | None = None,
+        enable_thinking: bool | None = None,
+        think_end_token: str | int | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
         trust_remote_code: Any = None,
         **unknown: Any,
     ) -> None:
@@ -119,8 +129,8 @@ class YocoLM(TemplateLM):
                 f"unknown model argument {', '.join(sorted(unknown))}; --model yoco takes "
                 f"{_ARGUMENTS}"
             )
-        named = {"pretrained": pretrained, "revision": revision, "tokenizer": tokenizer}
-        named |= {"dtype": dtype, "device": device}
+        named: dict[str, Any] = {"pretrained": pretrained, "revision": revision, "dtype": dtype}
+        named |= {"device": device, "tokenizer": tokenizer, "think_end_token": think_end_token}
         for name, value in named.items():
             if value is not None and not str(value).strip():
                 raise ValueError(f"{name}= is empty; give a value, or leave it out for the default")
@@ -136,8 +146,20 @@ class YocoLM(TemplateLM):
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         auto = re.fullmatch(r"auto(:\d+)?", str(batch_size)) is not None
         batch = None if auto else _count("batch_size", batch_size)
-        if add_bos_token not in (None, True, False):
-            raise ValueError(f"add_bos_token: {add_bos_token!r} is neither True nor False")
+        flags = {"add_bos_token": add_bos_token, "enable_thinking": enable_thinking}
+        for name, flag in flags.items():
+            if flag not in (None, True, False):
+                raise ValueError(f"{name}: {flag!r} is neither True nor False")
+        # As lm-eval's own backends take these three.
+        if enable_thinking and think_end_token is None:
+            raise ValueError(
+                "enable_thinking=True needs think_end_token, what ends the thinking, as answers "
+                "begin behind it; give it with --model_args, such as think_end_token='</think>'"
+            )
+        self.enable_thinking, self.think_end_token = enable_thinking, _token(think_end_token)
+        variables = _variables(chat_template_args)
+        if enable_thinking is not None:
+            variables["enable_thinking"] = enable_thinking
 
         self._name = DEFAULT_CHECKPOINT if pretrained is None else str(pretrained)
         self._revision = None if revision is None else str(revision)  # lm-eval makes 7 a number
@@ -153,7 +175,12 @@ class YocoLM(TemplateLM):
         # Lengths are this backend's business; transformers would warn of every long prompt.
         self.tokenizer.model_max_length = sys.maxsize
         check_ends(self.tokenizer)
-        if self.eot_token_id is None:
+        self._chats = ChatTemplate(self.tokenizer, variables)
+        self._endings = Endings(self.tokenizer, self.think_end_token)
+        self._end_tokens = end_tokens(path, vocabulary)
+        if self.eot_token_id is not None:
+            self._end_tokens |= {self.eot_token_id}
+        if not self._end_tokens:
             logger.warning(
                 "%s: does not say which token ends a text: only stop strings and max_gen_toks end "
                 "a generation", self.tokenizer.name_or_path,
@@ -169,12 +196,18 @@ class YocoLM(TemplateLM):
         )
         if add_bos_token is None:
             add_bos_token = self.tokenizer(SAMPLE).input_ids[0] == self.tokenizer.bos_token_id
+            bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+            if not add_bos_token and bos not in (None, eos):
+                logger.warning(
+                    "%s: puts no BOS token (%s) before texts, with --model hf neither; for a model "
+                    "that was trained with one, as Gemma was, give add_bos_token=True, unless the "
+                    "chat template writes it", self.tokenizer.name_or_path, bos,
+                )  # fmt: skip
         elif add_bos_token and self.tokenizer.bos_token_id is None:
             raise ValueError("add_bos_token=True, but the tokenizer has no BOS token")
         self.add_bos_token = bool(add_bos_token)
         self.engine = Engine(model, batch, chunk)
         self._encoder, self._bos = Encoder(self.tokenizer), self.tokenizer.bos_token_id
-        self._chats = ChatTemplate(self.tokenizer)
         self._encoded: dict[str, np.ndarray] = {}  # texts of the requests at hand
 
     @classmethod
@@ -220,7 +253,11 @@ class YocoLM(TemplateLM):
     def _fingerprint(self) -> str:
         """A hash of all that responses depend on; of each parameter, some numbers stand for all."""
         settings = [self.model.config, self.model.dtype, self.max_length, self.max_gen_toks]
-        digest = hashlib.sha256(repr([*settings, self.add_bos_token]).encode())
+        settings.append(self.add_bos_token)
+        # The tokenizer's own end token is among what follows.
+        ends = sorted(self._end_tokens - {self.eot_token_id})
+        settings += [one for one in (ends, self.think_end_token) if one]
+        digest = hashlib.sha256(repr(settings).encode())
         for name, parameter in self.model.state_dict().items():
             few = parameter.flatten()[:: max(1, parameter.numel() // 4096)].double().tolist()
             digest.update(f"{name} {few}".encode())
@@ -298,16 +335,21 @@ class YocoLM(TemplateLM):
         for name, task in tasks.items():
             if isinstance(task, Mapping):
                 self.refuse_unsupported(task)
-            elif getattr(task, "OUTPUT_TYPE", None) == "generate_until":
-                try:
+                continue
+            kind = getattr(task, "OUTPUT_TYPE", None)
+            try:
+                if kind == "generate_until":
                     self._read_settings(task.config.generation_kwargs or {})
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+                elif kind in ("loglikelihood", "multiple_choice"):
+                    self._refuse_thinking()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """As lm-eval's, which encodes text by text: here those of all requests in parallel."""
+        self._refuse_thinking()
         pairs = (_blanks_moved(*request.args) for request in requests)
         texts = ((before, before + after) for before, after in pairs)
         with self._encoding(chain.from_iterable(texts)):
@@ -392,13 +434,21 @@ class YocoLM(TemplateLM):
                     # lm-eval's cache tells by nothing else that a response is not to be kept.
                     request.args[1]["do_sample"] = True
         self._warn_of_cuts(cuts)
+        lost = 0
         for index, tokens in self._run(
             self.engine.generate, prompts, "generate_until", disable_tqdm
         ):
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            results[index] = postprocess_generated_text(text, settings[index].until, None)
+            results[index] = self._endings.answer(tokens, settings[index].until)
+            full = len(tokens) == settings[index].max_tokens
+            lost += full and self._endings.thinks(tokens)
             if not settings[index].sampled:
                 self.cache_hook.add_partial("generate_until", requests[index].args, results[index])
+        if lost:
+            logger.warning(
+                "%d of %d answers took all of max_gen_toks and have no think_end_token: what there "
+                "is of their thinking was taken for the answer; give them more with --gen_kwargs "
+                "max_gen_toks=...", lost, len(requests),
+            )  # fmt: skip
         return results
 
     def _fit(self, context: TokenIds, continuation: TokenIds) -> ScoreRequest:
@@ -467,33 +517,19 @@ class YocoLM(TemplateLM):
         request = GenerateRequest(
             context=ids[-room:],
             max_tokens=settings.max_tokens,
-            end_tokens=frozenset([] if self.eot_token_id is None else [self.eot_token_id]),
-            stop=self._stopper(settings.until),
+            end_tokens=self._end_tokens,
+            stop=self._endings.stopper(settings.until),
             sampling=replace(settings.sampling, seed=seed),
         )
         return request, max(0, len(ids) - room)
 
-    def _stopper(self, until: Sequence[str]) -> Callable[[list[int], int], int | None] | None:
-        """Says with which generated token a stop string is complete, as `GenerateRequest` asks."""
-        if not until:
-            return None
-        # A token is at least a byte, so a stop string lies within as many tokens as it has bytes;
-        # some more, because decoding may change the first characters of a piece of text.
-        window = max(len(stop.encode()) for stop in until) + 8
-
-        def found(tokens: list[int]) -> bool:
-            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
-            return any(stop in text for stop in until)
-
-        def stop(tokens: list[int], seen: int) -> int | None:
-            ends = range(seen + 1, len(tokens) + 1)
-            # Tokens that come later change what is before them only where blanks are cleaned up.
-            at_once = not self.tokenizer.clean_up_tokenization_spaces
-            if len(ends) > 1 and at_once and not found(tokens[max(0, seen + 1 - window) :]):
-                return None
-            return next((end for end in ends if found(tokens[max(0, end - window) : end])), None)
-
-        return stop
+    def _refuse_thinking(self) -> None:
+        """As lm-eval's backends: no thinking goes before what is scored."""
+        if self.enable_thinking:
+            raise ValueError(
+                "enable_thinking=True is for tasks whose answers are generated, not scored; leave "
+                "it out, or choose other tasks"
+            )
 
     def _warn_of_cuts(self, cuts: Sequence[int]) -> None:
         if count := sum(cut > 0 for cut in cuts):
@@ -533,6 +569,26 @@ def _blanks_moved(context: str, continuation: str) -> tuple[str, str]:
 
 def _ids(tokens: TokenIds) -> np.ndarray:
     return np.asarray(tokens, dtype=np.int32)
+
+
+def _token(given: Any) -> str | int | None:
+    """A text or the id of a token, which may be written in digits."""
+    if given is None or (isinstance(given, str) and not given.isdecimal()):
+        return given
+    if isinstance(given, bool) or not str(given).isdecimal():
+        raise ValueError(f"think_end_token: {given!r} is neither a text nor the id of a token")
+    return int(given)
+
+
+def _variables(given: Any) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"chat_template_args: {given!r} is no mapping of names to values; write --model_args "
+            'as JSON: {"chat_template_args": {"NAME": VALUE}}'
+        )
+    return dict(given)
 
 
 def _length(name: str, value: Any) -> int:

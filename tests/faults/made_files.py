@@ -63,6 +63,7 @@ def make_files(folder: Path) -> None:
 def _checkpoints(folder: Path, model: Yoco, kind: str) -> None:
     native, sharded = folder / f"native-{kind}", folder / f"sharded-{kind}"
     save(model, native)
+    (native / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     whole = checkpoints.save_torch_state_dict
     checkpoints.save_torch_state_dict = lambda *args: whole(*args, max_shard_size=20_000)
     try:

@@ -8,6 +8,7 @@ from functools import partial
 
 import lm_eval
 import pytest
+from hub_tokenizers import gemma, phi
 from lm_eval import simple_evaluate
 from lm_eval.models import api_models
 from lm_eval.models.gguf import GGUFLM
@@ -22,6 +23,7 @@ from yoco_eval.lm import YocoLM
 from yoco_eval.tasks import evaluated_model
 from yoco_eval.tasks.evaluated_model import load_tokenizer, max_positions
 from yoco_eval.tasks.prompts import TokenCounter
+from yoco_eval.tokenizers import load_tokenizer as load_any_tokenizer
 
 
 @pytest.fixture
@@ -161,6 +163,25 @@ def test_no_code_of_a_tokenizer_is_run(folder):
     except ValueError:
         pass
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [gemma, phi])
+def test_models_of_the_hub(tmp_path, hub_cache, kind):
+    """By path and by name: the tokenizer that the backend has, no code run."""
+    own = load_any_tokenizer(kind(tmp_path / "own"))
+    config = {"model_type": "gemma4", "text_config": {"max_position_embeddings": 4096}}
+    if kind is phi:
+        config = {"model_type": "phi4flash", "max_position_embeddings": 4096}
+        config["auto_map"] = {"AutoConfig": "configuration_phi4flash.Phi4FlashConfig"}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    hub_cache("org/model", tmp_path / "own", "1" * 40, branch="main")
+    text = "The special number of Oslo is 48213.\n\nWhat? Ünknown<turn|> <|end|>"
+    for name in (str(tmp_path / "own"), "org/model"):
+        loaded = load_tokenizer({"pretrained": name})
+        assert loaded(text).input_ids == own(text).input_ids
+        assert max_positions({"pretrained": name}) == 4096
+        counter = TokenCounter(loaded, add_bos_token=kind is gemma)
+        assert counter.special + counter.count(text) == len(own(text).input_ids)
 
 
 def test_a_tokenizer_in_a_subfolder(tmp_path, folder):

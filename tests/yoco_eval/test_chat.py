@@ -60,6 +60,8 @@ def test_markers_that_a_converted_tokenizer_splits_are_refused(caplog):
     assert chats(CHATML).render(CHAT).startswith("<|im_start|>system")
     assert "dir/t: its chat template writes <|im_start|>, <|im_end|>, which are no" in caplog.text
     assert "<|x|>" not in caplog.text
+    chats("<|turn>user\n{{ messages[1].content }} <b><turn|>", tokens=["<turn|>"]).render(CHAT)
+    assert "its chat template writes <|turn>, which are no" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from yoco_eval.convert import convert
 from yoco_eval.lm import YocoLM
 from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig, load, save
 from yoco_eval.model.checkpoint import CheckpointError, load_checkpoint
+from yoco_eval.model.folder import end_tokens
 from yoco_eval.tokenizers import TokenizerError, checkpoint_tokenizer, save_tokenizer
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"
@@ -138,6 +139,15 @@ def test_a_tokenizer_that_neither_begins_nor_ends_a_text_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match="tokenizer.json: does not say which token begins or"):
         convert(PUBLISHED / "sliding_window", tmp_path / "dst", tokenizer=tmp_path)
     assert not (tmp_path / "dst").exists()
+
+
+def test_what_ends_texts_is_taken_along(small, tmp_path):
+    source = convert(PUBLISHED / "gated_retention", tmp_path / "source", tokenizer=small)
+    for ends, written in ([2], False), ([2, 5], True):
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        dst = convert(source, tmp_path / str(written))
+        assert (dst / "generation_config.json").exists() == written
+    assert end_tokens(dst, 96) == {2, 5}
 
 
 @pytest.mark.parametrize("state", ["file", "full"])

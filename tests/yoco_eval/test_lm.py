@@ -199,30 +199,6 @@ def test_answers_depend_on_nothing_beside_them(folder):
     assert any(a != b for a, b, (_, how) in again if "temperature" in how)
 
 
-@pytest.mark.parametrize("clean_up", [False, True])
-def test_a_stop_string_is_found_where_it_is_complete(lm, clean_up):
-    """Asked about every token, or about many at a time."""
-    lm.tokenizer.clean_up_tokenization_spaces = clean_up
-    rng = random.Random(6)
-    for _ in range(30):
-        tokens = [int(t) for t in lm._tokens(text(rng, 25))] + [
-            rng.randrange(300) for _ in range(9)
-        ]
-        rng.shuffle(tokens)
-        whole = lm.tokenizer.decode(tokens)
-        begin = rng.randrange(len(whole) - 3)
-        until = [whole[begin : begin + rng.choice([1, 2, 6])], "never said"]
-        stop = lm._stopper(until)
-        ends = (end for end in range(1, len(tokens) + 1) if stop(tokens[:end], end - 1))
-        first = next(ends, None)
-        for every in (5, len(tokens)):
-            found = None
-            for seen in range(0, len(tokens), every):
-                found = found or stop(tokens[: seen + every], seen)
-            assert found == first
-        assert first is None or any(s in lm.tokenizer.decode(tokens[:first]) for s in until)
-
-
 def test_generation_settings(lm):
     def generate(seed, **settings):
         torch.manual_seed(seed)
