@@ -337,13 +337,11 @@ def open_gemma4(path: Path) -> Blueprint | None:
 def _weights(
     folder: Path, config: Gemma4Config, prefix: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Under the names of `Gemma4`'s parameters, with heads in the order in which neighbours are
-    turned."""
-    layout = config.layout
+    """Under the names of `Gemma4`'s parameters."""
 
     def wanted(name: str) -> bool:
         found = _KEYS_VALUES.fullmatch(name.removeprefix(prefix))
-        return name.startswith(prefix) and not (found and int(found[1]) > layout.exit)
+        return name.startswith(prefix) and not (found and int(found[1]) > config.layout.exit)
 
     weights = read_weights(folder, wanted)
     weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
@@ -351,7 +349,18 @@ def _weights(
         expected = {name: weight.shape for name, weight in Gemma4(config).named_parameters()}
     check_names(folder, expected, weights, prefix.__add__)
     check_numbers(folder, {prefix + name: weight for name, weight in weights.items()}, dtype)
+    return gemma4_weights(config, weights)
+
+
+def gemma4_weights(config: Gemma4Config, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights, with heads in the order in which neighbours are turned.
+
+    Args:
+        weights: of transformers' language model, without what stands before all names.
+    """
+    turned = dict(weights)
     for name in weights:
         if found := _QUERIES_KEYS.fullmatch(name):
-            weights[name] = neighbours(weights[name], layout.heads(int(found[1])).dim)
-    return weights
+            heads = config.layout.heads(int(found[1]))
+            turned[name] = neighbours(weights[name], heads.dim)
+    return turned
