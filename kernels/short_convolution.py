@@ -1,11 +1,11 @@
-"""The short convolution of gated DeltaNet: each channel's last W tokens, weighted, through silu.
+"""A short convolution: each channel's last W tokens, weighted, through silu.
 
-    y_p = silu(sum over j < W of weight_j x_(p - W + 1 + j))
+    y_p = silu(bias + sum over j < W of weight_j x_(p - W + 1 + j))
 
-per channel, with the weights in the order of PyTorch's `conv1d`: the last is that of token p. What
-a text that goes on needs of the tokens before it is its tail, the last W - 1 inputs. The sums are
-taken in float32, or in float64 for float64 inputs. On a GPU both functions are Triton kernels
-(`short_convolution_triton`).
+per channel, in gated DeltaNet without a bias and in Mamba with one. The weights are in the order of
+PyTorch's `conv1d`: the last is that of token p. What a text that goes on needs of the tokens before
+it is its tail, the last W - 1 inputs. The sums are taken in float32, or in float64 for float64
+inputs. On a GPU both functions are Triton kernels (`short_convolution_triton`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def short_convolution(
     sequences: Sequences,
     tails: Tensor | None = None,
     keep: bool = True,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution over packed sequences, each with its own tail.
 
@@ -35,6 +36,7 @@ def short_convolution(
         tails: [m, W - 1, C] of x's dtype, the inputs before the sequences, of which
             `sequences.sources` picks each sequence's; None stands for zeros. Not changed.
         keep: whether the tails after the sequences are asked for.
+        bias: [C] of x's dtype; None: there is none.
 
     Returns:
         silu(y) [T, C] in x's dtype, contiguous; and the last W - 1 inputs of each of the n
@@ -44,8 +46,8 @@ def short_convolution(
     if use_triton(x, weight):
         from .short_convolution_triton import short_convolution as fast
 
-        return run_triton(fast, x, weight, sequences, tails, keep)
-    return short_convolution_reference(x, weight, sequences, tails, keep)
+        return run_triton(fast, x, weight, sequences, tails, keep, bias)
+    return short_convolution_reference(x, weight, sequences, tails, keep, bias)
 
 
 def short_convolution_reference(
@@ -54,6 +56,7 @@ def short_convolution_reference(
     sequences: Sequences,
     tails: Tensor | None = None,
     keep: bool = True,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`short_convolution` in PyTorch, on any device and differentiable."""
     count, before = len(sequences.lengths), weight.shape[1] - 1
@@ -75,17 +78,20 @@ def short_convolution_reference(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide, taps = longer.to(dtype), weight.T.to(dtype)
     y = sum(tap * wide[j : len(wide) - before + j] for j, tap in enumerate(taps))
-    out = F.silu(y[tokens[before:]]).to(x.dtype)
+    y = y[tokens[before:]] if bias is None else y[tokens[before:]] + bias.to(dtype)
+    out = F.silu(y).to(x.dtype)
     if not keep:
         return out, None
     return out, longer[ends[:, None] - before + torch.arange(before, device=x.device)]
 
 
-def short_convolution_step(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+def short_convolution_step(
+    x: Tensor, weight: Tensor, tail: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """The convolution for one token of each of B sequences.
 
     Args:
-        x: [B, C] and weight [C, W], as in `short_convolution`.
+        x: [B, C], weight [C, W] and bias [C], as in `short_convolution`.
         tail: [B, W - 1, C] of x's dtype, contiguous, CHANGED IN PLACE to the tails after the
             tokens.
 
@@ -95,13 +101,16 @@ def short_convolution_step(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     if use_triton(x, weight):
         from .short_convolution_triton import short_convolution_step as fast
 
-        return run_triton(fast, x, weight, tail)
-    return short_convolution_step_reference(x, weight, tail)
+        return run_triton(fast, x, weight, tail, bias)
+    return short_convolution_step_reference(x, weight, tail, bias)
 
 
-def short_convolution_step_reference(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+def short_convolution_step_reference(
+    x: Tensor, weight: Tensor, tail: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """`short_convolution_step` in PyTorch."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     window = torch.cat([tail, x[:, None]], dim=1)
     tail.copy_(window[:, 1:])
-    return F.silu((window.to(dtype) * weight.T.to(dtype)).sum(1)).to(x.dtype)
+    y = (window.to(dtype) * weight.T.to(dtype)).sum(1)
+    return F.silu(y if bias is None else y + bias.to(dtype)).to(x.dtype)

@@ -21,7 +21,12 @@ _TOKENS, _CHANNELS = 16, 128  # a program's tile
 
 
 def short_convolution(
-    x: Tensor, weight: Tensor, sequences: Sequences, tails: Tensor | None, keep: bool
+    x: Tensor,
+    weight: Tensor,
+    sequences: Sequences,
+    tails: Tensor | None,
+    keep: bool,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`short_convolution.short_convolution` on the GPU."""
     length, channels = x.shape
@@ -39,20 +44,20 @@ def short_convolution(
     tiles = triton.cdiv(channels, _CHANNELS)
     unit, (x_row,) = in_units(x.stride(0))
     _convolve[(tiles * len(table),)](
-        x, taps, table, tails, out, last, x_row, taps.stride(0), channels, tiles, UNIT=unit,
-        WIDTH=width, BEFORE=before, TOKENS=tokens, CHANNELS=_CHANNELS, num_warps=4,
+        x, taps, bias, table, tails, out, last, x_row, taps.stride(0), channels, tiles,
+        UNIT=unit, WIDTH=width, BEFORE=before, TOKENS=tokens, CHANNELS=_CHANNELS, num_warps=4,
     )  # fmt: skip
     return out, last
 
 
-def short_convolution_step(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+def short_convolution_step(x: Tensor, weight: Tensor, tail: Tensor, bias: Tensor | None) -> Tensor:
     """`short_convolution.short_convolution_step` on the GPU."""
     x = dense_rows(x)
     batch, channels = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(channels, _CHANNELS)
     _step[(tiles * batch,)](
-        x, weight, tail, out, x.stride(0), *weight.stride(), channels, tiles,
+        x, weight, bias, tail, out, x.stride(0), *weight.stride(), channels, tiles,
         WIDTH=weight.shape[1], CHANNELS=_CHANNELS, num_warps=1,
     )  # fmt: skip
     return out
@@ -62,6 +67,7 @@ def short_convolution_step(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
 def _convolve(
     x_ptr,  # [T, C]
     taps_ptr,  # [WIDTH, C]
+    bias_ptr,  # [C] or None
     table_ptr,  # of blocks of TOKENS tokens
     tails_ptr,  # [.., WIDTH - 1, C], contiguous, or None: zeros
     out_ptr,  # [T, C], contiguous
@@ -91,6 +97,8 @@ def _convolve(
 
     x_first = x_ptr + first * tl.cast(x_row, tl.int64)
     y = tl.zeros((TOKENS, CHANNELS), tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + channel, mask=here, other=0.0).to(tl.float32)
     for j in tl.static_range(WIDTH):
         back = WIDTH - 1 - j
         x = tl.load(
@@ -143,6 +151,7 @@ def _convolve(
 def _step(
     x_ptr,  # [B, C]
     weight_ptr,  # [C, WIDTH]
+    bias_ptr,  # [C] or None
     tail_ptr,  # [B, WIDTH - 1, C], changed in place
     out_ptr,  # [B, C], contiguous
     x_row,
@@ -160,6 +169,8 @@ def _step(
     tail_ptr += sequence * (WIDTH - 1) * channels + channel
     newest = tl.load(x_ptr + sequence * x_row + channel, mask=here, other=0.0)
     y = tl.zeros((CHANNELS,), tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + channel, mask=here, other=0.0).to(tl.float32)
     for j in tl.static_range(WIDTH - 1):
         x = tl.load(tail_ptr + j * channels, mask=here, other=0.0)
         tap = tl.load(

@@ -19,7 +19,8 @@ ON_GPU = torch.cuda.is_available()
 def packed(
     lengths, channels=6, width=4, dtype=torch.float64, device="cpu", sources=None, tails=0, pad=0
 ):
-    """All arguments of `short_convolution`, with as many starting tails as told."""
+    """All arguments of `short_convolution`, with as many starting tails as told; with a bias, if
+    there are any."""
     torch.manual_seed(sum(lengths) + channels)
     y = torch.randn(sum(lengths), pad + channels + pad).to(device, dtype)
     starts = tuple(7 * i for i in range(len(lengths)))
@@ -29,10 +30,11 @@ def packed(
         "sequences": Sequences(tuple(lengths), starts, torch.device(device), sources),
         "tails": torch.randn(tails, width - 1, channels).to(device, dtype) if tails else None,
         "keep": True,
+        "bias": torch.randn(channels).to(device, dtype) if tails else None,
     }
 
 
-def by_definition(x, weight, sequences, tails, keep):
+def by_definition(x, weight, sequences, tails, keep, bias):
     """Term by term, the inputs before a sequence from its tail."""
     before = weight.shape[1] - 1
     outputs, lasts = [], []
@@ -42,6 +44,7 @@ def by_definition(x, weight, sequences, tails, keep):
         rows = torch.cat([tail, x[start:end]])
         for p in range(end - start):
             y = sum(weight[:, j] * rows[p + j] for j in range(before + 1))
+            y = y if bias is None else y + bias
             outputs.append(y * torch.sigmoid(y))
         lasts.append(rows[len(rows) - before :])
     return torch.stack(outputs), torch.stack(lasts) if keep else None
@@ -78,7 +81,7 @@ def test_gradients():
 def test_step_changes_its_tails_in_place(width):
     args = packed([1, 1, 1], width=width, tails=3)
     tail = args["tails"].clone()
-    out = short_convolution_step(args["x"], args["weight"], tail)
+    out = short_convolution_step(args["x"], args["weight"], tail, args["bias"])
     for a, e in zip((out, tail), by_definition(**args), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-13)
 
@@ -118,7 +121,7 @@ def test_triton(triton_version, close, dtype, device, lengths, width, given):
 def test_triton_step(triton_version, close, dtype, device, width):
     args = packed([1] * 3, 200, width, dtype, device, tails=3, pad=1)
     tail, wide_tail = args["tails"], args["tails"].double()
-    wide = in_float64(args)
-    out = triton_version.short_convolution_step(args["x"], args["weight"], tail)
-    close(out, short_convolution_step_reference(wide["x"], wide["weight"], wide_tail))
+    rest = {name: args[name] for name in ("x", "weight", "bias")}
+    out = triton_version.short_convolution_step(tail=tail, **rest)
+    close(out, short_convolution_step_reference(tail=wide_tail, **in_float64(rest)))
     assert torch.equal(tail.double(), wide_tail)
