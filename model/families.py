@@ -15,12 +15,14 @@ from .gemma3n import open_gemma3n
 from .gemma4 import open_gemma4
 from .hub import hub_commit
 from .interface import Blueprint, Model, default_dtype
+from .phi4flash import open_phi4flash
 
 # Each says of a path what model lies there, or None where it is of another family.
 _FAMILIES: tuple[Callable[[Path], Blueprint | None], ...] = (
     open_yoco,
     open_gemma3n,
     open_gemma4,
+    open_phi4flash,
 )
 
 

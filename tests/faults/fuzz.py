@@ -54,6 +54,7 @@ _BATCH = 100  # cases of one fork
 _LONGEST = 2000  # characters of a line of error: a screenful
 _FAULTS = ("traceback", "hang", "memory", "executed", "unclean")
 _STARTED = "started"
+_ONE_LAYOUT = ("gemma", "phi4flash")  # checkpoints of families that are not converted
 _NAMES = {
     "accepted": "accepted", "refused": "refused in one line", "traceback": "tracebacks",
     "hang": f"hangs over {HANG:.0f} s", "memory": f"over {MEMORY >> 30} GiB",
@@ -384,7 +385,7 @@ def _warm_up(files: Path, folder: Path) -> None:
                 _command("profile", "--read", early / "profile.json", "-o", "out.svg"),
             ]
             for checkpoint in sorted((files / "checkpoints").iterdir()):
-                if not checkpoint.name.startswith("gemma"):  # which are of one layout alone
+                if not checkpoint.name.startswith(_ONE_LAYOUT):
                     runs.append(_command("convert", checkpoint, checkpoint.name))
                 runs.append(_command("plan", "--pretrained", checkpoint, "--length", "1k"))
             chosen = [tokenizers / "json", tokenizers / "tiktoken"]

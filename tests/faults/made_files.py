@@ -25,7 +25,8 @@ from yoco_eval.reports.profile import Profile, ProfileRow
 from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.tokenizers import save_tokenizer
 
-FLA = Path(__file__).parents[1] / "data" / "fla"
+DATA = Path(__file__).parents[1] / "data"
+FLA = DATA / "fla"
 VOCABULARY = 320
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n"
@@ -55,6 +56,7 @@ def make_files(folder: Path) -> None:
         _letters(fla, json.loads((fla / "config.json").read_text())["vocab_size"])
     _gemma3n(folder / "checkpoints" / "gemma3n")
     _gemma4(folder / "checkpoints" / "gemma4")
+    _phi4flash(folder / "checkpoints" / "phi4flash")
     _tokenizers(folder / "tokenizers")
     _results(folder / "results")
     _profile(folder / "profiles")
@@ -136,6 +138,11 @@ def _gemma4(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma4_text", **settings}))
     _letters(folder)
+
+
+def _phi4flash(folder: Path) -> None:
+    shutil.copytree(DATA / "phi4flash", folder, ignore=shutil.ignore_patterns("expected.pt"))
+    _letters(folder, json.loads((folder / "config.json").read_text())["vocab_size"])
 
 
 def _tokenizers(folder: Path) -> None:
