@@ -313,16 +313,16 @@ def test_on_the_card(dtype):
         weight.copy_(weight.to(dtype))
     fast = Phi4Flash.empty(config, torch.device("cuda"), dtype)
     fast.load_state_dict(exact.state_dict())
-    texts = torch.randint(60, (3, 1500))
+    texts = torch.randint(60, (3, 800))
     texts[1, :30] = texts[0, :30]
-    expected = [fed(exact, text, 1500) for text in (texts[0], *texts[1:, :60])]
+    expected = [fed(exact, text, 800) for text in (texts[0], *texts[1:, :60])]
     limit = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
 
     def assert_near(found, reference):
         assert (found.double().cpu() - reference).norm() < limit * reference.norm()
 
     with torch.inference_mode():
-        assert_near(fed(fast, texts[0].cuda(), 1111), expected[0])
+        assert_near(fed(fast, texts[0].cuda(), 555), expected[0])
         steps = list(decoded_side_by_side(fast, texts))
         found = torch.stack([logits for *_, logits in steps])
         assert_near(found, torch.stack([expected[text][position] for text, position, _ in steps]))
