@@ -36,8 +36,9 @@ from yoco_eval.lengths import format_length
 from yoco_eval.memory import chunk_sizes
 from yoco_eval.model import Model, Span, Spans, Yoco
 from yoco_eval.model.fla import fla_config, fla_weights
-from yoco_eval.model.gemma4 import Gemma4, gemma4_weights
+from yoco_eval.model.gemma4 import Gemma4
 from yoco_eval.model.gemma4_config import Gemma4Config
+from yoco_eval.model.gemma_folder import turned
 from yoco_eval.model.interface import take
 from yoco_eval.model.shapes import SHAPES
 
@@ -146,7 +147,7 @@ def gemma4_pair(device: torch.device) -> Pair:
     peer.generation_config.eos_token_id = None
     config = Gemma4Config.from_dict(E2B)
     weights = {name.removeprefix("model."): w for name, w in peer.state_dict().items()}
-    ours = Gemma4.of_weights(config, gemma4_weights(config, weights), device, torch.bfloat16)
+    ours = Gemma4.of_weights(config, turned(weights, config.layout), device, torch.bfloat16)
 
     @torch.inference_mode()
     def feed(ids: Tensor) -> Tensor:

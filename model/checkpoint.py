@@ -116,17 +116,12 @@ def resolve_checkpoint(
     return found
 
 
-def open_yoco(path: Path) -> Blueprint | None:
+def open_yoco(path: Path) -> Blueprint:
     """The model of a checkpoint of any layout of YOCO's, whose weights are read when it is made.
-
-    Returns:
-        None where it is a Hugging Face folder of another type of models.
 
     Raises:
         CheckpointError: as `load_config`; and when it is made, as `load_checkpoint`.
     """
-    if is_folder(path) and read_json(path / CONFIG).get("model_type") != MODEL_TYPE:
-        return None
     config = load_config(path)
 
     def make(device: torch.device, dtype: torch.dtype) -> Yoco:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from yoco_eval.printable import shown
@@ -34,3 +35,14 @@ def check_multiple(name: str, value: int, of: int) -> None:
     """Refuses what is no multiple of `of`."""
     if value % of:
         raise ValueError(f"{name} = {value} is no multiple of {of}")
+
+
+def check_only(settings: Mapping[str, Any], only: Mapping[str, Any]) -> None:
+    """Refuses settings of which one value is supported, the one that holds where they are left
+    out, if they have another."""
+    for name, value in only.items():
+        if settings.get(name, value) != value:
+            raise ValueError(
+                f"{name} = {shown(settings[name])} is not supported, only {shown(value)}; evaluate "
+                "this model with --model hf"
+            )

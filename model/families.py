@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .checkpoint import load_config, open_yoco, resolve_checkpoint
+from yoco_eval.printable import shown
+
+from .checkpoint import MODEL_TYPE, load_shape, open_yoco, resolve_checkpoint
 from .errors import CheckpointError
-from .gemma3n import open_gemma3n
-from .gemma4 import open_gemma4
+from .folder import CONFIG, is_folder, read_json
+from .gemma3n import Gemma3n, gemma3n_weights
+from .gemma3n_config import Gemma3nConfig, read_gemma3n
+from .gemma4 import Gemma4, gemma4_weights
+from .gemma4_config import Gemma4Config, read_gemma4
 from .hub import hub_commit
-from .interface import Blueprint, Model, default_dtype
-from .phi4flash import open_phi4flash
+from .interface import Blueprint, Config, Model, default_dtype
+from .phi4flash import Phi4Flash
+from .phi4flash_config import Phi4FlashConfig, read_phi4flash
+from .phi4flash_weights import phi4flash_weights
+from .yoco import Yoco
 
-# Each says of a path what model lies there, or None where it is of another family.
-_FAMILIES: tuple[Callable[[Path], Blueprint | None], ...] = (
-    open_yoco,
-    open_gemma3n,
-    open_gemma4,
-    open_phi4flash,
+
+@dataclass(frozen=True)
+class Family:
+    """A family beside YOCO, whose checkpoints are Hugging Face folders.
+
+    Attributes:
+        name: what people call it.
+        config, model: the classes of its configurations and of its models; the latter has
+            `costs_of`, `empty` and `of_weights`, as `Yoco` has them.
+        read: takes what a `config.json` says to a configuration, or to None where it is of another
+            family; raises ValueError where it cannot be used.
+        weights: reads a folder's weights, by the names of the model's parameters, for a
+            configuration and the dtype that they are going to be converted to; raises
+            CheckpointError.
+    """
+
+    name: str
+    config: type[Any]
+    model: Any
+    read: Callable[[Mapping[str, Any]], Any]
+    weights: Callable[[Path, Any, torch.dtype], Mapping[str, Tensor]]
+
+
+_YOCO = "YOCO"
+_FAMILIES = (
+    Family("Gemma 3n", Gemma3nConfig, Gemma3n, read_gemma3n, gemma3n_weights),
+    Family("Gemma 4", Gemma4Config, Gemma4, read_gemma4, gemma4_weights),
+    Family("Phi-4-mini-flash", Phi4FlashConfig, Phi4Flash, read_phi4flash, phi4flash_weights),
 )
 
 
@@ -39,11 +71,74 @@ def open_checkpoint(name: str | Path, revision: str | None = None) -> Blueprint:
             of the weights when the model is made.
     """
     path = resolve_checkpoint(name, revision)
+    blueprint = open_folder(path) or open_yoco(path)
+    return replace(blueprint, make=partial(_make, blueprint, name, hub_commit(path)))
+
+
+def open_folder(path: Path) -> Blueprint | None:
+    """The model of a Hugging Face folder; None where it is YOCO's, or there is no such folder.
+
+    Raises:
+        CheckpointError: it is of no family, or its configuration cannot be used; faults of the
+            weights when the model is made.
+    """
+    found = _read(path / CONFIG) if is_folder(path) else None
+    if found is None:
+        return None
+    family, config = found
+
+    def make(device: torch.device, dtype: torch.dtype) -> Model:
+        weights = family.weights(path, config, dtype)
+        model: Model = family.model.of_weights(config, weights, device, dtype)
+        return model
+
+    return Blueprint(config, family.model.costs_of(config), make)
+
+
+def read_shape(path: Path) -> Config:
+    """The configuration in a `config.json` of any family, or in what else `load_shape` takes.
+
+    Raises:
+        CheckpointError: as `open_folder` and `load_shape`.
+    """
+    file = path / CONFIG if is_folder(path) else path
+    found = _read(file) if file.suffix == ".json" else None
+    return load_shape(path) if found is None else found[1]
+
+
+def model_class(config: Config) -> Any:
+    """That of models with such a configuration, which has `costs_of` and `empty`, as `Yoco`."""
+    family = _family(config)
+    return family.model if family else Yoco
+
+
+def family_name(config: Config) -> str:
+    """What people call models with such a configuration."""
+    family = _family(config)
+    return family.name if family else _YOCO
+
+
+def _family(config: Config) -> Family | None:
+    return next((family for family in _FAMILIES if isinstance(config, family.config)), None)
+
+
+def _read(file: Path) -> tuple[Family, Any] | None:
+    """The family of a `config.json` and its configuration; None where it is YOCO's."""
+    settings = read_json(file)
+    if settings.get("model_type") in (None, MODEL_TYPE):
+        return None
     for family in _FAMILIES:
-        if blueprint := family(path):
-            return replace(blueprint, make=partial(_make, blueprint, name, hub_commit(path)))
-    load_config(path)  # says what it is
-    raise CheckpointError(f"{path}: of no family of models that is known here")
+        try:
+            config = family.read(settings)
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        if config is not None:
+            return family, config
+    known = ", ".join((_YOCO, *(family.name for family in _FAMILIES)))
+    raise CheckpointError(
+        f"{file}: says model_type {shown(settings['model_type'])}, none of {known}; evaluate other "
+        "models with lm-eval's own backends, such as --model hf"
+    )
 
 
 def load(

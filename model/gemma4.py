@@ -1,4 +1,4 @@
-"""Gemma 4 with shared keys and values, E2B and E4B: layers, model, weights.
+"""Gemma 4 with shared keys and values, E2B and E4B: layers and model.
 
 Equations and the weights' names: `modeling_gemma4.py` of transformers 5.23. Beside what
 `kv_sharing` describes, each part of a layer has a norm before and after it; queries, keys and
@@ -12,7 +12,6 @@ not read: the texts of evaluations have none.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,10 +27,10 @@ from yoco_eval.kernels.sequences import Sequences, Spans, Step
 from yoco_eval.kernels.swiglu import geglu
 
 from .decoder import Decoder
-from .folder import CONFIG, check_names, check_numbers, is_folder, read_json, read_weights
-from .gemma4_config import PREFIXES, Gemma4Config, read_gemma4
+from .gemma4_config import Gemma4Config
 from .gemma4_costs import Gemma4Costs
-from .interface import Blueprint
+from .gemma_folder import text_weights
+from .gemma_parts import gelu, layer_inputs, rounded, soft_cap
 from .kv_sharing import (
     Decoding,
     Feeding,
@@ -39,16 +38,10 @@ from .kv_sharing import (
     Rings,
     SharedCache,
     SharedState,
-    begin_rings,
-    new_rings,
+    new_decoder,
 )
 from .layers import RMSNorm
 from .linear import Embedding, Stack, allocate, linear
-from .rotary import neighbours
-
-# Keys and values of layers; those that share may have some in files, which nothing reads.
-_KEYS_VALUES = re.compile(r"layers\.(\d{1,9})\.self_attn\.[kv]_(?:proj|norm)\..*")
-_QUERIES_KEYS = re.compile(r"layers\.(\d{1,9})\.self_attn\.[qk]_(?:proj|norm)\.weight")
 
 
 class Attention(nn.Module):
@@ -140,8 +133,7 @@ class Layer(nn.Module):
         return attention.o_proj(out.flatten(-2))
 
     def _added(self, x: Tensor, inputs: Tensor) -> Tensor:
-        gate = F.gelu(self.per_layer_input_gate(x), approximate="tanh")
-        return self.per_layer_projection(gate.mul_(inputs))
+        return self.per_layer_projection(gelu(self.per_layer_input_gate(x)).mul_(inputs))
 
     def _plus(self, x: Tensor, norm: RMSNorm, made: Tensor) -> Tensor:
         return rms_norm_add(made, norm.weight, self.eps, x)
@@ -264,22 +256,12 @@ class Gemma4(nn.Module):
         self, cache: SharedCache, size: int = 1, room: int | None = None
     ) -> Decoder[SharedState]:
         """Decodes up to `size` texts side by side, whose keys and values are in the cache."""
-        memory = new_rings(self.layout, size, self.dtype, self.device)
-        return Decoder(
-            partial(self._step, cache=cache),
-            partial(begin_rings, memory),
-            memory,
-            cache,
-            size,
-            room,
-            self.device,
-            self.dtype,
-            graph=use_triton(cache.keys, self.embed_tokens.weight),
-        )
+        graph = use_triton(cache.keys, self.embed_tokens.weight)
+        return new_decoder(self.layout, self._step, cache, size, room, graph)
 
-    def _step(self, tokens: Tensor, step: Step, memory: Rings, cache: SharedCache) -> Tensor:
+    def _step(self, tokens: Tensor, step: Step, rings: Rings, cache: SharedCache) -> Tensor:
         """Logits [B, vocab_size] after tokens [B]."""
-        decoding = Decoding(self.layout, cache, memory, step)
+        decoding = Decoding(self.layout, cache, rings, step)
         x, inputs = self._embedded(tokens, range(len(self.layers)))
         for i, layer in enumerate(self.layers):
             own = i <= self.layout.exit
@@ -289,78 +271,29 @@ class Gemma4(nn.Module):
 
     def _embedded(self, input_ids: Tensor, layers: range) -> tuple[Tensor, Tensor]:
         """Of tokens [T], what comes into the first layer [T, hidden_size], and the inputs of some
-        layers [T, len(layers), hidden_size_per_layer_input], which add to what is looked up what is
-        made of the former."""
+        layers [T, len(layers), hidden_size_per_layer_input]."""
         config, size = self.config, self.config.hidden_size_per_layer_input
-        x = self.embed_tokens(input_ids).mul_(_root(config.hidden_size, self.dtype))
-        rows = slice(layers.start * size, layers.stop * size)
-        made = F.linear(x, self.per_layer_model_projection.weight[rows])
-        made = made.mul_(config.hidden_size**-0.5).unflatten(-1, (-1, size))
-        made = rms_norm(made, self.per_layer_projection_norm.weight, config.rms_norm_eps)
-        found = F.embedding(input_ids, self.embed_tokens_per_layer.weight[:, rows])
-        found = found.mul_(_root(size, self.dtype)).unflatten(-1, (-1, size))
-        return x, made.add_(found).mul_(2**-0.5)
+        x = self.embed_tokens(input_ids).mul_(rounded(math.sqrt(config.hidden_size), self.dtype))
+        inputs = layer_inputs(
+            input_ids,
+            x,
+            layers,
+            self.embed_tokens_per_layer.weight,
+            self.per_layer_model_projection.weight,
+            self.per_layer_projection_norm.weight,
+            config.rms_norm_eps,
+            (rounded(math.sqrt(size), self.dtype), config.hidden_size**-0.5, 2**-0.5),
+        )
+        return x, inputs
 
     def _capped(self, logits: Tensor) -> Tensor:
         """In place."""
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        return logits if cap is None else soft_cap(logits, cap)
 
 
-def _root(size: int, dtype: torch.dtype) -> float:
-    """The square root, by which embeddings are multiplied, as near as the weights' dtype has it:
-    the model was trained with that in bfloat16."""
-    return torch.tensor(math.sqrt(size), dtype=dtype).item()
-
-
-def open_gemma4(path: Path) -> Blueprint | None:
-    """The model of a Hugging Face folder, multimodal or of the language model alone, whose weights
-    are read when it is made.
-
-    Returns:
-        None where it is of another type of models.
-
-    Raises:
-        CheckpointError: it is of a kind of Gemma 4 that is not supported, or damaged; faults of the
-            weights when it is made.
-    """
-    if not is_folder(path) or (config := read_gemma4(path / CONFIG)) is None:
-        return None
-    prefix = PREFIXES[read_json(path / CONFIG)["model_type"]]
-
-    def make(device: torch.device, dtype: torch.dtype) -> Gemma4:
-        return Gemma4.of_weights(config, _weights(path, config, prefix, dtype), device, dtype)
-
-    return Blueprint(config, Gemma4.costs_of(config), make)
-
-
-def _weights(
-    folder: Path, config: Gemma4Config, prefix: str, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Under the names of `Gemma4`'s parameters."""
-
-    def wanted(name: str) -> bool:
-        found = _KEYS_VALUES.fullmatch(name.removeprefix(prefix))
-        return name.startswith(prefix) and not (found and int(found[1]) > config.layout.exit)
-
-    weights = read_weights(folder, wanted)
-    weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+def gemma4_weights(folder: Path, config: Gemma4Config, dtype: torch.dtype) -> dict[str, Tensor]:
+    """As `text_weights`."""
     with torch.device("meta"):
-        expected = {name: weight.shape for name, weight in Gemma4(config).named_parameters()}
-    check_names(folder, expected, weights, prefix.__add__)
-    check_numbers(folder, {prefix + name: weight for name, weight in weights.items()}, dtype)
-    return gemma4_weights(config, weights)
-
-
-def gemma4_weights(config: Gemma4Config, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights, with heads in the order in which neighbours are turned.
-
-    Args:
-        weights: of transformers' language model, without what stands before all names.
-    """
-    turned = dict(weights)
-    for name in weights:
-        if found := _QUERIES_KEYS.fullmatch(name):
-            heads = config.layout.heads(int(found[1]))
-            turned[name] = neighbours(weights[name], heads.dim)
-    return turned
+        model = Gemma4(config)
+    return text_weights(folder, model, config.layout, dtype)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from yoco_eval.printable import listed, shown
 
-from .checks import check_count, check_flag, check_multiple, check_number
-from .errors import CheckpointError
-from .folder import BOOKKEEPING, read_json
+from .checks import check_count, check_flag, check_multiple, check_number, check_only
+from .folder import BOOKKEEPING
+from .gemma_folder import text_settings
 from .kv_sharing import FULL, SLIDING, Heads, Layout, check_layers
 from .rotary import Rotary
 
-# Where the language model's weights are, by what a folder says that it is.
-PREFIXES = {"gemma4": "model.language_model.", "gemma4_text": "model."}
+MODEL_TYPE = "gemma4"
 # What others of the same name are, and why they are refused: E2B and E4B alone share.
 _OWN = "has layers that all own keys and values; evaluate it with --model hf"
 _OTHERS = {
@@ -155,8 +153,8 @@ class Gemma4Config:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Gemma4Config:
-        """The configuration in a `config.json` of the language model, or in the `text_config` of a
-        multimodal one. What it leaves out has the default of transformers.
+        """The configuration in what a `config.json` says of the language model. What it leaves out
+        has the default of transformers.
 
         Raises:
             ValueError: a setting is out of range, unknown, or of a part that is not supported.
@@ -165,12 +163,7 @@ class Gemma4Config:
         kinds = _layer_types(given)
         shared = given.pop("num_kv_shared_layers", 0)
         check_layers(kinds, len(kinds), shared)
-        for name, only in _ONLY.items():
-            if given.pop(name, only) != only:
-                raise ValueError(
-                    f"{name} = {shown(settings[name])} is not supported, only {shown(only)}; "
-                    "evaluate this model with --model hf"
-                )
+        check_only(given, _ONLY)
         if given.pop("use_bidirectional_attention", "vision") != "vision":  # that is, of images
             raise ValueError(
                 f"use_bidirectional_attention = {shown(settings['use_bidirectional_attention'])} "
@@ -179,7 +172,7 @@ class Gemma4Config:
         own = _taken(given, *_LARGEST, "use_double_wide_mlp", "rms_norm_eps")
         own |= _taken(given, "final_logit_softcapping") | _head_sizes(given, own, kinds)
         own |= _rope_parameters(given.pop("rope_parameters", _ROPE_PARAMETERS))
-        if unknown := given.keys() - _IGNORED:
+        if unknown := given.keys() - _ONLY.keys() - _IGNORED:
             raise ValueError(f"unknown settings: {listed(sorted(unknown))}")
         return cls(tuple(kinds), shared, **own)
 
@@ -259,29 +252,15 @@ def _rope_parameters(tables: Any) -> dict[str, Any]:
     return found
 
 
-def read_gemma4(file: Path) -> Gemma4Config | None:
-    """The configuration in a `config.json`; None where it is of another type of models.
+def read_gemma4(settings: Mapping[str, Any]) -> Gemma4Config | None:
+    """The configuration in what a `config.json` says; None where it is of another family.
 
     Raises:
-        CheckpointError: as `open_gemma4`.
+        ValueError: it cannot be used, or is of a kind of Gemma 4 that is not supported.
     """
-    settings = read_json(file)
     kind = settings.get("model_type")
     for other, reason in _OTHERS.items():
-        if kind in (f"gemma4_{other}", f"gemma4_unified_{other}"):
-            raise CheckpointError(f"{file}: says model_type {shown(kind)}, which {reason}")
-    if kind not in tuple(PREFIXES):
-        return None
-    if settings.get("quantization_config") is not None:
-        raise CheckpointError(f"{file}: has a quantization_config; take a checkpoint without one")
-    text = settings if kind == "gemma4_text" else settings.get("text_config")
-    try:
-        if settings.get("tie_word_embeddings", True) is False:
-            raise ValueError("tie_word_embeddings = False is not supported, only True")
-        if not isinstance(text, dict):
-            raise ValueError(f"text_config is {shown(text)}, not an object")
-        if (named := text.get("model_type", "gemma4_text")) != "gemma4_text":
-            raise ValueError(f"text_config has model_type {shown(named)}, not 'gemma4_text'")
-        return Gemma4Config.from_dict(text)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        if kind in (f"{MODEL_TYPE}_{other}", f"{MODEL_TYPE}_unified_{other}"):
+            raise ValueError(f"says model_type {shown(kind)}, which {reason}")
+    text = text_settings(settings, MODEL_TYPE)
+    return None if text is None else Gemma4Config.from_dict(text)

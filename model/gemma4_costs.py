@@ -10,7 +10,7 @@ from yoco_eval.kernels.dispatch import triton_takes
 
 from .costs import OVERHEAD, Attention, logit_bytes
 from .gemma4_config import Gemma4Config
-from .kv_sharing import FULL, SLIDING
+from .kv_sharing import SLIDING
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ class Gemma4Costs:
         return self.config.layout.state_bytes(dtype)
 
     def passing_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
-        """A layer's window before it, and the two together, in several orders."""
-        layout = self.config.layout
-        window = layout.sliding.numbers * layout.window * dtype.itemsize
-        return (4 if triton_takes(device, dtype) else 10) * window
+        return self.config.layout.passing_bytes(dtype, device)
 
     def activation_bytes(
         self, dtype: torch.dtype, length: int, chunk: int, logits: int, device: torch.device
@@ -85,16 +82,11 @@ class Gemma4Costs:
         """Of the matrix products with weights, and of attention, in the layers before the exit; and
         of those that make the exit's keys and values."""
         config, layout = self.config, self.config.layout
-        window = min(layout.window, length)
-        pairs = {
-            FULL: length * (length + 1) // 2,
-            SLIDING: window * (window + 1) // 2 + (length - window) * window,
-        }
         maps = layout.full.numbers * config.hidden_size + self._inputs_map(layout.exit)
         attended = 0
-        for layer, kind in enumerate(config.layer_types[: layout.exit]):
+        for layer in range(layout.exit):
             maps += self._maps(layer)
-            attended += 4 * self._dim(layer) * pairs[kind]
+            attended += 4 * self._dim(layer) * layout.pairs(layer, length)
         return 2 * length * maps + attended
 
     def decode_bytes(self, dtype: torch.dtype, length: int) -> int:

@@ -12,8 +12,9 @@ with a window, in the state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ from yoco_eval.kernels.attention import (
     window_step,
 )
 from yoco_eval.kernels.cache import store_keys_values
+from yoco_eval.kernels.dispatch import triton_takes
 from yoco_eval.kernels.rotary import Angles
 from yoco_eval.kernels.sequences import Sequences, Spans, Step, to_device
 from yoco_eval.printable import shown
 
 from .cache import KeyValueCache, slots_of
 from .checks import check_count
+from .decoder import Decoder
 from .places import Places
 from .rotary import Rotary
 
@@ -124,6 +127,11 @@ class Layout:
         """Of an owning layer with windows: whether it is the last one."""
         return self.index(layer) == self.owning(SLIDING) - 1
 
+    def pairs(self, layer: int, length: int) -> int:
+        """Of queries and keys that meet in a layer, each of `length` tokens with those it sees."""
+        seen = min(length, self.window) if self.kinds[layer] == SLIDING else length
+        return seen * (seen + 1) // 2 + (length - seen) * seen
+
     def cache_bytes(self, dtype: torch.dtype, length: int) -> int:
         """Of the cache of `length` tokens."""
         numbers = self.owning(FULL) * self.full.numbers + self.sliding.numbers
@@ -133,6 +141,12 @@ class Layout:
         """Of the windows of one text."""
         window = self.sliding.numbers * (self.window - 1)
         return self.owning(SLIDING) * window * dtype.itemsize
+
+    def passing_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Of each text, while it is fed: a layer's window before it, and the two together, in
+        several orders."""
+        window = self.sliding.numbers * self.window * dtype.itemsize
+        return (4 if triton_takes(device, dtype) else 10) * window
 
     def read_bytes(self, dtype: torch.dtype, length: int) -> int:
         """Of keys and values that all layers read for a token after `length` tokens."""
@@ -278,7 +292,7 @@ class Decoding:
     """Attention of all layers for one token of each of B texts, in a CUDA graph if need be.
 
     Args:
-        rings: with B rows, as `new_rings` makes them.
+        rings: with B rows, as `_new_rings` makes them.
     """
 
     def __init__(self, layout: Layout, cache: SharedCache, rings: Rings, step: Step) -> None:
@@ -302,7 +316,27 @@ class Decoding:
         return batch_attention(q, keys, values, step.positions, step.readings, angles, scale=_SCALE)
 
 
-def new_rings(layout: Layout, size: int, dtype: torch.dtype, device: torch.device) -> Rings:
+def new_decoder(
+    layout: Layout,
+    step: Callable[..., Tensor],
+    cache: SharedCache,
+    size: int,
+    room: int | None,
+    graph: bool,
+) -> Decoder[SharedState]:
+    """Decodes up to `size` texts side by side, whose keys and values are in the cache.
+
+    Args:
+        step: takes tokens [B], the `Step`, rings with B rows and the cache to logits.
+        room, graph: as `Decoder` takes them.
+    """
+    dtype, device = cache.keys.dtype, cache.keys.device
+    rings = _new_rings(layout, size, dtype, device)
+    step, begin = partial(step, cache=cache), partial(_begin_rings, rings)
+    return Decoder(step, begin, rings, cache, size, room, device, dtype, graph)
+
+
+def _new_rings(layout: Layout, size: int, dtype: torch.dtype, device: torch.device) -> Rings:
     """Of each owning layer with windows: what it sees of each text that is decoded, keys and values
     [size, heads, window, channels] each, as `window_step` has them."""
     shape = (size, layout.sliding.count, layout.window, layout.sliding.dim)
@@ -313,7 +347,7 @@ def new_rings(layout: Layout, size: int, dtype: torch.dtype, device: torch.devic
     return [(ring(), ring()) for _ in range(layout.owning(SLIDING))]
 
 
-def begin_rings(rings: Rings, rows: Tensor, state: SharedState, sources: Sequence[int]) -> None:
+def _begin_rings(rings: Rings, rows: Tensor, state: SharedState, sources: Sequence[int]) -> None:
     """Sets rows (int64 [n], on the device) to texts of a state: row i to its text `sources[i]`."""
     index = to_device(torch.tensor(sources), rows.device)
     lengths = [state.lengths[source] for source in sources]

@@ -1,4 +1,4 @@
-"""Phi-4-mini-flash (SambaY): layers, model, weights.
+"""Phi-4-mini-flash (SambaY): layers and model.
 
 Equations: "Decoder-Hybrid-Decoder Architecture for Efficient Reasoning with Long Generation",
 arXiv:2507.06607; where that leaves something open, the published code. Of N layers, counted from 0,
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -47,14 +46,11 @@ from yoco_eval.kernels.short_convolution import short_convolution, short_convolu
 
 from .cache import KeyValueCache, SelfState, slots_of
 from .decoder import Decoder
-from .errors import CheckpointError
-from .folder import CONFIG, is_folder, read_json
-from .interface import Blueprint, take
+from .interface import take
 from .linear import Embedding, allocate, linear
 from .mixers.contract import set_rows
-from .phi4flash_config import MODEL_TYPE, Phi4FlashConfig
+from .phi4flash_config import Phi4FlashConfig
 from .phi4flash_costs import Phi4FlashCosts
-from .phi4flash_weights import load_weights
 
 _DIFFERENCE_EPS = 1e-5  # of the norm of differences, whatever `layer_norm_eps` is
 
@@ -99,6 +95,12 @@ class Mamba(nn.Module):
         self.rates = nn.Parameter(-torch.ones(self.states, channels))
         self.skip = nn.Parameter(torch.ones(channels))
         self.out_proj = linear(channels, config.hidden_size)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Sets rates and time steps as training begins with them: states last up to 1000 tokens."""
+        states = torch.arange(1, self.states + 1, device=self.rates.device)
+        self.rates.copy_(-states[:, None])
+        self.time_bias.uniform_(-7, -2, generator=generator)
 
     def forward(
         self, x: Tensor, sequences: Sequences, state: MambaState | None, keep: bool
@@ -492,29 +494,3 @@ class Phi4Flash(nn.Module):
             x = unit.add(x, unit.mixer(unit.normed(x), memory))
             x = cross.add(x, cross.mixer(cross.normed(x), attend))
         return x
-
-
-def open_phi4flash(path: Path) -> Blueprint | None:
-    """The model of a Hugging Face folder, whose weights are read when it is made.
-
-    Returns:
-        None where it is of another type of models.
-
-    Raises:
-        CheckpointError: the configuration is damaged, or of a model that the published code would
-            not run as it says; faults of the weights when it is made.
-    """
-    if (
-        not is_folder(path)
-        or (settings := read_json(path / CONFIG)).get("model_type") != MODEL_TYPE
-    ):
-        return None
-    try:
-        config = Phi4FlashConfig.from_dict(settings)
-    except ValueError as error:
-        raise CheckpointError(f"{path / CONFIG}: {error}") from error
-
-    def make(device: torch.device, dtype: torch.dtype) -> Phi4Flash:
-        return Phi4Flash.of_weights(config, load_weights(path, config, dtype), device, dtype)
-
-    return Blueprint(config, Phi4Flash.costs_of(config), make)

@@ -167,3 +167,13 @@ def _window(value: Any, layers: Any) -> Any:
             f"windows, with one number in every second of the first {layers // 2} and null else"
         )
     return window
+
+
+def read_phi4flash(settings: Mapping[str, Any]) -> Phi4FlashConfig | None:
+    """The configuration in what a `config.json` says; None where it is of another family.
+
+    Raises:
+        ValueError: as `Phi4FlashConfig.from_dict`.
+    """
+    alike = settings.get("model_type") == MODEL_TYPE
+    return Phi4FlashConfig.from_dict(settings) if alike else None

@@ -27,7 +27,9 @@ class _Weight(NamedTuple):
     kept: Callable[[Tensor], Tensor] = lambda weight: weight
 
 
-def load_weights(folder: Path, config: Phi4FlashConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def phi4flash_weights(
+    folder: Path, config: Phi4FlashConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """All weights of a folder under the names of `Phi4Flash`'s parameters, as these are kept.
 
     Args:

@@ -6,25 +6,18 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from yoco_eval.printable import VALUE, shortened
 
-from .checkpoint import load_shape
 from .config import YocoConfig
+from .families import model_class, read_shape
 from .fla import fla_config
-from .folder import CONFIG
-from .gemma4 import Gemma4
-from .gemma4_config import Gemma4Config, read_gemma4
-from .interface import Blueprint, Config
-from .mixers import GatedRetentionSettings, Mixer
+from .interface import Blueprint, Config, Model
+from .mixers import GatedRetentionSettings
 from .transformer import Transformer, TransformerConfig
-from .yoco import Yoco
-
-Kind = TypeVar("Kind", Yoco, Transformer, Gemma4)
-_KINDS: dict[type[Config], Any] = {YocoConfig: Yoco, Gemma4Config: Gemma4}
 
 SEED = 0  # of the weights
 
@@ -61,8 +54,7 @@ SHAPES = {
 
 
 def find_shape(name: str) -> Config:
-    """The shape of a name; or else of a path, as `load_shape` reads it, or of another family's
-    `config.json` there.
+    """The shape of a name; or else of a path, as `read_shape` reads it.
 
     Raises:
         ValueError: there is none, or a CheckpointError, the file is of no model known here.
@@ -75,15 +67,12 @@ def find_shape(name: str) -> Config:
             f"shape {shortened(repr(name), VALUE)} is unknown; choose from {', '.join(SHAPES)}, or "
             "give the path of a config.json or params.json, or of a folder with one"
         )
-    file = Path(path, CONFIG) if os.path.isdir(path) else Path(path)
-    if file.suffix == ".json" and file.exists() and (config := read_gemma4(file)):
-        return config
-    return load_shape(Path(path))
+    return read_shape(Path(path))
 
 
 def with_random_weights(config: Config) -> Blueprint:
     """The model of this shape."""
-    kind = _KINDS[type(config)]
+    kind = model_class(config)
     return Blueprint(config, kind.costs_of(config), _maker(partial(kind.empty, config)))
 
 
@@ -100,19 +89,19 @@ def transformer_beside(config: Config) -> Blueprint:
 
 
 def _maker(
-    allocate: Callable[[torch.device, torch.dtype], Kind],
-) -> Callable[[torch.device, torch.dtype], Kind]:
-    def make(device: torch.device, dtype: torch.dtype) -> Kind:
-        model = allocate(device, dtype)
+    allocate: Callable[[torch.device, torch.dtype], Any],
+) -> Callable[[torch.device, torch.dtype], Model]:
+    def make(device: torch.device, dtype: torch.dtype) -> Model:
+        model: Model = allocate(device, dtype)
         set_random_weights(model, SEED)
         return model
 
     return make
 
 
-def set_random_weights(model: Yoco | Transformer | Gemma4, seed: int) -> None:
-    """Sets weights where they lie: matrices normal with deviation 0.02, norms' weights 1, biases
-    0, and what else mixers have as they draw it."""
+def set_random_weights(model: Any, seed: int) -> None:
+    """Sets a model's weights where they lie: matrices normal with deviation 0.02, norms' weights 1,
+    biases 0, and what else modules with a `draw` have as they draw it."""
     generator = torch.Generator(model.device).manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -121,5 +110,5 @@ def set_random_weights(model: Yoco | Transformer | Gemma4, seed: int) -> None:
             else:
                 weight.fill_(0 if name.endswith(".bias") else 1)
         for module in model.modules():
-            if isinstance(module, Mixer):
+            if hasattr(module, "draw"):
                 module.draw(generator)

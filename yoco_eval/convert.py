@@ -17,6 +17,7 @@ from yoco_eval.model.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
+from yoco_eval.model.families import family_name, open_folder
 from yoco_eval.model.folder import GENERATION, end_tokens
 from yoco_eval.model.hub import hub_commit
 from yoco_eval.tokenizers import (
@@ -66,6 +67,11 @@ def convert(
     chosen = None if tokenizer is None else load_tokenizer(tokenizer)
 
     path = resolve_checkpoint(src, revision)
+    if other := open_folder(path):
+        raise CheckpointError(
+            f"{src}: needs no conversion; folders of {family_name(other.config)} are evaluated as "
+            f"they are, with lm_eval --model yoco --model_args pretrained={src}"
+        )
     kind = None if dtype is None else DTYPES[dtype]
     config, weights = load_checkpoint(src, kind, hub_commit(path))
     if chosen is None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from yoco_eval import __version__
 from yoco_eval.model import Blueprint, Cache, Model, Rows, Span, Spans, State, open_checkpoint
+from yoco_eval.model.families import family_name
 from yoco_eval.model.interface import take
 from yoco_eval.model.shapes import SEED, SHAPES, find_shape, transformer_beside, with_random_weights
 from yoco_eval.reports.profile import (
@@ -70,7 +71,7 @@ def run_profile(
     device: str = "auto",
     report: Callable[[Profile], object] = lambda profile: None,
 ) -> Profile:
-    """Profiles a YOCO model and, if asked for, a Transformer of the same size after it.
+    """Profiles a model and, if asked for, a Transformer of the same size after it.
 
     Args:
         lengths: in tokens, ascending.
@@ -91,13 +92,13 @@ def run_profile(
         where = find_device(device)
         kind = find_dtype(dtype, where)
         if shape is not None:
-            yoco = with_random_weights(find_shape(shape))
+            model = with_random_weights(find_shape(shape))
         else:
             assert pretrained is not None
-            yoco = open_checkpoint(pretrained, revision)
-        blueprints = {"YOCO": yoco}
+            model = open_checkpoint(pretrained, revision)
+        blueprints = {family_name(model.config): model}
         if against == "transformer":
-            blueprints["Transformer"] = transformer_beside(yoco.config)
+            blueprints["Transformer"] = transformer_beside(model.config)
     except ValueError as error:
         raise ProfileError(error) from error
     on_gpu = where.type == "cuda"

@@ -246,7 +246,8 @@ def _load(rng: Random, copy: Path, group: str, files: Path) -> Run:
     if kind == "evaluate":
         return f"evaluate {checkpoint} {tokenizer}", lambda: _evaluate(checkpoint, tokenizer)
     if kind == "plan":
-        return _command("plan", "--pretrained", checkpoint, "--length", "1k", "--device", "cpu")
+        of = rng.choice(("--pretrained", "--shape"))
+        return _command("plan", of, checkpoint, "--length", "1k", "--device", "cpu")
     options = ("--tokenizer", tokenizer) if tokenizer else ()
     return _command("convert", checkpoint, "converted", *options)
 

@@ -18,7 +18,8 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from yoco_eval.model import GatedRetentionSettings, SlidingWindowSettings, Yoco, YocoConfig, save
 from yoco_eval.model import checkpoint as checkpoints
-from yoco_eval.model.gemma3n import Gemma3n, Gemma3nConfig
+from yoco_eval.model.gemma3n import Gemma3n
+from yoco_eval.model.gemma3n_config import Gemma3nConfig
 from yoco_eval.model.gemma4 import Gemma4
 from yoco_eval.model.gemma4_config import Gemma4Config
 from yoco_eval.reports.profile import Profile, ProfileRow

@@ -605,8 +605,11 @@ def test_bad_embeddings_of_positions(tmp_path, kind, change, message):
         ({"model_type": "gemma4_assistant"}, "which drafts for another model, whose keys and"),
         ({"model_type": "gemma4_unified_assistant"}, "which drafts for another model"),
         ({"model_type": "gemma4_unified"}, "which has layers that all own keys and values"),
-        ({"model_type": "gemma4_vision"}, "says model_type 'gemma4_vision', not 'yoco'"),
-        ({"model_type": ["gemma4"]}, "says model_type ['gemma4'], not 'yoco'"),
+        (
+            {"model_type": "gemma4_vision"},
+            "says model_type 'gemma4_vision', none of YOCO",
+        ),
+        ({"model_type": ["gemma4"]}, "says model_type ['gemma4'], none of YOCO"),
         ({"quantization_config": {"bits": 4}}, "has a quantization_config; take a checkpoint"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False is not supported"),
         ({"text_config": None}, "text_config is None, not an object"),

@@ -83,7 +83,7 @@ def test_shapes_by_path(layout, tmp_path):
 
 def test_what_is_no_shape(tmp_path):
     for content, reason in [
-        ('{"model_type": "llama"}', "says model_type 'llama', not 'yoco'"),
+        ('{"model_type": "llama"}', "says model_type 'llama', none of YOCO, "),
         ('{"dim": 64}', "missing settings: hidden_dim, "),
         ("[]", "holds a list, not an object"),
     ]:
@@ -94,6 +94,14 @@ def test_what_is_no_shape(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match="not a YOCO checkpoint"):
         find_shape(str(tmp_path))
+
+
+def test_random_states_of_phi4flash_neither_vanish_nor_grow():
+    config = find_shape(str(DATA / "phi4flash"))
+    model = with_random_weights(config).make(torch.device("cpu"), torch.float32)
+    mixer = model.memory_layer.mixer
+    decays = mixer.rates * F.softplus(mixer.time_bias)
+    assert -16 * 0.2 < decays.min() and decays[0].max() < 0 and decays[0].min() > -0.2
 
 
 def test_random_states_of_gated_deltanet_last():

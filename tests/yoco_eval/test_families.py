@@ -1,7 +1,9 @@
-"""Folders of other families than YOCO: each prediction is that of lm-eval's `hf` backend."""
+"""Folders of other families than YOCO: each prediction is that of lm-eval's `hf` backend; and their
+costs are known from a `config.json` alone."""
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -16,7 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 import yoco_eval.tasks
+from yoco_eval import estimate
+from yoco_eval.cli import main
 from yoco_eval.lm import YocoLM
+from yoco_eval.profile import ProfileError, run_profile
+from yoco_eval.reports.profile import load_profile
+from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.tasks.haystack import SyntheticHaystack
 
 TASKS = Path(yoco_eval.tasks.__file__).parent
@@ -173,3 +180,61 @@ def test_figures_are_those_of_the_hugging_face_backend(both):
     ours, theirs = (results["results"] for results in both)
     assert ours == theirs
     assert 0 < ours["chosen"]["acc,none"] < 1
+
+
+SMALL = TEXT | {"vocab_size": 50, "vocab_size_per_layer_input": 50}
+PHI = json.loads((Path(__file__).parents[1] / "data" / "phi4flash" / "config.json").read_text())
+ALONE = {
+    "Gemma 4": {"model_type": "gemma4", "text_config": SMALL | {"num_key_value_heads": 1}},
+    "Gemma 3n": {"model_type": "gemma3n_text"} | SMALL,
+    "Phi-4-mini-flash": PHI,
+}
+
+
+@pytest.fixture(params=ALONE)
+def family(request, tmp_path):
+    """Its name, and a folder of it with nothing but a configuration."""
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "config.json").write_text(json.dumps(ALONE[request.param]))
+    return request.param, tmp_path / "alone"
+
+
+def test_plans_need_no_weights(family, hub_cache, monkeypatch, capsys):
+    """For a file, a folder, and a name on the hub."""
+    monkeypatch.setattr(estimate, "_product_rate", lambda *args: 1e12)
+    monkeypatch.setattr(estimate, "_copy_rate", lambda *args: 1e10)
+    _, folder = family
+    hub_cache("org/name", folder, "1" * 40, branch="main")
+    plans = set()
+    for what in (
+        ["--shape", str(folder)],
+        ["--shape", str(folder / "config.json")],
+        ["--pretrained", str(folder)],
+        ["--pretrained", "org/name"],
+    ):
+        assert main(["plan", *what, "--length", "1k", "--device", "cpu"]) == 0
+        heading, _, plan = capsys.readouterr().out.partition("\n\n")
+        assert "1K tokens on cpu in float32" in " ".join(heading.split())
+        plans.add(re.sub("free .*", "", plan))
+    (plan,) = plans
+    assert "It fits" in plan and "of prefill" in plan
+
+
+def test_profiles_name_the_family(family, tmp_path):
+    name, folder = family
+    profile = run_profile([50], shape=str(folder), device="cpu")
+    assert [(row.model, row.outcome) for row in profile.rows] == [(name, "measured")]
+    save_profile(profile, tmp_path / "profile.json")
+    assert load_profile(tmp_path / "profile.json") == profile
+    with pytest.raises(ProfileError, match="--against transformer is for YOCO models"):
+        run_profile([50], shape=str(folder), against="transformer", device="cpu")
+
+
+def test_nothing_is_to_be_converted(family, tmp_path, capsys):
+    name, folder = family
+    assert main(["convert", str(folder), str(tmp_path / "new")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    told = (
+        f"{folder}: needs no conversion; folders of {name} are evaluated as they are, with lm_eval"
+    )
+    assert told in line and not (tmp_path / "new").exists()

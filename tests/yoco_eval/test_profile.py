@@ -1,6 +1,5 @@
 """Profiles: what is measured, what is left out and why, and that cost is measured of the model."""
 
-import json
 import shutil
 import time
 from itertools import count
@@ -342,24 +341,6 @@ def test_a_shape_of_a_file(tmp_path):
     assert result.name == f"{path}, random weights"
     save_profile(result, tmp_path / "profile.json")
     assert load_profile(tmp_path / "profile.json") == result
-
-
-def test_a_shape_of_another_family(tmp_path):
-    settings = {
-        "model_type": "gemma4_text", "num_hidden_layers": 4, "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 9,
-        "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "head_dim": 8,
-        "num_key_value_heads": 1, "global_head_dim": 8, "hidden_size_per_layer_input": 4,
-        "vocab_size": 30,
-    }  # fmt: skip
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(settings))
-    result = run_profile([50], shape=str(path), device="cpu")
-    assert [row.outcome for row in result.rows] == ["measured"]
-    save_profile(result, tmp_path / "profile.json")
-    assert load_profile(tmp_path / "profile.json") == result
-    with pytest.raises(ProfileError, match="--against transformer is for YOCO models"):
-        run_profile([50], shape=str(tmp_path), against="transformer", device="cpu")
 
 
 def test_refusals(tmp_path):
