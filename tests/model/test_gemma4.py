@@ -84,7 +84,7 @@ class Reference:
 
     def __init__(self):
         self.made = {}
-        self.transformers = pytest.importorskip("transformers", minversion="5.23")
+        self.transformers = pytest.importorskip("transformers", minversion="5.5")
 
     @contextmanager
     def lifted(self):
@@ -107,6 +107,8 @@ class Reference:
         if name in self.made:
             return self.made[name]
         config = self.transformers.Gemma4TextConfig(**SMALL, **CONFIGS[name])
+        if "per_layer_config" in CONFIGS[name] and hasattr(config, "global_head_dim"):
+            pytest.skip("this version of the class has two sizes of heads only")
         with self.lifted():
             model = self.transformers.Gemma4ForCausalLM(config).requires_grad_(False).eval()
         generator = torch.Generator().manual_seed(1)
@@ -121,7 +123,7 @@ class Reference:
     def logits(self, name, ids):
         """[T, VOCABULARY] of a text."""
         with self.lifted():
-            return self.model(name)(ids[None], use_cache=False).logits[0]
+            return self.model(name)(ids[None], use_cache=True).logits[0]
 
     def save(self, name, folder, multimodal=False):
         """In the layout of the multimodal class, or in that of the language model alone."""
