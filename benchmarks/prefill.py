@@ -1,33 +1,92 @@
 """Prefill of the YOCO-3B shape against its matrix products run alone, and its peak of memory.
 
-    python benchmarks/prefill.py [--lengths 64k,1m] [--chunk 12672] [--output prefill.json]
+    python benchmarks/prefill.py [--model phi4flash] [--lengths 64k,1m] [--chunk 12672]
+        [--output prefill.json]
+
+The model phi4flash is Phi-4-mini-flash in place of YOCO-3B.
 
 Both feed the same number of tokens in the same chunks through the same weights, in turns. The
-products alone are the library's. What the ratio is above 1 is everything else, norms, retention,
-activation, cache, and by how much our fused products are slower or faster than the library's.
+products alone are the library's. What the ratio is above 1 is everything else, norms, retention
+(or scans and windows), activation, cache, and by how much our fused products are slower or faster
+than the library's.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from common import count, environment, in_turns, lengths, report, require_gpu
+from torch import nn
 
 from yoco_eval.lengths import format_length
 from yoco_eval.memory import chunk_sizes
-from yoco_eval.model import Yoco
+from yoco_eval.model import Model, Yoco
+from yoco_eval.model.phi4flash import Phi4Flash
+from yoco_eval.model.phi4flash_config import Phi4FlashConfig
 from yoco_eval.model.shapes import SHAPES, set_random_weights
 
 GIB = 2**30
 
 
+def yoco_3b(device: torch.device) -> tuple[Model, list[torch.Tensor]]:
+    """The model, and the weights that every token is multiplied by."""
+    model = Yoco.empty(SHAPES["3b"], device, torch.bfloat16)
+    set_random_weights(model, 0)
+    weights = []
+    for layer in model.self_decoder.layers:
+        weights += [layer.mixer.stack.weight, layer.mixer.out_proj.weight]
+        weights += [layer.ffn.stack.weight, layer.ffn.fc2.weight]
+    return model, [*weights, model.cross_decoder.stack.weight]
+
+
+def phi4flash(device: torch.device) -> tuple[Model, list[torch.Tensor]]:
+    """As `yoco_3b`. Rates and time steps are drawn as Mamba's are before training."""
+    config = Phi4FlashConfig(
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=40,
+        num_key_value_heads=20,
+        sliding_window=512,
+        vocab_size=200064,
+    )
+    model = Phi4Flash.empty(config, device, torch.bfloat16)
+    for name, weight in model.named_parameters():
+        part = name.rpartition(".")[2]
+        if part == "rates":
+            weight.copy_(
+                -torch.arange(1, len(weight) + 1, device=device)[:, None].expand_as(weight)
+            )
+        elif part == "time_bias":
+            steps = torch.empty_like(weight).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+            weight.copy_(steps.expm1().log())
+        elif weight.dim() > 1:
+            weight.normal_(0, 0.02)
+        else:
+            weight.fill_(0 if part.endswith("bias") else 1)
+    weights = []
+    for layer in (*model.mamba_layers, *model.window_layers, model.memory_layer):
+        parts = [part.weight for part in layer.mixer.modules() if isinstance(part, nn.Linear)]
+        weights += [*parts, layer.fc1.weight, layer.fc2.weight]
+    return model, [*weights, model.cache_layer.mixer.projection.weight[config.hidden_size :]]
+
+
+MODELS: dict[str, Callable[[torch.device], tuple[Model, list[torch.Tensor]]]] = {
+    "yoco-3b": yoco_3b,
+    "phi4flash": phi4flash,
+}
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="yoco-3b", help="(default: %(default)s)")
     parser.add_argument(
         "--lengths", type=lengths, default="64k,1m", help="in tokens (default: %(default)s)"
     )
@@ -39,19 +98,17 @@ def main() -> None:
     args = parser.parse_args()
     device = require_gpu()
     chunk = args.chunk or chunk_sizes(device)[0]
-    config = SHAPES["3b"]
-    model = Yoco.empty(config, device, torch.bfloat16)
-    set_random_weights(model, 0)
+    model, multiplied = MODELS[args.model](device)
     weights = torch.cuda.memory_allocated()
     rows = []
     for length in args.lengths:
-        ids = torch.randint(config.vocab_size, (length,), device=device)
+        ids = torch.randint(model.config.vocab_size, (length,), device=device)
         feed(model, ids[: 4 * chunk], length, chunk)  # kernels are compiled and chosen
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         feed(model, ids, length, chunk)
         peak = torch.cuda.max_memory_allocated()
-        products = matrix_products(model, chunk)
+        products = matrix_products(multiplied, chunk)
         alone(products, 4 * chunk)
         forms = {
             "products": partial(alone, products, length),
@@ -59,7 +116,7 @@ def main() -> None:
         }
         times = in_turns(forms, args.turns)
         del products, forms
-        cache = 2 * config.n_attn_kv_heads * config.attn_head_dim * length * 2
+        cache = model.costs.cache_bytes(torch.bfloat16, length)
         rows.append(
             {
                 "tokens": format_length(length),
@@ -70,25 +127,20 @@ def main() -> None:
                 "beyond weights and cache GiB": (peak - weights - cache) / GIB,
             }
         )
-    title = f"Prefill, YOCO-3B shape, bfloat16, {chunk} tokens at a time"
+    title = f"Prefill, {args.model}, bfloat16, {chunk} tokens at a time"
     report(title, rows, environment(), args.output)
 
 
-def feed(model: Yoco, ids: torch.Tensor, capacity: int, chunk: int) -> None:
+def feed(model: Model, ids: torch.Tensor, capacity: int, chunk: int) -> None:
     cache = model.new_cache(capacity)
     for part in ids.split(chunk):
         model.prefill(part, cache)
 
 
 def matrix_products(
-    model: Yoco, chunk: int
+    weights: list[torch.Tensor], chunk: int
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(input, weight, output) of every product that a chunk takes."""
-    weights = []
-    for layer in model.self_decoder.layers:
-        weights += [layer.mixer.stack.weight, layer.mixer.out_proj.weight]
-        weights += [layer.ffn.stack.weight, layer.ffn.fc2.weight]
-    weights.append(model.cross_decoder.stack.weight)
     inputs, outputs = {}, {}
     for weight in weights:
         rows, columns = weight.shape
