@@ -11,6 +11,7 @@ from random import Random
 import pytest
 import torch
 import yaml
+from early_exit import MODELS, row
 from lm_eval import evaluator, simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -272,7 +273,7 @@ def test_plans_need_no_weights(family, hub_cache, monkeypatch, capsys):
 def test_profiles_name_the_family(family, tmp_path):
     name, folder = family
     profile = run_profile([50], shape=str(folder), device="cpu")
-    assert [(row.model, row.outcome) for row in profile.rows] == [(name, "measured")]
+    assert [(each.model, each.outcome) for each in profile.rows] == [(name, "measured")]
     save_profile(profile, tmp_path / "profile.json")
     assert load_profile(tmp_path / "profile.json") == profile
     with pytest.raises(ProfileError, match="--against transformer is for YOCO models"):
@@ -287,3 +288,10 @@ def test_nothing_is_to_be_converted(family, tmp_path, capsys):
         f"{folder}: needs no conversion; folders of {name} are evaluated as they are, with lm_eval"
     )
     assert told in line and not (tmp_path / "new").exists()
+
+
+def test_figures_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for name in MODELS:
+        cells = row(name, [4096, 32768, 131072]).values()
+        assert f"| {' | '.join(cell or '' for cell in cells)} |\n" in text
