@@ -356,7 +356,7 @@ def _over_cache(
     partial, norms = _float32(q, plan.pieces, heads, dim), _float32(q, plan.pieces, heads)
     cos, sin = angles or (q, q)
     order, positions = batch or (plan.tasks, plan.tasks)
-    _cache_kernel[plan.tasks.shape[0], heads, _parts(dim)](
+    _cache_kernel[(plan.tasks.shape[0] * heads * _parts(dim),)](
         q, cos, sin, keys, values, out, partial, norms, plan.tasks, plan.ranges, order, positions,
         _head_slots(keys), BLOCK_M=plan.block_m, BATCH=batch is not None,
         WINDOW=window, **_query_constants(q, heads, angles, scale),
@@ -381,9 +381,13 @@ def _cache_kernel(
     order[t] of q, and reads keys before its position + shift in place of t + shift. With a WINDOW
     it reads no more than so many keys before t + shift.
     """
-    head = tl.program_id(1)
-    part = tl.program_id(2)
-    task = tasks + 5 * tl.program_id(0)
+    # Programs begin in this order. With all heads of a task side by side, the longest tasks are
+    # spread evenly, and those of no row, which end at once, come last.
+    parts: tl.constexpr = D_PAD // V_PAD
+    program = tl.program_id(0)
+    part = program % parts
+    head = program // parts % HEADS
+    task = tasks + 5 * (program // (parts * HEADS))
     first_row = tl.load(task)
     end_row = tl.load(task + 1)
     first_range = tl.load(task + 2)
