@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from yoco_eval.printable import listed, shown
+from yoco_eval.printable import VALUE, listed, shortened, shown
 
 from .errors import CheckpointError
 from .hub import hub_commit
@@ -52,11 +52,11 @@ def read_weights(
     """
     weights: dict[str, Tensor] = {}
     for file in _shards(folder / INDEX) if (folder / INDEX).exists() else [WEIGHTS]:
-        if not (folder / file).exists():
+        if not os.path.exists(folder / file):  # whatever the system has against such a name
             mend = "copy the whole folder"
             if hub_commit(folder):
                 mend = "its download is not complete; download it once without HF_HUB_OFFLINE"
-            raise CheckpointError(f"{folder}: {file} is missing; {mend}")
+            raise CheckpointError(f"{folder}: {shortened(file, VALUE)} is missing; {mend}")
         check_regular(folder / file)
         try:
             with safe_open(folder / file, framework="pt") as stored:
