@@ -201,7 +201,7 @@ def drawn(make: Callable[[], PreTrainedModel], device: torch.device) -> PreTrain
 def prefill(model: Model, ids: Tensor) -> Tensor:
     """Logits after the text."""
     cache = model.new_cache(len(ids))
-    for part in ids.split(chunk_sizes(ids.device)[0]):
+    for part in ids.split(chunk_sizes(model.costs, ids.device)[0]):
         rows = model.prefill(part, cache)
     position = torch.tensor([len(ids) - 1], device=ids.device)
     spans = Spans((Span(0, 1, 0, len(ids), causal=True, start=0),))
@@ -239,7 +239,7 @@ def compare(forms: dict[str, Callable[[], object]]) -> tuple[dict[str, float], d
 def decode_speed(model: Model, ids: Tensor) -> float:
     """Tokens per second."""
     cache = model.new_cache(len(ids) + 2 * STEPS)
-    for part in ids.split(chunk_sizes(ids.device)[0]):
+    for part in ids.split(chunk_sizes(model.costs, ids.device)[0]):
         model.prefill(part, cache)
     decoder = model.decoder(cache)
     decoder.start(0)

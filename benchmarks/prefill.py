@@ -97,8 +97,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
     device = require_gpu()
-    chunk = args.chunk or chunk_sizes(device)[0]
     model, multiplied = MODELS[args.model](device)
+    chunk = args.chunk or chunk_sizes(model.costs, device)[0]
     weights = torch.cuda.memory_allocated()
     rows = []
     for length in args.lengths:

@@ -20,8 +20,13 @@ from .prefixes import Limits
 
 # Tokens fed at a time. On a GPU the matrix products of more are hardly faster, and fewer leave more
 # memory to the cache. 12672 is 96 for each of an H100's 132 multiprocessors, so that the products'
-# tiles fill whole rounds of them.
-CHUNKS = {"cuda": (12672, 8448, 4224, 2112, 1056, 528, 264), "cpu": (1024, 512, 256)}
+# tiles fill whole rounds of them. Of small models it takes more tokens until the device has more to
+# do than the host, which launches as many kernels however large they are.
+CHUNKS = {
+    "cuda": (50688, 25344, 12672, 8448, 4224, 2112, 1056, 528, 264),
+    "cpu": (1024, 512, 256),
+}
+_MANY, _OPERATIONS = 12672, 42e12  # tokens of a chunk, or operations, beyond which more do not pay
 _LOGITS = 4096  # for each token of a chunk, so many logits may exist at a time
 MARGIN = 0.95  # of the free memory; allocators lose some between blocks
 
@@ -107,7 +112,7 @@ class Fit:
         )
 
     def _mends(self, *mends: str) -> str:
-        if self.prefill_chunk and self.prefill_chunk > min(chunk_sizes(self.device)):
+        if self.prefill_chunk and self.prefill_chunk > _chunks(self.device)[-1]:
             mends += (f"lower prefill_chunk={self.prefill_chunk}",)
         return ", or ".join((*mends, "take a device with more memory"))
 
@@ -145,7 +150,7 @@ def fit(
         memory = footprint(costs, dtype, capacity, size, size * logits, device)
         return size, memory, memory.total - (memory.weights if loaded else 0)
 
-    for most in (chunk,) if chunk else chunk_sizes(device):
+    for most in (chunk,) if chunk else chunk_sizes(costs, device):
         size, memory, need = needs(length, most)
         if need <= free:
             break
@@ -246,8 +251,13 @@ def _items(size: int) -> int:
     return max(1, min(size // 4, 8), size // 8)
 
 
-def chunk_sizes(device: torch.device) -> tuple[int, ...]:
+def chunk_sizes(costs: Costs, device: torch.device) -> tuple[int, ...]:
     """Of the chunks that a prompt may be fed in, the fastest first."""
+    most = max(_MANY, _OPERATIONS / costs.prefill_operations(1))
+    return tuple(size for size in _chunks(device) if size <= most)
+
+
+def _chunks(device: torch.device) -> tuple[int, ...]:
     return CHUNKS.get(device.type, CHUNKS["cpu"])
 
 

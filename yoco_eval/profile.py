@@ -111,7 +111,7 @@ def run_profile(
 
     if on_gpu:
         torch.cuda.set_device(where)  # where kernels are launched and events recorded
-    chunk = chunk_sizes(where)[0]
+    chunk = min(chunk_sizes(blueprint.costs, where)[0] for blueprint in blueprints.values())
     known = partial(
         Profile,
         name=name,

@@ -11,7 +11,14 @@ from lm_eval.api.model import CachingLM
 from yoco_eval import memory
 from yoco_eval.engine import Engine
 from yoco_eval.lm import YocoLM
-from yoco_eval.memory import CHUNKS, OutOfMemory, check_weights, fit, host_free_bytes
+from yoco_eval.memory import (
+    CHUNKS,
+    OutOfMemory,
+    check_weights,
+    chunk_sizes,
+    fit,
+    host_free_bytes,
+)
 from yoco_eval.model import GatedRetentionSettings, SlidingWindowSettings, Yoco, YocoConfig
 from yoco_eval.model.costs import YocoCosts
 from yoco_eval.model.shapes import SHAPES
@@ -111,11 +118,18 @@ def test_what_a_limit_on_addresses_leaves_is_what_can_be_allocated():
 def test_the_largest_chunk_that_fits(free):
     free(70 * GIB)
     whole = fit(COSTS, BF16, GPU, 2**20, loaded=True)
-    assert whole.fits and whole.chunk == CHUNKS["cuda"][0]
+    assert whole.fits and whole.chunk == 12672
     free(round(4.8 * GIB))
     less = fit(COSTS, BF16, GPU, 2**20, loaded=True)
-    assert less.fits and less.chunk in CHUNKS["cuda"][1:]
+    assert less.fits and less.chunk in CHUNKS["cuda"] and less.chunk < whole.chunk
     assert fit(COSTS, BF16, GPU, 1000, chunk=300).chunk == 300
+
+
+def test_small_models_are_fed_more_tokens_at_a_time():
+    """Half as large, twice as many; however large, 12672 where they fit."""
+    chunks = {name: chunk_sizes(Yoco.costs_of(SHAPES[name]), GPU)[0] for name in SHAPES}
+    assert chunks["1.6b"] == 25344 and chunks["3b"] == chunks["13b"] == 12672
+    assert chunk_sizes(COSTS, torch.device("cpu")) == CHUNKS["cpu"]
 
 
 def test_no_more_is_set_aside_than_there_are_tokens(free):
