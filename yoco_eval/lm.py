@@ -37,6 +37,7 @@ from .endings import Endings
 from .engine import Engine
 from .lengths import parse_length
 from .memory import OutOfMemory, loading_weights
+from .printable import shown
 from .requests import GenerateRequest, ScoreRequest, TokenIds
 from .sampling import Sampling
 from .tokenizers import (
@@ -201,7 +202,7 @@ class YocoLM(TemplateLM):
                 logger.warning(
                     "%s: puts no BOS token (%s) before texts, with --model hf neither; for a model "
                     "that was trained with one, as Gemma was, give add_bos_token=True, unless the "
-                    "chat template writes it", self.tokenizer.name_or_path, bos,
+                    "chat template writes it", self.tokenizer.name_or_path, shown(bos),
                 )  # fmt: skip
         elif add_bos_token and self.tokenizer.bos_token_id is None:
             raise ValueError("add_bos_token=True, but the tokenizer has no BOS token")
