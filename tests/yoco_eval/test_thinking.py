@@ -118,7 +118,7 @@ def test_the_same_prompts_with_a_bos_that_is_asked_for(both, caplog):
     both("gemma"), both("phi")
     assert "no BOS token" not in caplog.text
     both("gemma-it")
-    assert "puts no BOS token (<bos>) before texts, with --model hf neither" in caplog.text
+    assert "puts no BOS token ('<bos>') before texts, with --model hf neither" in caplog.text
 
 
 @pytest.mark.parametrize(
