@@ -32,6 +32,7 @@ from .sampling import draw
 # are read, so that the device does not wait for the host. Answers take a few steps too many, then.
 _ALONE = 4
 _STOP_EVERY = 8  # tokens of a text, after which it is looked at for stop strings, then
+_CHUNKS = 4  # of short prompts, that are fed between two steps on a GPU
 _DRAWN = 64  # texts, at most, whose tokens are drawn at a time
 
 
@@ -420,11 +421,13 @@ class Generation:
     def _decode_between(self, long: bool = False) -> Iterator[tuple[int, list[int]]]:
         """A step after each chunk's worth of prompts, so that no text waits for longer.
 
-        On a GPU, short prompts fill half of the rows first: a graph is captured for each of a few
-        numbers of rows, and it is soon time for the next number.
+        On a GPU, short prompts fill half of the rows first, and then come a few chunks at a time: a
+        graph is captured for each of a few numbers of rows, and it is soon time for the next one.
         """
-        enough = long or not self._on_gpu or 2 * len(self._flying) >= self.batch.size
-        if self._flying and enough and self._fed >= self.fitted.chunk:
+        wait, enough = self.fitted.chunk, True
+        if self._on_gpu and not long:
+            wait, enough = _CHUNKS * wait, 2 * len(self._flying) >= self.batch.size
+        if self._flying and enough and self._fed >= wait:
             yield from self._decode()
 
     def _decode(self) -> Iterator[tuple[int, list[int]]]:
