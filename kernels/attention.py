@@ -427,10 +427,9 @@ def window_step(
     Returns:
         [B, Hq, D].
     """
-    count, heads, window, _ = ring_keys.shape
-    _, firsts = _ring_readings(count, heads, window, q.device)
+    _, firsts = _ring_readings(ring_keys.shape, q.shape[1], q.dtype, q.device)
     keys, values = _as_cache(ring_keys), _as_cache(ring_values)
-    store_keys_values(k, v, angles, keys, values, firsts + positions % window)
+    store_keys_values(k, v, angles, keys, values, firsts + positions % ring_keys.shape[2])
     return ring_attention(q, ring_keys, ring_values, positions, angles, scale)
 
 
@@ -443,8 +442,7 @@ def ring_attention(
     scale: float | None = None,
 ) -> Tensor:
     """What `window_step` reads of rings that the tokens' own keys and values are in already."""
-    count, heads, window, _ = ring_keys.shape
-    readings, _ = _ring_readings(count, heads, window, q.device)
+    readings, _ = _ring_readings(ring_keys.shape, q.shape[1], q.dtype, q.device)
     keys, values = _as_cache(ring_keys), _as_cache(ring_values)
     return batch_attention(q, keys, values, positions, readings, angles, scale)
 
@@ -461,10 +459,12 @@ def _as_cache(rings: Tensor) -> Tensor:
 
 @cache
 def _ring_readings(
-    count: int, heads: int, window: int, device: torch.device
+    shape: torch.Size, query_heads: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Readings, Tensor]:
     """Of `_as_cache`, and int64 [B], where each text's slots begin; kept, with the tables on the
-    device, since they are the same for every layer and step."""
+    device, since they are the same for every layer and step of one model. What tells models apart
+    is asked for because these tables are of one shape and dtype of what reads by them."""
+    count, heads, window, _ = shape
     starts = range(0, count * heads * window, heads * window)
     spans = [Span(b, b + 1, at, at + window, False, start=0) for b, at in enumerate(starts)]
     return Readings(range(count), spans), torch.tensor(starts, device=device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from yoco_eval.kernels import attention
+from yoco_eval.kernels import attention, dispatch
 from yoco_eval.kernels.attention import (
     batch_attention_reference,
     cache_attention_reference,
@@ -566,6 +566,22 @@ def test_triton_batch_attention_while_texts_come_and_go(device, triton_kernels):
         out = triton_kernels.batch_attention(q, keys, values, spread, readings)
         expected = batch_attention_reference(q, keys, values, spread, readings)
         torch.testing.assert_close(out[rows], expected[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_triton_window_steps_of_several_models(device, monkeypatch):
+    """In one process, of rings that are alike, but read by other queries."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    positions, window = torch.tensor([9, 0, 3], device=device), 5
+    for heads, dim in ((6, 8), (2, 8), (2, 24), (4, 8)):
+        q, k, v = (randn(3, n, dim, dtype=torch.float32, device=device) for n in (heads, 2, 2))
+        rings = randn(2, 3, 2, window, dim, dtype=torch.float32, device=device)
+        wide = (x.double() for x in (q, k, v, *rings))
+        expected = window_step(*wide, positions)
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "triton_takes", lambda device, dtype: True)
+            out = window_step(q, k, v, *rings, positions)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
