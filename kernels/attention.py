@@ -87,20 +87,18 @@ def cache_attention_reference(
                 for first, end, run in query_runs(spans)
             ]
         )
-    if scale is not None:
-        q = q * (scale * q.shape[2] ** 0.5)
     outputs = []
     for first, end, run in query_runs(spans):
         run = sorted((cut_span(span, first, end) for span in run), key=lambda s: s.first_key)
         if q.device.type == "cpu" and _is_one_text(run):
-            outputs.append(_attend_text(q[first:end], keys, values, run, spans))
+            outputs.append(_attend_text(q[first:end], keys, values, run, spans, scale))
             continue
         longest = min(KEYS, max(span.end_key - span.first_key for span in run))
         block = max(1, SCORES // (longest * q.shape[1]))
         for start in range(first, end, block):
             stop = min(start + block, end)
             cut = [_from_zero(cut_span(span, start, stop)) for span in run]
-            outputs.append(_attend_apart(q[start:stop], keys, values, cut))
+            outputs.append(_attend_apart(q[start:stop], keys, values, cut, scale))
     return torch.cat(outputs)
 
 
@@ -153,7 +151,14 @@ def _is_one_text(run: list[Span]) -> bool:
     return not causal and all(a.end_key == b.first_key for a, b in pairwise(run))
 
 
-def _attend_text(q: Tensor, keys: Tensor, values: Tensor, run: list[Span], spans: Spans) -> Tensor:
+def _attend_text(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    run: list[Span],
+    spans: Spans,
+    scale: float | None,
+) -> Tensor:
     """q [T, Hq, D], rotated, over a run that `_is_one_text`: [T, Hq, D].
 
     Left to PyTorch, which on a CPU goes through keys and queries in blocks of its own. All chunks
@@ -174,7 +179,8 @@ def _attend_text(q: Tensor, keys: Tensor, values: Tensor, run: list[Span], spans
         )
     if mask is None or len(mask) > length:
         # A group's query heads read the same keys: as queries of one head, only once.
-        out = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], keys, values, mask)
+        rows = q.flatten(1, 2)[:, None]
+        out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
         out = out.squeeze(1).unflatten(1, (group, length))
     else:
         # Where the processor multiplies bfloat16, PyTorch copies the keys and values of all heads
@@ -182,7 +188,8 @@ def _attend_text(q: Tensor, keys: Tensor, values: Tensor, run: list[Span], spans
         keys, values = keys.transpose(0, 1), values.transpose(0, 1)
         heads_at_hand = (part[None] for part in q.unbind(1))
         parts = [
-            F.scaled_dot_product_attention(part, keys, values, mask)[0] for part in heads_at_hand
+            F.scaled_dot_product_attention(part, keys, values, mask, scale=scale)[0]
+            for part in heads_at_hand
         ]
         out = torch.stack(parts, 1)
     return out.flatten(0, 1).transpose(0, 1).flip(0)
@@ -200,7 +207,9 @@ def _text_mask(queries: int, keys: int, dtype: torch.dtype, copies: int) -> Tens
     return mask.repeat(copies, 1) if copies > 1 else mask
 
 
-def _attend_apart(q: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span]) -> Tensor:
+def _attend_apart(
+    q: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span], scale: float | None
+) -> Tensor:
     """q [T, Hq, D], rotated, over spans of some of these T queries each: [T, Hq, D].
 
     There may be gaps between them, which may be NaN, which no mask would hide, and a long cache is
@@ -209,7 +218,8 @@ def _attend_apart(q: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span]
     wide = torch.promote_types(q.dtype, torch.float32)
     heads = keys.shape[0]
     # A group's query heads read the same keys, so they are queries of one head: [heads, T, group].
-    rows = (q.to(wide) * q.shape[2] ** -0.5).transpose(0, 1).unflatten(0, (heads, -1))
+    factor = q.shape[2] ** -0.5 if scale is None else scale
+    rows = (q.to(wide) * factor).transpose(0, 1).unflatten(0, (heads, -1))
     rows = rows.transpose(1, 2).contiguous()
     group = rows.shape[2]
     tops = rows.new_full((*rows.shape[:3], 1), float("-inf"))
@@ -228,9 +238,9 @@ def _attend_apart(q: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span]
                 scores.masked_fill_(later, float("-inf"))
             known, top = top, top.maximum(scores.amax(2, keepdim=True))
             weights = scores.sub_(top).exp_()
-            scale = (known - top).exp_()
-            total = total * scale + weights.sum(2, keepdim=True)
-            out = out * scale + weights @ values[:, block].to(wide)
+            fade = (known - top).exp_()
+            total = total * fade + weights.sum(2, keepdim=True)
+            out = out * fade + weights @ values[:, block].to(wide)
             del scores, weights  # not two blocks' at a time
         for whole, part in ((tops, top), (totals, total), (outs, out)):
             whole[:, asked] = part.unflatten(1, (length, group))
@@ -283,16 +293,14 @@ def batch_attention_reference(
     """`batch_attention`, with the positions read on the host."""
     if angles is not None:
         q = rotate(q, angles)
-    if scale is not None:
-        q = q * (scale * q.shape[2] ** 0.5)
     order = list(readings.order)
     at = positions.tolist()
     spans = [_known(span, at[order[span.first_query]]) for span in readings.spans]
     spans = sorted((s for s in spans if s.end_key > s.first_key), key=lambda s: s.first_key)
     if order == [0] and q.device.type == "cpu" and _is_one_text(spans):
-        return _attend_text(q, keys, values, spans, Spans(()))
+        return _attend_text(q, keys, values, spans, Spans(()), scale)
     out = q.new_empty(q.shape)
-    out[order] = _attend_apart(q[order], keys, values, spans)
+    out[order] = _attend_apart(q[order], keys, values, spans, scale)
     return out
 
 

@@ -193,6 +193,18 @@ def test_scores_are_scaled_as_told():
     torch.testing.assert_close(*outputs)
 
 
+def test_queries_are_not_rounded_when_scores_are_scaled():
+    """Nor do they overflow."""
+    q, (keys, values) = torch.full((2, 2, 8), 6e4, dtype=torch.float16), randn(2, 1, 9, 8)
+    keys, values = (1e-6 * keys).half(), values.half()
+    apart = (Span(0, 2, 0, 4, False), Span(0, 2, 5, 9, True))
+    for spans in ((Span(0, 2, 0, 9, True),), apart):
+        out = cache_attention_reference(q, keys, values, Spans(spans), scale=1.0)
+        wide = (x.double() for x in (q, keys, values))
+        expected = cache_attention_reference(*wide, Spans(spans), scale=1.0)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+
+
 # -- one token of each of many texts ---------------------------------------------------------------
 
 
