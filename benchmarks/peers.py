@@ -40,6 +40,7 @@ from yoco_eval.model.gemma4 import Gemma4
 from yoco_eval.model.gemma4_config import Gemma4Config
 from yoco_eval.model.gemma_folder import turned
 from yoco_eval.model.interface import take
+from yoco_eval.model.linear import set_weights
 from yoco_eval.model.shapes import SHAPES
 
 GIB = 2**30
@@ -147,7 +148,8 @@ def gemma4_pair(device: torch.device) -> Pair:
     peer.generation_config.eos_token_id = None
     config = Gemma4Config.from_dict(E2B)
     weights = {name.removeprefix("model."): w for name, w in peer.state_dict().items()}
-    ours = Gemma4.of_weights(config, turned(weights, config.layout), device, torch.bfloat16)
+    ours = Gemma4.empty(config, device, torch.bfloat16)
+    set_weights(ours, turned(weights, config.layout))
 
     @torch.inference_mode()
     def feed(ids: Tensor) -> Tensor:

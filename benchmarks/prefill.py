@@ -14,7 +14,6 @@ than the library's.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,13 +21,13 @@ from pathlib import Path
 
 import torch
 from common import count, environment, in_turns, lengths, report, require_gpu
+from early_exit import MODELS
 from torch import nn
 
 from yoco_eval.lengths import format_length
 from yoco_eval.memory import chunk_sizes
 from yoco_eval.model import Model, Yoco
 from yoco_eval.model.phi4flash import Phi4Flash
-from yoco_eval.model.phi4flash_config import Phi4FlashConfig
 from yoco_eval.model.shapes import SHAPES, set_random_weights
 
 GIB = 2**30
@@ -46,30 +45,10 @@ def yoco_3b(device: torch.device) -> tuple[Model, list[torch.Tensor]]:
 
 
 def phi4flash(device: torch.device) -> tuple[Model, list[torch.Tensor]]:
-    """As `yoco_3b`. Rates and time steps are drawn as Mamba's are before training."""
-    config = Phi4FlashConfig(
-        hidden_size=2560,
-        intermediate_size=10240,
-        num_hidden_layers=32,
-        num_attention_heads=40,
-        num_key_value_heads=20,
-        sliding_window=512,
-        vocab_size=200064,
-    )
+    """As `yoco_3b`."""
+    config = MODELS["Phi-4-mini-flash"]
     model = Phi4Flash.empty(config, device, torch.bfloat16)
-    for name, weight in model.named_parameters():
-        part = name.rpartition(".")[2]
-        if part == "rates":
-            weight.copy_(
-                -torch.arange(1, len(weight) + 1, device=device)[:, None].expand_as(weight)
-            )
-        elif part == "time_bias":
-            steps = torch.empty_like(weight).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
-            weight.copy_(steps.expm1().log())
-        elif weight.dim() > 1:
-            weight.normal_(0, 0.02)
-        else:
-            weight.fill_(0 if part.endswith("bias") else 1)
+    set_random_weights(model, 0)
     weights = []
     for layer in (*model.mamba_layers, *model.window_layers, model.memory_layer):
         parts = [part.weight for part in layer.mixer.modules() if isinstance(part, nn.Linear)]
@@ -77,7 +56,7 @@ def phi4flash(device: torch.device) -> tuple[Model, list[torch.Tensor]]:
     return model, [*weights, model.cache_layer.mixer.projection.weight[config.hidden_size :]]
 
 
-MODELS: dict[str, Callable[[torch.device], tuple[Model, list[torch.Tensor]]]] = {
+MADE: dict[str, Callable[[torch.device], tuple[Model, list[torch.Tensor]]]] = {
     "yoco-3b": yoco_3b,
     "phi4flash": phi4flash,
 }
@@ -86,7 +65,7 @@ MODELS: dict[str, Callable[[torch.device], tuple[Model, list[torch.Tensor]]]] = 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="yoco-3b", help="(default: %(default)s)")
+    parser.add_argument("--model", choices=MADE, default="yoco-3b", help="(default: %(default)s)")
     parser.add_argument(
         "--lengths", type=lengths, default="64k,1m", help="in tokens (default: %(default)s)"
     )
@@ -97,7 +76,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
     device = require_gpu()
-    model, multiplied = MODELS[args.model](device)
+    model, multiplied = MADE[args.model](device)
     chunk = args.chunk or chunk_sizes(model.costs, device)[0]
     weights = torch.cuda.memory_allocated()
     rows = []

@@ -22,6 +22,7 @@ from .gemma4 import Gemma4, gemma4_weights
 from .gemma4_config import Gemma4Config, read_gemma4
 from .hub import hub_commit
 from .interface import Blueprint, Config, Model, default_dtype
+from .linear import set_weights
 from .phi4flash import Phi4Flash
 from .phi4flash_config import Phi4FlashConfig, read_phi4flash
 from .phi4flash_weights import phi4flash_weights
@@ -35,7 +36,7 @@ class Family:
     Attributes:
         name: what people call it.
         config, model: the classes of its configurations and of its models; the latter has
-            `costs_of`, `empty` and `of_weights`, as `Yoco` has them.
+            `costs_of` and `empty`, as `Yoco` has them.
         read: takes what a `config.json` says to a configuration, or to None where it is of another
             family; raises ValueError where it cannot be used.
         weights: reads a folder's weights, by the names of the model's parameters, for a
@@ -89,7 +90,9 @@ def open_folder(path: Path) -> Blueprint | None:
 
     def make(device: torch.device, dtype: torch.dtype) -> Model:
         weights = family.weights(path, config, dtype)
-        model: Model = family.model.of_weights(config, weights, device, dtype)
+        made = family.model.empty(config, device, dtype)
+        set_weights(made, weights)
+        model: Model = made
         return model
 
     return Blueprint(config, family.model.costs_of(config), make)

@@ -10,7 +10,7 @@ some. Parameters have the published names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -249,20 +249,6 @@ class Gemma3n(nn.Module):
             model = cls(config)
         allocate(model, device, dtype)
         return model.requires_grad_(False).eval()
-
-    @classmethod
-    def of_weights(
-        cls,
-        config: Gemma3nConfig,
-        weights: Mapping[str, Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Gemma3n:
-        """A model for evaluation with copies of weights, which have its parameters' names."""
-        model = cls.empty(config, device, dtype)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-        return model
 
     def new_cache(self, capacity: int) -> SharedCache:
         return SharedCache(self.layout, capacity, self.dtype, self.device)

@@ -12,7 +12,7 @@ not read: the texts of evaluations have none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -185,20 +185,6 @@ class Gemma4(nn.Module):
             model = cls(config)
         allocate(model, device, dtype)
         return model.requires_grad_(False).eval()
-
-    @classmethod
-    def of_weights(
-        cls,
-        config: Gemma4Config,
-        weights: Mapping[str, Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Gemma4:
-        """A model for evaluation with copies of weights, which have its parameters' names."""
-        model = cls.empty(config, device, dtype)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-        return model
 
     def new_cache(self, capacity: int) -> SharedCache:
         return SharedCache(self.layout, capacity, self.dtype, self.device)

@@ -6,6 +6,8 @@ load its compiler to find that out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -118,3 +120,10 @@ def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None
             if parameter.is_meta:
                 empty = torch.empty(parameter.shape, device=device, dtype=dtype)
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
+
+
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies to a model, whose weights take no gradients, others that have its parameters' names,
+    of any dtype and on any device."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])

@@ -20,7 +20,7 @@ of its numbers and layers, of which there are few beside the weights' products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -356,20 +356,6 @@ class Phi4Flash(nn.Module):
                 wide = getattr(module, name).to(torch.promote_types(dtype, torch.float32))
                 setattr(module, name, nn.Parameter(wide, requires_grad=False))
         return model.requires_grad_(False).eval()
-
-    @classmethod
-    def of_weights(
-        cls,
-        config: Phi4FlashConfig,
-        weights: Mapping[str, Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Phi4Flash:
-        """A model for evaluation with copies of weights, which have its parameters' names."""
-        model = cls.empty(config, device, dtype)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-        return model
 
     def new_cache(self, capacity: int) -> Cache:
         """Of layer M + 1 alone, pairs of heads as one."""

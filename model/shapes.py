@@ -108,7 +108,7 @@ def set_random_weights(model: Any, seed: int) -> None:
             if weight.dim() > 1:
                 weight.normal_(0, 0.02, generator=generator)
             else:
-                weight.fill_(0 if name.endswith(".bias") else 1)
+                weight.fill_(0 if name.endswith("bias") else 1)
         for module in model.modules():
             if hasattr(module, "draw"):
                 module.draw(generator)

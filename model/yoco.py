@@ -32,7 +32,7 @@ from .cross_decoder import CrossDecoder
 from .decoder import Decoder
 from .interface import take
 from .layers import RMSNorm
-from .linear import Embedding, allocate, linear
+from .linear import Embedding, allocate, linear, set_weights
 from .rotary import Rotary
 from .self_decoder import SelfDecoder
 
@@ -92,8 +92,7 @@ class Yoco(nn.Module):
     ) -> Yoco:
         """A model for evaluation with copies of weights, which have its parameters' names."""
         model = cls.empty(config, device, dtype)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+        set_weights(model, weights)
         return model
 
     def set_rope_theta(self, theta: float) -> None:

@@ -102,6 +102,8 @@ def test_random_states_of_phi4flash_neither_vanish_nor_grow():
     mixer = model.memory_layer.mixer
     decays = mixer.rates * F.softplus(mixer.time_bias)
     assert -16 * 0.2 < decays.min() and decays[0].max() < 0 and decays[0].min() > -0.2
+    for bias in (mixer.tap_bias, model.cache_layer.mixer.projection.bias):
+        assert not bias.any()
 
 
 def test_random_states_of_gated_deltanet_last():
