@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from common import count, environment, lengths, report, require_gpu, seconds
+from early_exit import GEMMA4
 from generation import FEW, Case, clear, faster_and_faster, prompts, run_here, run_peer
 from scoring import TRIAL, make_questions, score, time_hf
 from torch import Tensor
@@ -52,28 +53,9 @@ SELF_DECODERS = {
     "gated_retention": {"type": "gated_retention", "num_heads": 24},
     "gated_deltanet": {"type": "gated_deltanet", "num_heads": 9, "head_dim": 256},
 }
-GEMMA4 = "gemma4"
-KINDS = [*SELF_DECODERS, GEMMA4]
+KINDS = [*SELF_DECODERS, "gemma4"]
 PROMPTS = Case("gemma4", 256, 0, 900, 128)
-E2B = {
-    "model_type": "gemma4_text",
-    "vocab_size": 262144,
-    "hidden_size": 1536,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 35,
-    "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
-    "num_kv_shared_layers": 20,
-    "use_double_wide_mlp": True,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "sliding_window": 512,
-    "hidden_size_per_layer_input": 256,
-    "vocab_size_per_layer_input": 262144,
-    "final_logit_softcapping": 30.0,
-    "max_position_embeddings": 131072,
-}
+E2B = GEMMA4["E2B"] | {"final_logit_softcapping": 30.0}
 
 
 class Pair(NamedTuple):
@@ -114,7 +96,7 @@ def main() -> None:
 
     libraries = set()
     for kind in args.kinds:
-        pair = gemma4_pair(device) if kind == GEMMA4 else fla_pair(kind, device)
+        pair = gemma4_pair(device) if kind == "gemma4" else fla_pair(kind, device)
         libraries.add(pair.library)
         for length in args.lengths:
             ids = torch.randint(pair.ours.config.vocab_size, (length,), device=device)
@@ -123,7 +105,7 @@ def main() -> None:
             name = f"prefill {format_length(length)}"
             keep(kind, f"{name}, s", times, faster=False)
             keep(kind, f"{name}, GiB beside the weights", peaks, faster=False)
-        if kind == GEMMA4:
+        if kind == "gemma4":
             name = f"generation, {PROMPTS.texts} prompts, tokens/s"
             keep(kind, name, generation_speeds(pair), faster=True)
         else:

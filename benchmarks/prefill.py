@@ -56,7 +56,7 @@ def phi4flash(device: torch.device) -> tuple[Model, list[torch.Tensor]]:
     return model, [*weights, model.cache_layer.mixer.projection.weight[config.hidden_size :]]
 
 
-MADE: dict[str, Callable[[torch.device], tuple[Model, list[torch.Tensor]]]] = {
+MAKERS: dict[str, Callable[[torch.device], tuple[Model, list[torch.Tensor]]]] = {
     "yoco-3b": yoco_3b,
     "phi4flash": phi4flash,
 }
@@ -65,7 +65,7 @@ MADE: dict[str, Callable[[torch.device], tuple[Model, list[torch.Tensor]]]] = {
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MADE, default="yoco-3b", help="(default: %(default)s)")
+    parser.add_argument("--model", choices=MAKERS, default="yoco-3b", help="(default: %(default)s)")
     parser.add_argument(
         "--lengths", type=lengths, default="64k,1m", help="in tokens (default: %(default)s)"
     )
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
     device = require_gpu()
-    model, multiplied = MADE[args.model](device)
+    model, multiplied = MAKERS[args.model](device)
     chunk = args.chunk or chunk_sizes(model.costs, device)[0]
     weights = torch.cuda.memory_allocated()
     rows = []

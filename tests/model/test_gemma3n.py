@@ -239,7 +239,9 @@ def test_the_engine_runs_it_as_any_model(model, oracle):
     truth = expected.log_softmax(-1)[:, :-1].gather(2, texts[:, 1:, None])[..., 0]
     quiet = {"begin": lambda count: None, "progress": lambda *counts: None}
     for options in ({"prefill_chunk": 16}, {}):
-        for index, score in Engine(model, **options).score(requests, **quiet):
+        scores = dict(Engine(model, **options).score(requests, **quiet))
+        assert len(scores) == len(requests)
+        for index, score in scores.items():
             first = len(requests[index].context) - 1
             logprobs = truth[index // 3, first : first + len(requests[index].continuation)]
             assert score.logprob == pytest.approx(logprobs.sum().item(), abs=1e-9)

@@ -275,12 +275,16 @@ def test_through_the_engine(model):
 
     quiet = {"begin": lambda count: None, "progress": lambda *counts: None}
     engine = Engine(model, prefill_chunk=9, batch_size=3)
-    for index, score in engine.score(scored, **quiet):
+    scores = dict(engine.score(scored, **quiet))
+    assert len(scores) == len(scored)
+    for index, score in scores.items():
         context, continuation = scored[index].context, torch.as_tensor(scored[index].continuation)
         whole = rows(np.append(context, continuation))[len(context) - 1 : -1].log_softmax(-1)
         likely = whole.gather(1, continuation[:, None]).sum().item()
         assert score.logprob == pytest.approx(likely, abs=1e-9)
-    for index, tokens in engine.generate([GenerateRequest(c, 5) for c in contexts], **quiet):
+    answers = dict(engine.generate([GenerateRequest(c, 5) for c in contexts], **quiet))
+    assert list(map(len, answers.values())) == [5] * len(contexts)
+    for index, tokens in answers.items():
         ids = list(contexts[index])
         for token in tokens:
             assert token == int(rows(ids)[-1].argmax())
