@@ -50,6 +50,7 @@ DEFAULT_CHECKPOINT = (BUNDLED / "DEFAULT").read_text(encoding="utf-8").strip()
 
 MODEL_TYPE = "yoco"
 _PARAMS = "params.json"
+_ADAPTER = "adapter_config.json"  # of a LoRA, which peft has trained
 _ENCRYPTED = 1  # a zip record's flag
 _MOST_UNPACKED = 20  # times the size of a compressed file; weights hardly shrink
 # What stands in training checkpoints beside the weights and is never needed, or only for its
@@ -238,9 +239,12 @@ def save(model: Yoco, path: str | Path) -> None:
 
 def _native_config(file: Path) -> YocoConfig:
     settings = read_json(file)
-    if settings.get("model_type") != MODEL_TYPE:
+    kind = settings.get("model_type")
+    if kind is None:
+        raise CheckpointError(f"{file}: has no model_type; copy it again from the model's folder")
+    if kind != MODEL_TYPE:
         raise CheckpointError(
-            f"{file}: says model_type {shown(settings.get('model_type'))}, not 'yoco'; "
+            f"{file}: says model_type {shown(kind)}, not 'yoco'; "
             "evaluate other models with lm-eval's own backends, such as --model hf"
         )
     if is_fla(settings):
@@ -291,9 +295,14 @@ def _torch_file(path: Path) -> Path:
         raise CheckpointError(
             f"{path}: holds several checkpoints ({listed([c.name for c in candidates])}); name one"
         )
+    if not candidates and (path / _ADAPTER).exists():
+        raise CheckpointError(
+            f"{path}: holds an adapter alone; merge it into its base model, and name the folder of "
+            "the result"
+        )
     if not candidates:
         raise CheckpointError(
-            f"{path}: not a YOCO checkpoint; expected {CONFIG} with {WEIGHTS}, or params.json "
+            f"{path}: holds no checkpoint; expected {CONFIG} with {WEIGHTS}, or params.json "
             "with checkpoint.pth, or a fairseq .pt file"
         )
     return candidates[0]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from yoco_eval.printable import shown
+from yoco_eval.printable import listed, shown
 
 
 def check_count(name: str, value: Any, largest: int) -> None:
@@ -46,3 +46,12 @@ def check_only(settings: Mapping[str, Any], only: Mapping[str, Any]) -> None:
                 f"{name} = {shown(settings[name])} is not supported, only {shown(value)}; evaluate "
                 "this model with --model hf"
             )
+
+
+def check_known(unknown: Collection[str]) -> None:
+    """Refuses settings that nothing here reads, if there are any: they could change the model."""
+    if unknown:
+        raise ValueError(
+            f"unknown settings: {listed(sorted(unknown))}; if they change the model, evaluate it "
+            "with --model hf, else take them out of the file"
+        )

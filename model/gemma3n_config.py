@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from yoco_eval.printable import listed, shown
+from yoco_eval.printable import shown
 
-from .checks import check_count, check_multiple, check_number, check_only
+from .checks import check_count, check_known, check_multiple, check_number, check_only
 from .folder import BOOKKEEPING
 from .gemma_folder import text_settings
 from .kv_sharing import FULL, SLIDING, Heads, Layout, check_layers
@@ -115,8 +115,7 @@ class Gemma3nConfig:
         known = {field.name: field.default for field in fields(cls)}
         check_only(settings, _ONLY)
         read = {*known, *_ONLY, "rope_parameters", "rope_scaling"}
-        if unknown := settings.keys() - read - _UNREAD - BOOKKEEPING:
-            raise ValueError(f"unknown settings: {listed(sorted(unknown))}")
+        check_known(settings.keys() - read - _UNREAD - BOOKKEEPING)
         single = {n: settings[n] for n in known if n in settings and known[n] is not MISSING}
         layers = single.get("num_hidden_layers", cls.num_hidden_layers)
         check_count("num_hidden_layers", layers, _LARGEST["num_hidden_layers"])

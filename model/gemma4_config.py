@@ -9,7 +9,7 @@ from typing import Any
 
 from yoco_eval.printable import listed, shown
 
-from .checks import check_count, check_flag, check_multiple, check_number, check_only
+from .checks import check_count, check_flag, check_known, check_multiple, check_number, check_only
 from .folder import BOOKKEEPING
 from .gemma_folder import text_settings
 from .kv_sharing import FULL, SLIDING, Heads, Layout, check_layers
@@ -172,8 +172,7 @@ class Gemma4Config:
         own = _taken(given, *_LARGEST, "use_double_wide_mlp", "rms_norm_eps")
         own |= _taken(given, "final_logit_softcapping") | _head_sizes(given, own, kinds)
         own |= _rope_parameters(given.pop("rope_parameters", _ROPE_PARAMETERS))
-        if unknown := given.keys() - _ONLY.keys() - _IGNORED:
-            raise ValueError(f"unknown settings: {listed(sorted(unknown))}")
+        check_known(given.keys() - _ONLY.keys() - _IGNORED)
         return cls(tuple(kinds), shared, **own)
 
 

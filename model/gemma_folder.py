@@ -41,7 +41,9 @@ def text_settings(settings: Mapping[str, Any], family: str) -> Mapping[str, Any]
     if settings.get("quantization_config") is not None:
         raise ValueError("has a quantization_config; take a checkpoint without one")
     check_only(settings, {"tie_word_embeddings": True})
-    text = settings if kind == alone else settings.get(_TEXT)
+    if kind != alone and _TEXT not in settings:
+        raise ValueError(f"missing settings: {_TEXT}")
+    text = settings if kind == alone else settings[_TEXT]
     if not isinstance(text, Mapping):
         raise ValueError(f"{_TEXT} is {shown(text)}, not an object")
     if text.get("model_type", alone) != alone:

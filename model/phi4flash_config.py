@@ -8,7 +8,7 @@ from typing import Any
 
 from yoco_eval.printable import listed, shown
 
-from .checks import check_count, check_multiple, check_number
+from .checks import check_count, check_known, check_multiple, check_number
 from .folder import BOOKKEEPING
 
 MODEL_TYPE = "phi4flash"
@@ -141,8 +141,7 @@ class Phi4FlashConfig:
         required = {field.name for field in fields(cls) if field.default is MISSING}
         if missing := required - given.keys():
             raise ValueError(f"missing settings: {listed(sorted(missing))}")
-        if unknown := given.keys() - {field.name for field in fields(cls)}:
-            raise ValueError(f"unknown settings: {listed(sorted(unknown))}")
+        check_known(given.keys() - {field.name for field in fields(cls)})
         given["sliding_window"] = _window(given["sliding_window"], given["num_hidden_layers"])
         config = cls(**given)
         if rank not in ("auto", config.time_rank):

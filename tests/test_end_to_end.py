@@ -209,7 +209,7 @@ class Bomb:
     ("arguments", "grid", "message"),
     [
         ("pretrained=/nowhere", {}, "/nowhere: no such checkpoint"),
-        ("pretrained={bad}/neither", {}, "neither: not a YOCO checkpoint; expected"),
+        ("pretrained={bad}/neither", {}, "neither: holds no checkpoint; expected"),
         ("pretrained={bad}/bomb", {}, "refused, its pickle asks for posix.mkdir"),
         ("pretrained={bad}/truncated", {}, "truncated/checkpoint.pth: damaged or truncated"),
         (

@@ -155,7 +155,8 @@ class YocoLM(TemplateLM):
         if enable_thinking and think_end_token is None:
             raise ValueError(
                 "enable_thinking=True needs think_end_token, what ends the thinking, as answers "
-                "begin behind it; give it with --model_args, such as think_end_token='</think>'"
+                "begin behind it; give it with --model_args, such as think_end_token=</think>, or "
+                "think_end_token=<channel|> for Gemma 4"
             )
         self.enable_thinking, self.think_end_token = enable_thinking, _token(think_end_token)
         variables = _variables(chat_template_args)
@@ -448,7 +449,8 @@ class YocoLM(TemplateLM):
             logger.warning(
                 "%d of %d answers took all of max_gen_toks and have no think_end_token: what there "
                 "is of their thinking was taken for the answer; give them more with --gen_kwargs "
-                "max_gen_toks=...", lost, len(requests),
+                "max_gen_toks=..., if %s is what ends this model's thinking",
+                lost, len(requests), shown(self.think_end_token),
             )  # fmt: skip
         return results
 

@@ -370,10 +370,17 @@ def test_names_on_the_hub(published, tmp_path, hub_cache):
 
 
 def test_neither_layout(tmp_path):
-    assert "not a YOCO checkpoint" in fault(tmp_path)
+    assert "holds no checkpoint" in fault(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     message = fault(tmp_path)
     assert "'llama'" in message and "--model hf" in message
+    (tmp_path / "config.json").write_text('{"vocab_size": 8}')
+    assert "config.json: has no model_type; copy it again" in fault(tmp_path)
+
+
+def test_an_adapter_alone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "holds an adapter alone; merge it into its base model" in fault(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "not valid JSON" in fault(tmp_path)
 

@@ -574,7 +574,7 @@ def test_the_published_models(tmp_path):
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, not 0"),
         ({"final_logit_softcapping": "30"}, "final_logit_softcapping must be a positive number"),
         ({"use_double_wide_mlp": "yes"}, "use_double_wide_mlp must be true or false, not 'yes'"),
-        ({"attention_temperature": 2.0}, "unknown settings: attention_temperature"),
+        ({"attention_temperature": 2.0}, "unknown settings: attention_temperature; if they change"),
         ({"rope_parameters": {F: {"rope_theta": 1e6}}}, "not a table of sliding_attention and"),
         ({"per_layer_config": {"40": {}}}, "per_layer_config is {'40': {}}, not a table of layers"),
         ({"per_layer_config": {"04": {"head_dim": 128}}}, "full_attention layers of several sizes"),
@@ -626,6 +626,12 @@ def test_other_models(tmp_path, top, message):
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(written(tmp_path, top=top))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_multimodal_folder_without_its_language_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma4"}')
+    with pytest.raises(CheckpointError, match=r"config\.json: missing settings: text_config$"):
+        open_checkpoint(tmp_path)
 
 
 def test_weights_are_named_where_they_are_refused(reference, tmp_path):

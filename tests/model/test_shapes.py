@@ -92,7 +92,7 @@ def test_what_is_no_shape(tmp_path):
             with pytest.raises(CheckpointError, match=rf"config\.json: {reason}"):
                 find_shape(str(path))
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="not a YOCO checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find_shape(str(tmp_path))
 
 

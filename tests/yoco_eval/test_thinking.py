@@ -197,6 +197,7 @@ def test_thinking_without_room_is_told(folders, caplog):
     assert not caplog.text
     assert answer(lm, SAID["phi"], ["nobody"], room=5) == "thought? "
     assert "1 of 1 answers took all of max_gen_toks and have no think_end_token" in caplog.text
+    assert "if '</think>' is what ends this model's thinking" in caplog.text
 
 
 def test_responses_of_other_endings_are_not_kept(folders, tmp_path):
