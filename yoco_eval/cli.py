@@ -266,7 +266,8 @@ def _plan(args: argparse.Namespace) -> int:
     name = args.pretrained if args.shape is None else args.shape
     if args.revision:
         name += f" revision={args.revision}"
-    print_estimate(result, name, dtype, device, _console())
+    positions = blueprint.config.max_position_embeddings
+    print_estimate(result, name, dtype, device, _console(), positions)
     return 0 if result.fit.fits else 1
 
 

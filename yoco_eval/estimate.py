@@ -61,9 +61,17 @@ def estimate(
 
 
 def print_estimate(
-    result: Estimate, name: str, dtype: torch.dtype, device: torch.device, console: Console
+    result: Estimate,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    console: Console,
+    positions: int | None = None,
 ) -> None:
-    """A table of the memory, and what follows from it."""
+    """A table of the memory, and what follows from it.
+
+    `positions` is the longest text that the model is meant for, in tokens; None: it does not say.
+    """
     fitted = result.fit
     kind = str(dtype).removeprefix("torch.")
     heading = f"{message(name)}, {format_length(fitted.length)} tokens on {device} in {kind}\n"
@@ -83,6 +91,11 @@ def print_estimate(
         console.print(
             f"It does not fit. Fed {fitted.chunk} tokens at a time, {up_to} would. Shorter texts, "
             "a smaller chunk or dtype, or a device with more memory may help."
+        )
+    if positions is not None and positions < fitted.length:
+        console.print(
+            f"The model states {positions} positions: longer texts are evaluated only with "
+            f"--model_args max_length={fitted.length}."
         )
     if result.prefill_seconds is not None and result.decode_tokens_per_second is not None:
         console.print(

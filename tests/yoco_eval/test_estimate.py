@@ -62,6 +62,14 @@ def test_what_fits_with_a_chunk_of_the_users(free):
     assert not estimate(COSTS, torch.bfloat16, CPU, refused.longest + 1, 2**16).fit.fits
 
 
+@pytest.mark.parametrize(("length", "told"), [("4k", False), ("8k", True)])
+def test_texts_beyond_the_models_positions_are_told(length, told, capsys):
+    assert main(["plan", "--pretrained", "demo-4k", "--length", length, "--device", "cpu"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "It fits" in shown and ("states 4096 positions" in shown) == told
+    assert ("only with --model_args max_length=8192." in shown) == told
+
+
 def test_exit_code_says_whether_it_fits(free, capsys):
     free(100)
     assert main(["plan", "--shape", "3b", "--length", "1m", "--device", "cpu"]) == 1
