@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .cache import store_keys_values
 from .dispatch import run_triton, use_triton
+from .relay import Relay
 from .rotary import Angles, rotate
 from .sequences import (
     Readings,
@@ -295,7 +296,7 @@ def batch_attention_reference(
         q = rotate(q, angles)
     order = list(readings.order)
     at = positions.tolist()
-    spans = [_known(span, at[order[span.first_query]]) for span in readings.spans]
+    spans = [known(span, at[order[span.first_query]]) for span in readings.spans]
     spans = sorted((s for s in spans if s.end_key > s.first_key), key=lambda s: s.first_key)
     if order == [0] and q.device.type == "cpu" and _is_one_text(spans):
         return _attend_text(q, keys, values, spans, Spans(()), scale)
@@ -304,7 +305,7 @@ def batch_attention_reference(
     return out
 
 
-def _known(span: Span, position: int) -> Span:
+def known(span: Span, position: int) -> Span:
     """What a text's token at `position` reads of a span."""
     if span.start is None:
         return span
@@ -342,11 +343,32 @@ def sliding_window_attention(
         The output [T, Hq, D] and, of the n sequences, the `past` [n, 2, window - 1, Hkv, D] of the
         tokens that follow, in new memory, or None.
     """
+    relay = sequences.relay
+    if relay is not None:
+        past = _past_of_part(k, v, window, relay, past, angles)
     if use_triton(q, k, v):
         from .attention_triton import sliding_window_attention as fast
 
-        return run_triton(fast, q, k, v, window, sequences, past, angles, keep, scale)
-    return sliding_window_attention_reference(q, k, v, window, sequences, past, angles, keep, scale)
+        out, after = run_triton(fast, q, k, v, window, sequences, past, angles, keep, scale)
+    else:
+        out, after = sliding_window_attention_reference(
+            q, k, v, window, sequences, past, angles, keep, scale
+        )
+    return out, after if relay is None or after is None else relay.after(after)
+
+
+def _past_of_part(
+    k: Tensor, v: Tensor, window: int, relay: Relay, past: Tensor | None, angles: Angles | None
+) -> Tensor:
+    """The `past` of this process's part of a text, whose `past` before all parts is given."""
+    reach = window - 1
+    last = slice(max(0, len(k) - reach), None)
+    k, v = k[last], v[last]
+    if angles is not None:
+        k = rotate(k, (angles[0][last], angles[1][last]))
+    rows = torch.stack((k, v), 1)
+    before = relay.before(rows, reach, None if past is None else past[0].transpose(0, 1))
+    return before.transpose(0, 1)[None]
 
 
 def sliding_window_attention_reference(

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from .group import Group
 from .launch import packed_heads, padded, programs
 from .rotary import Angles, rotate
 from .sequences import (
@@ -41,12 +42,14 @@ from .sequences import (
     to_device,
     window_shifts,
 )
+from .stripes import Stripes
 
 _UNLIMITED = 1 << 30  # shift of a key range that every query reads whole
 _FEW_PIECES = 8  # of a row, up to which they are merged at once
 _FEWEST = 8  # tasks, and rows of pieces, that tables for decoding have room for
 _ROTATED_FIRST = 64  # rows from which on rotated queries take registers that are needed
 _LONG_TEXT = 1024  # queries of a single causal span from which library kernels take over
+LN_2 = tl.constexpr(math.log(2))
 
 
 def _block_sizes(dtype: torch.dtype, dim: int) -> tuple[int, ...]:
@@ -197,8 +200,10 @@ def _store_piece(
 def _merge_kernel(
     partial, norms, out, rows, entries, order, HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr, BATCH: tl.constexpr,
+    OUT: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
-    """One row of queries: the mean of its pieces' outputs, weighted by exp2 of their norms."""
+    """One row of queries: the mean of its pieces' outputs, weighted by exp2 of their norms; with
+    NORMS, its own norm behind the query's outputs."""
     index = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.load(rows + 3 * index)
@@ -225,9 +230,13 @@ def _merge_kernel(
     query = row // GROUP
     if BATCH:
         query = tl.load(order + query)
-    at = (query.to(tl.int64) * HEADS + head) * (GROUP * D) + row % GROUP * D
-    acc /= tl.where(begin < end, total, 1.0)
-    tl.store(out + at + dims, acc, mask=(dims < D) & (begin < end))
+    at = query.to(tl.int64) * OUT
+    place = head * GROUP + row % GROUP
+    total = tl.where(total == 0.0, 1.0, total)  # none of the pieces saw a key
+    tl.store(out + at + place * D + dims, acc / total, mask=(dims < D) & (begin < end))
+    if NORMS:
+        norm = (top + tl.log2(total)) * LN_2
+        tl.store(out + at + HEADS * GROUP * D + place, norm, mask=begin < end)
 
 
 def _merge(
@@ -237,15 +246,18 @@ def _merge(
     rows: Tensor,
     entries: Tensor,
     most: int,
+    group: int,
     order: Tensor | None = None,
 ) -> None:
-    """Into out [T, Hq, D]: rows of `partial` [., Hkv, D]; about `most` entries for each."""
+    """Into out [T, Hq, D], or [T, Hq * (D + 1)] with norms behind: rows of `partial` [., Hkv, D] of
+    so many query heads a key-value head; about `most` entries for each."""
     _, heads, dim = partial.shape
     few = most <= _FEW_PIECES
     _merge_kernel[rows.shape[0], heads](
         partial, norms, out, rows, entries, rows if order is None else order,
-        HEADS=heads, GROUP=out.shape[1] // heads, D=dim, D_PAD=padded(dim),
-        CHUNK=8 if few else 64, BATCH=order is not None, num_warps=2 if few else 8,
+        HEADS=heads, GROUP=group, D=dim, D_PAD=padded(dim),
+        CHUNK=8 if few else 64, BATCH=order is not None, OUT=out.stride(0), NORMS=out.dim() == 2,
+        num_warps=2 if few else 8,
     )  # fmt: skip
 
 
@@ -308,10 +320,7 @@ def cache_attention(
     shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
 
     def on_device() -> _Plan:
-        plan = _plan(spans.spans, query_runs(spans), shape, window)
-        tables = [plan.tasks, plan.ranges, plan.rows, plan.entries]
-        tasks, ranges, rows, entries = _to_device(tables, q.device)
-        return plan._replace(tasks=tasks, ranges=ranges, rows=rows, entries=entries)
+        return _plan(spans.spans, query_runs(spans), shape, window).on_device(q.device)
 
     plan = spans.table(("cache_attention", shape, window), on_device)
     return _over_cache(q, keys, values, plan, angles, scale, window=window or 0)
@@ -333,6 +342,47 @@ def batch_attention(
     return _over_cache(q, keys, values, tables.now, angles, scale, batch)
 
 
+def cache_attention_part(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spans: Spans,
+    stripes: Stripes,
+    angles: Angles | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """As `striped_attention.cache_attention_part`."""
+    shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
+
+    def on_device() -> _Plan:
+        plan = _plan(spans.spans, query_runs(spans), shape, stripes=stripes)
+        return plan.on_device(q.device)
+
+    plan = spans.table(("cache_attention", shape, stripes), on_device)
+    return _over_cache(q, keys, values, plan, angles, scale, stripes=stripes)
+
+
+def batch_attention_part(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    readings: Readings,
+    group: Group,
+    angles: Angles | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """What this process adds to `striped_attention.striped_batch_attention`.
+
+    The launch depends on `readings.layout` alone, which is the same in all processes of the group:
+    a CUDA graph with collectives has to be replayed by all or none.
+    """
+    shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
+    tables = readings.tables(lambda: _BatchTables(shape, group))
+    batch = tables.order, positions.contiguous()
+    return _over_cache(q, keys, values, tables.now, angles, scale, batch, stripes=group.stripes)
+
+
 def _over_cache(
     q: Tensor,
     keys: Tensor,
@@ -342,44 +392,65 @@ def _over_cache(
     scale: float | None,
     batch: tuple[Tensor, Tensor] | None = None,
     window: int = 0,
+    stripes: Stripes | None = None,
 ) -> Tensor:
     """Runs a plan's tasks and merges what are but pieces.
 
     Args:
         batch: where texts are decoded, the row of each query of the plan, and each row's position.
+        stripes: of which the keys and values are; the output is that of `cache_attention_part`.
     """
     q = packed_heads(q)
     heads, _, dim = keys.shape
     if angles is not None and plan.block_m >= _ROTATED_FIRST:
         q, angles = rotate(q, angles), None
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if stripes is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    else:
+        out = _float32(q, q.shape[0], q.shape[1] * (dim + 1))
     partial, norms = _float32(q, plan.pieces, heads, dim), _float32(q, plan.pieces, heads)
     cos, sin = angles or (q, q)
     order, positions = batch or (plan.tasks, plan.tasks)
     _cache_kernel[(plan.tasks.shape[0] * heads * _parts(dim),)](
         q, cos, sin, keys, values, out, partial, norms, plan.tasks, plan.ranges, order, positions,
-        _head_slots(keys), BLOCK_M=plan.block_m, BATCH=batch is not None,
-        WINDOW=window, **_query_constants(q, heads, angles, scale),
+        _head_slots(keys), 0 if stripes is None else stripes.rank,
+        BLOCK_M=plan.block_m, BATCH=batch is not None, WINDOW=window, OUT=out.stride(0),
+        SHARES=0 if stripes is None else stripes.size,
+        RUN=1 if stripes is None else stripes.block, **_query_constants(q, heads, angles, scale),
         **_config(plan.block_m, dim, q.dtype),
     )  # fmt: skip
     if plan.pieces:
-        _merge(partial, norms, out, plan.rows, plan.entries, plan.most, order if batch else None)
+        group = q.shape[1] // heads
+        told = order if batch else None
+        _merge(partial, norms, out, plan.rows, plan.entries, plan.most, group, told)
     return out
 
 
-@triton.jit(do_not_specialize=("capacity",))
+@triton.jit
+def _held(slot, rank, SHARES: tl.constexpr, RUN: tl.constexpr):
+    """`Stripes.held` of process `rank` of SHARES; 0 of them: there are no stripes."""
+    if SHARES:
+        slot = tl.maximum(slot, 0)
+        rest = slot % (SHARES * RUN) - rank * RUN
+        slot = slot // (SHARES * RUN) * RUN + tl.minimum(tl.maximum(rest, 0), RUN)
+    return slot
+
+
+@triton.jit(do_not_specialize=("capacity", "rank"))
 def _cache_kernel(
-    q, cos, sin, keys, values, out, partial, norms, tasks, ranges, order, positions, capacity,
+    q, cos, sin, keys, values, out, partial, norms, tasks, ranges, order, positions, capacity, rank,
     SCALE: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, V_PAD: tl.constexpr, ROTATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BATCH: tl.constexpr, WINDOW: tl.constexpr,
+    OUT: tl.constexpr, SHARES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """One task, key-value head and part of the values' columns: a block of rows over a list of key
     ranges.
 
     Row r is query r // GROUP and the head's query head r % GROUP. In a BATCH, query t is row
     order[t] of q, and reads keys before its position + shift in place of t + shift. With a WINDOW
-    it reads no more than so many keys before t + shift.
+    it reads no more than so many keys before t + shift. With SHARES, the keys are those that
+    process `rank` holds; shifts count those of all processes.
     """
     # Programs begin in this order. With all heads of a task side by side, the longest tasks are
     # spread evenly, and those of no row, which end at once, come last.
@@ -417,17 +488,23 @@ def _cache_kernel(
         end = tl.load(ranges + 3 * i + 1)
         shift = tl.load(ranges + 3 * i + 2)
         if BATCH:  # what no row reads yet may be NaN
-            end = tl.minimum(end, last + shift)
+            end = tl.minimum(end, _held(last + shift, rank, SHARES, RUN))
+        limit = _held(seen + shift, rank, SHARES, RUN)
+        seen_by_all = _held(seen_to + shift, rank, SHARES, RUN)
         seen_from = first
         if WINDOW > 0:
             last_query = (tl.minimum(end_row, first_row + BLOCK_M) - 1) // GROUP
             seen_from = tl.minimum(last_query + shift - WINDOW, end)
         acc, top, total = _walk(
-            acc, top, total, x, keys, values, first, seen_from, seen_to + shift, end, seen + shift,
-            part, SCALE, D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
+            acc, top, total, x, keys, values, first, seen_from, seen_by_all, end, limit, part,
+            SCALE, D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
         )  # fmt: skip
     if piece < 0:
-        _store_output(out, query, column, acc, total, valid, part, HEADS * GROUP * D, D, V_PAD)
+        _store_output(out, query, column, acc, total, valid, part, OUT, D, V_PAD)
+        if SHARES:
+            norm = (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN_2
+            place = HEADS * GROUP * D + head * GROUP + row % GROUP
+            tl.store(out + query.to(tl.int64) * OUT + place, norm, mask=valid)
     else:
         place = (piece + tl.arange(0, BLOCK_M)) * HEADS + head
         _store_piece(partial, norms, place, acc, top, total, valid, part, D, V_PAD)
@@ -467,9 +544,18 @@ class _Plan(NamedTuple):
     pieces: int
     most: int
 
+    def on_device(self, device: torch.device) -> _Plan:
+        """With its tables there."""
+        tables = [self.tasks, self.ranges, self.rows, self.entries]
+        tasks, ranges, rows, entries = _to_device(tables, device)
+        return self._replace(tasks=tasks, ranges=ranges, rows=rows, entries=entries)
+
 
 class _BatchTables:
     """`_Plan`s of `Readings`, in memory that stays where it is as long as they have room in it.
+
+    Args:
+        group: whose stripes of the cache are read, where they are; all of it have one layout.
 
     Attributes:
         now: the present plan, on the device, its tables with empty lines behind.
@@ -477,19 +563,26 @@ class _BatchTables:
         layout: of `now`, all that is not on the device.
     """
 
-    def __init__(self, shape: _Shape) -> None:
-        self._shape = shape
+    def __init__(self, shape: _Shape, group: Group | None = None) -> None:
+        self._shape, self._group = shape, group
         self._made: dict[Hashable, tuple[Tensor, _Plan, Tensor]] = {}
         self.layout: Hashable = None
         self.now: _Plan
         self.order: Tensor
 
     def fill(self, order: Sequence[int], spans: Sequence[Span]) -> None:
-        plan = _plan(spans, cells(spans), self._shape, batch=True)
+        stripes = None if self._group is None else self._group.stripes
+        plan = _plan(spans, cells(spans), self._shape, batch=True, stripes=stripes)
         group = self._shape.query_heads // self._shape.heads
+        needs = [max(len(plan.tasks), -(-len(plan.ranges) // 2)), plan.pieces, len(plan.entries)]
+        needs.append(plan.most)
+        if self._group is not None:
+            needs = self._group.most(needs)
+        least, pieces, entries, most = needs
+        plan = plan._replace(most=most)
         # Powers of two, so that few layouts, each of which takes a graph of its own, occur.
-        tasks = _power(max(len(plan.tasks), -(-len(plan.ranges) // 2), _FEWEST))
-        pieces = _power(max(plan.pieces, len(plan.entries), _FEWEST)) if plan.pieces else 0
+        tasks = _power(max(least, _FEWEST))
+        pieces = _power(max(pieces, entries, _FEWEST)) if pieces else 0
         texts = _power(len(order))
         self.layout = plan.block_m, tasks, pieces, texts, plan.most <= _FEW_PIECES
         # Each table begins at 16 bytes.
@@ -538,6 +631,7 @@ def _plan(
     shape: _Shape,
     window: int | None = None,
     batch: bool = False,
+    stripes: Stripes | None = None,
 ) -> _Plan:
     """Of a launch of `_cache_kernel`; `batch`: whether texts are decoded."""
     query_heads, heads, dim, dtype, device = shape
@@ -550,18 +644,21 @@ def _plan(
         block_m = sizes[-1]
         walks = [walk for run in runs for walk in _window_blocks(*run, group, block_m, window)]
     else:
+        shares = 1 if stripes is None else stripes.size
         units, block_m = min(
-            ((_units(runs, group, size), size) for size in sizes),
-            key=lambda choice: _cost(*choice),
+            ((_units(runs, group, size, shares), size) for size in sizes),
+            key=lambda choice: _cost(choice[0], choice[1], shares),
         )
         walks = [walk for unit in units for walk in _row_blocks(*unit, group, block_m, batch)]
+        if stripes is not None:
+            walks = [_held_by(stripes, walk) for walk in walks]
     block_n = _config(block_m, dim, dtype)["BLOCK_N"]
     at_once = programs(device) // (2 if block_m >= 128 or dim > 256 else 1)
     heads *= _parts(dim)
     # All pieces should take about as long as each other, and be as many as fit on the GPU at once;
     # rounding down, since one more would wait for all the others. Where that rounds too coarsely,
     # they are as many as fit four times, if merging a piece costs little beside walking it.
-    share = sum(walk.keys for walk in walks) * heads / at_once
+    share = max(1, sum(walk.keys for walk in walks)) * heads / at_once
     coarse = 4 * len(walks) * heads > at_once
     tasks = []
     for walk in walks:
@@ -572,19 +669,19 @@ def _plan(
         size = -(-walk.keys // (pieces * block_n)) * block_n
         tasks += [_Task(walk.first, walk.end, ranges) for ranges in _cut(walk.ranges, size)]
     # The longest first, and neighbours read the same keys.
-    tasks.sort(key=lambda task: (-task.keys, task.ranges[0]))
+    tasks.sort(key=lambda task: (-task.keys, task.ranges[:1]))
 
-    shares = cells((task.first, task.end, i) for i, task in enumerate(tasks))
+    parts = cells((task.first, task.end, i) for i, task in enumerate(tasks))
     places: dict[int, int] = {}
     pieces = 0
-    for _, _, shared in shares:
+    for _, _, shared in parts:
         for _, _, i in shared if len(shared) > 1 else ():
             if i not in places:
                 places[i] = pieces
                 pieces += tasks[i].end - tasks[i].first
     merged: list[tuple[int, int, int, int]] = []
     entries: list[int] = []
-    for first, end, shared in shares:
+    for first, end, shared in parts:
         own = [places[i] - task_first for task_first, _, i in shared if i in places]
         if own:
             merged.append((first, end, len(entries), len(entries) + len(own)))
@@ -597,7 +694,7 @@ def _plan(
     ranges = [part for task in tasks for part in task.ranges]
     most = max((end - first for *_, first, end in merged), default=0)
     return _Plan(
-        block_m, torch.tensor(table), torch.tensor(ranges), _rows(merged),
+        block_m, torch.tensor(table), torch.tensor(ranges).view(-1, 3), _rows(merged),
         torch.tensor(entries).long(), pieces, most,
     )  # fmt: skip
 
@@ -615,12 +712,13 @@ _Run = tuple[int, int, list[Span]]  # queries first .. end - 1, which read the s
 _Unit = tuple[int, int, list[Span]]  # rows first .. end - 1, which walk the same spans
 
 
-def _units(runs: list[_Run], group: int, block_m: int) -> list[_Unit]:
+def _units(runs: list[_Run], group: int, block_m: int, shares: int) -> list[_Unit]:
     """Which rows walk which spans together.
 
     Runs of queries that read the same, each over its list of spans; but a span that several runs
     share is walked once by the queries of all of them, where that saves more steps over its keys
-    than it costs to write and merge the outputs of pieces.
+    than it costs to write and merge the outputs of pieces. Each of `shares` processes has its share
+    of the keys.
     """
     walked: Counter[Span] = Counter()  # blocks of rows that would read a span, run by run
     for first, end, members in runs:
@@ -629,7 +727,7 @@ def _units(runs: list[_Run], group: int, block_m: int) -> list[_Unit]:
     units, shared = [], set()
     for span, blocks in walked.items():
         rows = (span.end_query - span.first_query) * group
-        if (blocks - -(-rows // block_m)) * (span.end_key - span.first_key) > 4 * rows:
+        if (blocks - -(-rows // block_m)) * (span.end_key - span.first_key) > 4 * rows * shares:
             shared.add(span)
             units.append((span.first_query * group, span.end_query * group, [span]))
     for first, end, members in runs:
@@ -639,8 +737,9 @@ def _units(runs: list[_Run], group: int, block_m: int) -> list[_Unit]:
     return units
 
 
-def _cost(units: list[_Unit], block_m: int) -> int:
-    """Of walking the units in blocks of rows; one is the time of a row's operations on a key.
+def _cost(units: list[_Unit], block_m: int, shares: int) -> int:
+    """Of walking the units in blocks of rows; one is the time of a row's operations on a key, times
+    the number of processes that share the keys.
 
     A block must load the key, too, which takes about as long as the operations of 48 rows. A row
     that lies in several units has outputs to write and merge, which takes about 900 for each.
@@ -651,7 +750,7 @@ def _cost(units: list[_Unit], block_m: int) -> int:
         for span in spans
     )
     rows = sum(end - first for first, end, _ in units)
-    return walking + 900 * (rows - max(end for _, end, _ in units))
+    return walking + 900 * shares * (rows - max(end for _, end, _ in units))
 
 
 def _row_blocks(
@@ -676,6 +775,12 @@ def _row_blocks(
             ranges.append((span.first_key, end_key, shift))
         blocks.append(_Task(row, end_row, ranges))
     return blocks
+
+
+def _held_by(stripes: Stripes, walk: _Task) -> _Task:
+    """Over the keys that a process holds, where they lie with it; shifts count all."""
+    ranges = [(stripes.held(first), stripes.held(end), shift) for first, end, shift in walk.ranges]
+    return walk._replace(ranges=[part for part in ranges if part[0] < part[1]])
 
 
 def _window_blocks(
@@ -709,7 +814,7 @@ def _cut(ranges: list[tuple[int, int, int]], size: int) -> list[list[tuple[int, 
             if not room:
                 pieces.append(piece)
                 piece, room = [], size
-    return [*pieces, piece] if piece else pieces
+    return [*pieces, piece] if piece or not pieces else pieces
 
 
 def _flash_takes(q: Tensor) -> bool:

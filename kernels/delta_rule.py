@@ -83,8 +83,11 @@ def gated_delta_rule(
         if dtype == torch.float16:
             q, k, v = (x.float() for x in (q, k, v))
         out, last = run_triton(fast, q, k, v, *args)
-        return out.to(dtype), last
-    return gated_delta_rule_reference(q, k, v, *args)
+        out = out.to(dtype)
+    else:
+        out, last = gated_delta_rule_reference(q, k, v, *args)
+    relay = sequences.relay
+    return out, last if relay is None or last is None else relay.after(last)
 
 
 def gated_delta_rule_reference(
@@ -105,8 +108,29 @@ def gated_delta_rule_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """`gated_delta_rule` in PyTorch, on any device and differentiable."""
     inputs = (*_unit(q, k, v.shape[1]), _wide(v), *_gates(a, b, a_log, dt_bias, negative))
+    if sequences.relay is not None:
+        _, wide_k, wide_v, *_ = inputs
+        state = wide_k.new_zeros(*wide_v.shape[1:2], wide_k.shape[2], wide_v.shape[2])
+        state = state if states is None else states[0]
+        states = sequences.relay.transformed(state, lambda: _effect(*inputs[1:]))[None]
     out, last = in_batches(_batch, sequences, states, inputs)
     return _norm_gate(out, gate, weight, eps).to(q.dtype), last if keep else None
+
+
+def _effect(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """What tokens do to the state before them, of k, v [T, HV, ..] and log_decay, beta [T, HV]: the
+    transition [HV, Dk, Dk], and what is added, [HV, Dk, Dv].
+
+    Columns of a state do not mix. Those of the unit matrix, to which nothing is written, become the
+    transition.
+    """
+    heads, key_dim, value_dim = *k.shape[1:], v.shape[2]
+    state = k.new_zeros(heads, key_dim, key_dim + value_dim)
+    state[:, :, :key_dim] = torch.eye(key_dim, dtype=k.dtype, device=k.device)
+    v = torch.cat((v.new_zeros(k.shape), v), 2)
+    k, v, log_decay, beta = (x.transpose(0, 1)[None] for x in (k, v, log_decay, beta))
+    _, last = delta_rule_chunkwise(k, k, v, log_decay, beta, state[None])
+    return last[0, :, :, :key_dim], last[0, :, :, key_dim:]
 
 
 def _batch(

@@ -49,7 +49,7 @@ from .common_triton import load_head, sigmoid, silu, softplus
 from .dispatch import on_hopper
 from .launch import dense_rows, in_units, packed_heads, padded, programs
 from .norm import LENGTH_EPS
-from .segments import blocks, segments
+from .segments import blocks, segments, whole_segments
 from .sequences import Sequences
 
 MIN_SEGMENT = 1024  # tokens; shorter ones cost more operations than they save time
@@ -124,15 +124,36 @@ def gated_delta_rule(
         num_warps=4, num_stages=1, maxnreg=168,
     )  # fmt: skip
     shared |= {"PADDED": padded(key_dim), "VALUE_DIM": value_dim, "BLOCK": config.block}
-    if inner:
-        transitions = starts.new_empty(inner, heads, key_dim, key_dim)
-        whole = torch.empty(inner, heads, dtype=torch.int32, device=q.device)
-        columns = tiles + triton.cdiv(key_dim, config.block)
-        _sum_segments[(columns * heads * inner,)](
-            k, v, inverse, factors, table, states, starts, transitions, whole,
+    columns = tiles + triton.cdiv(key_dim, config.block)
+
+    def sum_up(table: Tensor, count: int, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Sets what each of the first segments of a table adds, and returns their transitions, and
+        where they have one."""
+        transitions = starts.new_empty(count, heads, key_dim, key_dim)
+        whole = torch.empty(count, heads, dtype=torch.int32, device=q.device)
+        _sum_segments[(columns * heads * count,)](
+            k, v, inverse, factors, table, states, sums, transitions, whole,
             k_row, v_row, length,
             **shared, num_warps=config.warps, num_stages=2,
         )  # fmt: skip
+        return transitions, whole
+
+    if sequences.relay is not None:
+        state = starts.new_zeros(heads, key_dim, value_dim) if states is None else states[0]
+
+        def effect() -> tuple[Tensor, Tensor]:
+            count, table = sequences.table(
+                ("delta rule, its effect", rows, config.chunk),
+                lambda: whole_segments(
+                    sequences, rows, config.chunk, MIN_SEGMENT, programs(q.device)
+                ),
+            )
+            sums = starts.new_empty(count, heads, key_dim, value_dim)
+            return _united(*sum_up(table, count, sums), sums)
+
+        states = sequences.relay.transformed(state, effect)[None]
+    if inner:
+        transitions, whole = sum_up(table, inner, starts)
         scan_tiles = triton.cdiv(value_dim, _SCAN_BLOCK)
         _scan_segments[(scan_tiles * heads * scanned,)](
             table, starts, transitions, whole, inner + len(sequences.lengths),
@@ -149,6 +170,23 @@ def gated_delta_rule(
     if weight is not None:
         _normalise(out, out, gate, weight, eps)
     return out, last
+
+
+def _united(transitions: Tensor, whole: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The transition [HV, Dk, Dk] of segments one behind the other, and what they add,
+    [HV, Dk, Dv].
+
+    Args:
+        transitions: [n, HV, Dk, Dk], of each segment, and
+        whole: [n, HV], whether it has one: else nothing that was before it is left.
+        sums: [n, HV, Dk, Dv], what it adds.
+    """
+    transition, added = sums.new_zeros(transitions.shape[1:]), torch.zeros_like(sums[0])
+    transition.diagonal(dim1=1, dim2=2).fill_(1)
+    for change, keeps, more in zip(transitions, whole[..., None, None] != 0, sums, strict=True):
+        transition = torch.where(keeps, change @ transition, 0)
+        added = torch.where(keeps, change @ added, 0) + more
+    return transition, added
 
 
 def gated_delta_rule_step(

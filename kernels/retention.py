@@ -77,10 +77,13 @@ def gated_retention(
         out, last = run_triton(
             fast, q, k, v, gate, sequences, states, swish, eps, keep, temperature
         )
-        return out.to(dtype), last
-    return gated_retention_reference(
-        q, k, v, gate, sequences, states, swish, eps, keep, temperature
-    )
+        out = out.to(dtype)
+    else:
+        out, last = gated_retention_reference(
+            q, k, v, gate, sequences, states, swish, eps, keep, temperature
+        )
+    relay = sequences.relay
+    return out, last if relay is None or last is None else relay.after(last)
 
 
 def gated_retention_reference(
@@ -98,9 +101,21 @@ def gated_retention_reference(
     """`gated_retention` in PyTorch, on any device and differentiable."""
     k = _wide(k) * q.shape[-1] ** -0.5
     inputs = (q, k, _wide(v), _log_gate(gate, q.dtype, temperature))
+    if sequences.relay is not None:
+        state = k.new_zeros(*k.shape[1:], k.shape[2]) if states is None else states[0]
+        states = sequences.relay.decayed(state, lambda: _effect(*inputs[1:]))[None]
     out, last = in_batches(_retain_batch, sequences, states, inputs)
     out = out.to(q.dtype) if swish is None else _norm_swish(out, swish, eps)
     return out, last if keep else None
+
+
+def _effect(k: Tensor, v: Tensor, log_gate: Tensor) -> tuple[Tensor, Tensor]:
+    """What tokens do to the state before them, of k, v [T, H, D] and log_gate [T, H]: the logarithm
+    of what it is multiplied by, [H], and what is added, [H, D, D]."""
+    ends = log_gate.double().cumsum(0)
+    kept = (ends[-1] - ends).exp().to(k.dtype)
+    added = (k * kept[..., None]).permute(1, 2, 0) @ v.transpose(0, 1)
+    return ends[-1].to(k.dtype), added
 
 
 def _retain_batch(

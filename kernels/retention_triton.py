@@ -26,6 +26,7 @@ units of log(2), so that exp2 takes them as they are.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from .common_triton import load_head, silu, softplus
 from .launch import dense_rows, in_units, packed_heads, padded, programs
-from .segments import segments
+from .segments import segments, whole_segments
 from .sequences import Sequences
 
 MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
@@ -89,6 +90,13 @@ def gated_retention(
         "BLOCK": config.block,
         "TEMPERATURE": temperature,
     }
+    if sequences.relay is not None:
+        state = starts.new_zeros(heads, dim, dim) if states is None else states[0]
+
+        def effect() -> tuple[Tensor, Tensor]:
+            return _effect(k, v, gate, k_row, v_row, sequences, tiles, config, shared)
+
+        states = sequences.relay.decayed(state, effect)[None]
     total = inner + len(sequences.lengths)
     if inner:
         decays = starts.new_empty(inner, heads)
@@ -112,6 +120,37 @@ def gated_retention(
             HEADS=heads, DIM=dim, PADDED=triton.next_power_of_2(dim), ROWS=_NORM_ROWS,
         )  # fmt: skip
     return out, last
+
+
+def _effect(
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    k_row: int,
+    v_row: int,
+    sequences: Sequences,
+    tiles: int,
+    config: _Config,
+    shared: dict,
+) -> tuple[Tensor, Tensor]:
+    """What the only sequence, of whole chunks, does to the state before it: the logarithm of what
+    it is multiplied by, [H], and what is added, [H, D, D]."""
+    _, heads, dim = k.shape
+    count, table = sequences.table(
+        ("retention, its effect", heads * tiles, config.chunk),
+        lambda: whole_segments(
+            sequences, heads * tiles, config.chunk, MIN_SEGMENT, programs(k.device)
+        ),
+    )
+    sums = torch.empty(count, heads, dim, dim, dtype=torch.float32, device=k.device)
+    decays = sums.new_empty(count, heads)
+    _sum_segments[(tiles * heads * count,)](
+        k, v, gate, table, sums, decays, k_row, v_row, gate.stride(0),
+        **shared, num_warps=config.sum_warps, num_stages=config.sum_stages,
+    )  # fmt: skip
+    after = decays.flip(0).cumsum(0).flip(0) - decays
+    added = (after.exp2()[..., None, None] * sums).sum(0)
+    return decays.sum(0) * math.log(2), added
 
 
 def gated_retention_step(

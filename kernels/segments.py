@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -70,3 +72,23 @@ def segments(
             scans.append((begin, len(inner), source, 0))
     table = torch.tensor(inner + last + scans, dtype=torch.int32)
     return len(inner), len(scans), to_device(table, sequences.device)
+
+
+def whole_segments(
+    sequences: Sequences, rows: int, chunk: int, shortest: int, programs: int
+) -> tuple[int, Tensor]:
+    """Cuts the only sequence, of whole chunks, into segments of which each is summed up.
+
+    Args:
+        rows, chunk, shortest, programs: as in `segments`.
+
+    Returns:
+        How many there are, and their lines of `segments`' table, none of which is a first one.
+    """
+    (length,) = sequences.lengths
+    target = max(shortest, length * rows / programs)
+    chunks = length // chunk
+    count = max(1, min(chunks, round(length / target)))
+    cuts = [chunks * j // count * chunk for j in range(count + 1)]
+    table = torch.tensor([(first, end, 0, 0) for first, end in pairwise(cuts)], dtype=torch.int32)
+    return count, to_device(table, sequences.device)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .relay import Relay
+
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x, from the host, without waiting for what a GPU is doing."""
@@ -44,12 +46,16 @@ class Sequences(Packing):
         device: of the tensors.
         sources: of each, the index of the state that it continues among the states that are passed
             with it; several may continue the same. None: sequence i continues state i.
+        relay: where the only sequence is one of a text's parts, which are with several processes.
+            The state that is passed with it is that before the first part, and the state asked for
+            is that after the last one.
     """
 
     lengths: tuple[int, ...]
     starts: tuple[int, ...]
     device: torch.device
     sources: tuple[int, ...] | None = None
+    relay: Relay | None = None
 
     @cached_property
     def total(self) -> int:

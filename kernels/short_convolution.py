@@ -43,11 +43,17 @@ def short_convolution(
         sequences, [n, W - 1, C], those of its tail before it where it is shorter, or None unless
         `keep`.
     """
+    relay, reach = sequences.relay, weight.shape[1] - 1
+    if relay is not None:
+        past = None if tails is None else tails[0]
+        tails = relay.before(x[-reach:], reach, past)[None]
     if use_triton(x, weight):
         from .short_convolution_triton import short_convolution as fast
 
-        return run_triton(fast, x, weight, sequences, tails, keep, bias)
-    return short_convolution_reference(x, weight, sequences, tails, keep, bias)
+        out, after = run_triton(fast, x, weight, sequences, tails, keep, bias)
+    else:
+        out, after = short_convolution_reference(x, weight, sequences, tails, keep, bias)
+    return out, after if relay is None or after is None else relay.after(after)
 
 
 def short_convolution_reference(
