@@ -10,6 +10,7 @@ import torch
 from yoco_eval.kernels.attention import FEW, KEYS, SCORES
 from yoco_eval.kernels.dispatch import triton_takes
 from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
+from yoco_eval.kernels.striped_attention import GATHERED
 
 from .config import YocoConfig
 from .cross_decoder import cross_layer
@@ -22,9 +23,12 @@ OVERHEAD = 64 << 20
 
 @dataclass(frozen=True)
 class YocoCosts:
-    """`interface.Costs` of a YOCO model."""
+    """`interface.Costs` of a YOCO model, as one of `parts` processes has them that hold texts
+    together: tokens fed in a row are divided among them, and so is the cache; weights and states
+    are not, nor is what each of several texts takes while they are fed side by side."""
 
     config: YocoConfig
+    parts: int = 1
 
     @property
     def typical_product(self) -> tuple[int, int]:
@@ -35,7 +39,7 @@ class YocoCosts:
 
     def cache_bytes(self, dtype: torch.dtype, length: int) -> int:
         """One layer's worth, whatever the number of layers."""
-        return 2 * self._width * length * dtype.itemsize
+        return -(-2 * self._width * length * dtype.itemsize // self.parts)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         return self.config.self_layers * self._layer_state(dtype)
@@ -50,6 +54,8 @@ class YocoCosts:
     ) -> int:
         """The widest point of a layer, beside its input."""
         config, fast = self.config, triton_takes(device, dtype)
+        handed, merged = self._together_bytes(dtype, chunk) if self.parts > 1 else (0, 0)
+        chunk, length = -(-chunk // self.parts), -(-length // self.parts)
         mixer = config.self_decoder.activations(config.dim, dtype, fast)
         angles = config.self_decoder.shared(config.dim) + config.attn_head_dim
         attention = Attention(config.n_attn_heads, config.n_attn_kv_heads, config.attn_head_dim)
@@ -57,11 +63,24 @@ class YocoCosts:
         layers = layer_bytes(config.dim, config.hidden_dim, mixing, angles, dtype, chunk, device)
         cross = attention.bytes(dtype, length, chunk, fast)
         layers += config.self_decoder.workspace_bytes(config.dim, fast)
-        return max(layers, cross, logit_bytes(dtype, logits)) + OVERHEAD
+        return max(layers + handed, cross + merged, logit_bytes(dtype, logits)) + OVERHEAD
+
+    def _together_bytes(self, dtype: torch.dtype, chunk: int) -> tuple[int, int]:
+        """What goes to other processes and comes from them, while a chunk is fed, and while
+        tokens are predicted."""
+        config, one = self.config, -(-chunk // self.parts)
+        # All parts' rows, as they come and in a row; keys and values in both orders, and received;
+        # and what each part does to the states of a layer, up to two states' worth.
+        handed = (2 * chunk * config.dim + 3 * one * 2 * self._width) * dtype.itemsize
+        handed += 2 * (self.parts + 1) * self._layer_state(dtype)
+        # Outputs of a part of the keys, with their norms; everyone's, and weighted.
+        outputs = config.n_attn_heads * (config.attn_head_dim + 1)
+        merged = (one * outputs + 3 * min(GATHERED, chunk * outputs)) * max(dtype.itemsize, 4)
+        return handed, merged
 
     def prefill_operations(self, length: int) -> int:
         """Every matrix of the self-decoder and of the shared keys' and values' projection
-        multiplies every token; nothing of the cross-decoder does."""
+        multiplies every token; nothing of the cross-decoder does. Of all processes together."""
         config = self.config
         layer = config.self_decoder.operations(config.dim) + 6 * config.dim * config.hidden_dim
         return length * (config.self_layers * layer + 4 * config.dim * self._width)

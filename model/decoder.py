@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yoco_eval.kernels.group import Group
 from yoco_eval.kernels.sequences import Readings, Span, Step, to_device
 
 from .states import Cache, S
@@ -42,6 +43,7 @@ class Decoder(Generic[S]):
         device, dtype: of the model.
         graph: whether to replay steps as CUDA graphs. For a `step` that launches the same work
             every time and reads nothing back to the host.
+        group: of processes that decode the same texts together; None: this one is alone.
 
     Attributes:
         tokens: int64 [size], that the next step feeds. A step leaves the likeliest next tokens
@@ -61,10 +63,11 @@ class Decoder(Generic[S]):
         device: torch.device,
         dtype: torch.dtype,
         graph: bool,
+        group: Group | None = None,
     ) -> None:
         self._step, self._begin, self._memory, self._cache = step, begin, memory, cache
         self._device = device
-        self.size, self._graph = size, graph
+        self.size, self._graph, self._group = size, graph, group
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.highest = torch.zeros(size, dtype=dtype, device=device)
         self.logits: Tensor
@@ -166,6 +169,12 @@ class Decoder(Generic[S]):
         assert self._held is not None
         self.logits = self._held[:rows]
 
+    def agree(self, count: int = 1) -> None:
+        """Has all processes of the group go on with the first one's `tokens` of the first `count`
+        rows: a rounding that differs must not part them."""
+        if self._group is not None:
+            self._group.share(self.tokens[:count], 0)
+
     def _capture(self, rows: int) -> torch.cuda.CUDAGraph:
         """Records a step without taking it.
 
@@ -178,7 +187,9 @@ class Decoder(Generic[S]):
         current = torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool)
+            # NCCL's own thread may ask the device something meanwhile.
+            mode = "global" if self._group is None else "thread_local"
+            graph.capture_begin(pool=self._pool, capture_error_mode=mode)
             try:
                 self._advance(rows)
             finally:

@@ -242,6 +242,10 @@ class Gemma3n(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
+    @property
+    def group(self) -> None:
+        """Its texts are held by one process each."""
+
     @classmethod
     def empty(cls, config: Gemma3nConfig, device: torch.device, dtype: torch.dtype) -> Gemma3n:
         """A model for evaluation whose weights are allocated but not set."""
@@ -276,7 +280,7 @@ class Gemma3n(nn.Module):
         feeding.store(self.layout.exit, *last.keys_values(streams))
         return (streams, input_ids), feeding.after()
 
-    def prefill(self, input_ids: Tensor, cache: SharedCache) -> Rows:
+    def prefill(self, input_ids: Tensor, cache: SharedCache, asked: bool = True) -> Rows:
         """Feeds tokens [T] that follow those of the cache's text, whose state it keeps."""
         sequences = Sequences((len(input_ids),), (cache.state.length,), input_ids.device)
         rows, state = self.feed(input_ids, sequences, cache.state, cache)

@@ -178,6 +178,10 @@ class Gemma4(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
+    @property
+    def group(self) -> None:
+        """Its texts are held by one process each."""
+
     @classmethod
     def empty(cls, config: Gemma4Config, device: torch.device, dtype: torch.dtype) -> Gemma4:
         """A model for evaluation whose weights are allocated but not set."""
@@ -211,7 +215,7 @@ class Gemma4(nn.Module):
         feeding.store(self.layout.exit, *last.keys_values(x))
         return (x, input_ids), feeding.after()
 
-    def prefill(self, input_ids: Tensor, cache: SharedCache) -> Rows:
+    def prefill(self, input_ids: Tensor, cache: SharedCache, asked: bool = True) -> Rows:
         """Feeds tokens [T] of the cache's text, keeping their state."""
         sequences = Sequences((len(input_ids),), (cache.state.length,), input_ids.device)
         rows, state = self.feed(input_ids, sequences, cache.state, cache)

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from yoco_eval.kernels.group import Group
 from yoco_eval.kernels.sequences import Sequences, Spans
 
 from .decoder import Decoder
@@ -113,6 +114,11 @@ class Model(Protocol[S, C, R]):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def group(self) -> Group | None:
+        """The processes that hold texts together with this one, which feed and predict the same in
+        lockstep, each of them a part of it. None: this one is alone."""
+
     def new_cache(self, capacity: int) -> C:
         """An empty cache for up to `capacity` tokens, in the state before a text's first token."""
 
@@ -129,8 +135,12 @@ class Model(Protocol[S, C, R]):
             ValueError: the cache has no room for them.
         """
 
-    def prefill(self, input_ids: Tensor, cache: C) -> R:
-        """Feeds tokens [T] that follow those of the cache's text, whose state it keeps."""
+    def prefill(self, input_ids: Tensor, cache: C, asked: bool = True) -> R:
+        """Feeds tokens [T] that follow those of the cache's text, whose state it keeps.
+
+        Args:
+            asked: whether the rows are asked for; otherwise any may be returned.
+        """
 
     def predict(self, rows: R, positions: Tensor, cache: C, spans: Spans) -> Tensor:
         """The output [T, ...] of T cached tokens, which `logits` turns into predictions.

@@ -345,6 +345,10 @@ class Phi4Flash(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
+    @property
+    def group(self) -> None:
+        """Its texts are held by one process each."""
+
     @classmethod
     def empty(cls, config: Phi4FlashConfig, device: torch.device, dtype: torch.dtype) -> Phi4Flash:
         """A model for evaluation whose weights are allocated but not set."""
@@ -391,7 +395,7 @@ class Phi4Flash(nn.Module):
         store_keys_values(keys, values, None, cache.keys, cache.values, slots)
         return (x, memory), SelfState(sequences.ends, tuple(after)) if keep else None
 
-    def prefill(self, input_ids: Tensor, cache: Cache) -> Rows:
+    def prefill(self, input_ids: Tensor, cache: Cache, asked: bool = True) -> Rows:
         """Feeds tokens [T] of the cache's text, keeping their state."""
         sequences = Sequences((len(input_ids),), (cache.state.length,), input_ids.device)
         rows, state = self.feed(input_ids, sequences, cache.state, cache)

@@ -191,6 +191,10 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
+    @property
+    def group(self) -> None:
+        """Its texts are held by one process each."""
+
     @classmethod
     def empty(
         cls, config: TransformerConfig, device: torch.device, dtype: torch.dtype
@@ -230,7 +234,7 @@ class Transformer(nn.Module):
         x = self._run(x, cache, attend)
         return x, places if keep else None
 
-    def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
+    def prefill(self, input_ids: Tensor, cache: Cache, asked: bool = True) -> Tensor:
         """Feeds tokens [T] that follow those in the cache, to the last layer's output [T, dim]."""
         sequences = Sequences((len(input_ids),), (cache.state.length,), input_ids.device)
         x, state = self.feed(input_ids, sequences, cache.state, cache)

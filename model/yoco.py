@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yoco_eval.kernels.attention import batch_attention, cache_attention
-from yoco_eval.kernels.cache import store_keys_values
 from yoco_eval.kernels.dispatch import use_triton
+from yoco_eval.kernels.group import Group
 from yoco_eval.kernels.matvec import norm_linear
 from yoco_eval.kernels.norm import rms_norm
+from yoco_eval.kernels.relay import Relay
 from yoco_eval.kernels.rotary import rotate
 from yoco_eval.kernels.sequences import Sequences, Spans, Step, to_device
 
-from .cache import KeyValueCache, SelfState, slots_of
+from .cache import SelfState
 from .config import YocoConfig
 from .costs import YocoCosts
 from .cross_decoder import CrossDecoder
@@ -35,17 +35,23 @@ from .layers import RMSNorm
 from .linear import Embedding, allocate, linear, set_weights
 from .rotary import Rotary
 from .self_decoder import SelfDecoder
-
-Cache = KeyValueCache[SelfState]
+from .states import Stretches
+from .yoco_cache import YocoCache as Cache
 
 
 class Yoco(nn.Module):
     """A YOCO language model. `model(input_ids)` gives logits; evaluation goes through a cache, as
-    `interface.Model` has it."""
+    `interface.Model` has it.
+
+    Attributes:
+        group: as `interface.Model` has it; caches are held together by the group that is set when
+            they are made.
+    """
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
         self.config = config
+        self.group: Group | None = None
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.self_decoder = SelfDecoder(config)
         self.cross_decoder = CrossDecoder(config)
@@ -63,7 +69,7 @@ class Yoco(nn.Module):
 
     @property
     def costs(self) -> YocoCosts:
-        return self.costs_of(self.config)
+        return YocoCosts(self.config, 1 if self.group is None else self.group.size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,7 +154,7 @@ class Yoco(nn.Module):
     def new_cache(self, capacity: int) -> Cache:
         """One layer's worth: 2 * n_attn_kv_heads * head_dim numbers per token."""
         shape = (self.config.n_attn_kv_heads, capacity, self.config.attn_head_dim)
-        return KeyValueCache(shape, self._initial, self.dtype, self.device)
+        return Cache(shape, self._initial, self.dtype, self.device, self.group)
 
     @property
     def _initial(self) -> SelfState:
@@ -180,24 +186,49 @@ class Yoco(nn.Module):
         keep: bool = True,
     ) -> tuple[Tensor, SelfState | None]:
         """`self_decode`, with the tokens' keys and values added to the cache in the same order."""
-        slots = slots_of(cache.extend(len(input_ids)), self.device)
+        stretches = cache.extend(len(input_ids))
         x, after = self.self_decode(input_ids, sequences, state, keep)
-        keys, values = self.cross_decoder.keys_values(x)
-        angles = self.cross_decoder.angles(sequences.positions, x.dtype)
-        store_keys_values(keys, values, angles, cache.keys, cache.values, slots)
+        self._store(x, sequences, cache, stretches)
         return x, after
 
-    def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
+    def _store(self, x: Tensor, sequences: Sequences, cache: Cache, stretches: Stretches) -> None:
+        """Keys and values of the self-decoder's output, in the slots of `stretches`."""
+        keys, values = self.cross_decoder.keys_values(x)
+        angles = self.cross_decoder.angles(sequences.positions, x.dtype)
+        cache.store(keys, values, angles, stretches, sequences.relay)
+
+    def prefill(self, input_ids: Tensor, cache: Cache, asked: bool = True) -> Tensor:
         """Feeds tokens [T] of the cache's text, keeping their state: no cross-decoder, no logits.
 
+        Each process of a group feeds a part of them, if they are enough for all.
+
+        Args:
+            asked: whether a prediction is asked of any of them.
+
         Returns:
-            The self-decoder's output [T, dim], for those who ask a prediction of some of them.
+            The self-decoder's output [T, dim]; of some tokens, unless `asked`.
         """
-        sequences = Sequences((len(input_ids),), (cache.state.length,), input_ids.device)
-        x, state = self.feed(input_ids, sequences, cache.state, cache)
+        start, count = cache.state.length, len(input_ids)
+        lengths = None
+        if self.group is not None and self.config.self_decoder.relays:
+            lengths = self.group.parts(count)
+        if self.group is None or lengths is None:
+            sequences = Sequences((count,), (start,), input_ids.device)
+            x, state = self.feed(input_ids, sequences, cache.state, cache)
+            assert state is not None
+            cache.state = state
+            return x
+        relay = Relay(self.group, lengths)
+        own = relay.own
+        sequences = Sequences(
+            (lengths[self.group.rank],), (start + own.start,), input_ids.device, relay=relay
+        )
+        stretches = cache.extend(count)
+        x, state = self.self_decode(input_ids[own], sequences, cache.state)
         assert state is not None
-        cache.state = state
-        return x
+        self._store(x, sequences, cache, stretches)
+        cache.state = replace(state, lengths=(start + count,))
+        return self.group.rows(x, lengths) if asked else x
 
     def predict(self, x: Tensor, positions: Tensor, cache: Cache, spans: Spans) -> Tensor:
         """Runs the self-decoder's output of some cached tokens through the cross-decoder.
@@ -212,9 +243,7 @@ class Yoco(nn.Module):
             The normalised output [T, dim], of which `logits` makes predictions.
         """
         angles = self.cross_decoder.angles(positions, x.dtype)
-        x = self.cross_decoder(
-            x, lambda q: cache_attention(q, cache.keys, cache.values, spans, angles)
-        )
+        x = self.cross_decoder(x, lambda q: cache.attend(q, spans, angles))
         return self._normed(x)
 
     def logits(self, output: Tensor) -> Tensor:
@@ -242,6 +271,7 @@ class Yoco(nn.Module):
             self.device,
             self.dtype,
             graph=use_triton(cache.keys, self.embed_tokens.weight),
+            group=self.group,
         )
 
     def _step(self, tokens: Tensor, step: Step, memory: list[Any], cache: Cache) -> Tensor:
@@ -250,14 +280,8 @@ class Yoco(nn.Module):
         x = self.self_decoder.step(x, step, memory)
         angles = self.cross_decoder.angles(step.positions, x.dtype)
         keys, values = self.cross_decoder.keys_values(x)
-        store_keys_values(keys, values, angles, cache.keys, cache.values, step.slots)
-
-        def attend(q: Tensor) -> Tensor:
-            return batch_attention(
-                q, cache.keys, cache.values, step.positions, step.readings, angles
-            )
-
-        x = self.cross_decoder(x, attend)
+        cache.store_step(keys, values, angles, step)
+        x = self.cross_decoder(x, lambda q: cache.attend_step(q, step, angles))
         return norm_linear(
             x, self.layer_norm.weight, self.output_projection.weight, self.config.norm_eps
         )

@@ -19,7 +19,7 @@ from yoco_eval.model import Model, Rows, Sequences, Span, Spans, State, to_devic
 from yoco_eval.model.interface import concatenate, split, take
 
 from .generation import Generation, stored
-from .memory import Fit, fit, fit_batch
+from .memory import Fit, fit, fit_batch, free_bytes
 from .pages import page_size
 from .prefixes import Item, Limits, Node, Step, merge, nest, plan
 from .requests import GenerateRequest, Progress, Score, ScoreRequest, TokenIds, check_number
@@ -139,8 +139,8 @@ class Engine:
         """`score`, of the steps that were planned for the (index, request)s of `asked`."""
         launched: _Scores | None = None
         try:
-            for step, walk in self._walk(steps, fitted.chunk, progress):
-                packed = len(step.nodes) > 1 or limits.allow(step.nodes[0].size)
+            for step, walk in self._walk(steps, fitted, progress):
+                packed = not fitted.feeds_alone(step, limits)
                 outputs = self._outputs_packed if packed else self._outputs_long
                 scores = _Scores(
                     self.model,
@@ -165,7 +165,9 @@ class Engine:
 
     def _fit(self, length: int, tokens: int | None = None, **beside: int) -> Fit:
         """Of contexts of up to `length` tokens, of `tokens` in all; `beside` as in `memory.fit`."""
-        model, chunk = self.model, self.prefill_chunk
+        model, chunk, group = self.model, self.prefill_chunk, self.model.group
+        if group is not None:  # all have to come to the same plan
+            beside |= {"parts": group.size, "free": group.least(free_bytes(model.device))}
         return fit(model.costs, model.dtype, model.device, length, chunk, True, tokens, **beside)
 
     def _check_snapshots(self, steps: Sequence[Step], fitted: Fit, room: int = 0) -> None:
@@ -174,11 +176,11 @@ class Engine:
         fitted.check_snapshots(kept * self.model.costs.state_bytes(self.model.dtype), room)
 
     def _walk(
-        self, steps: Sequence[Step], chunk: int, progress: Progress, room: int = 0
+        self, steps: Sequence[Step], fitted: Fit, progress: Progress
     ) -> Iterator[tuple[Step, _Walk]]:
         """Feeds what branches share, and hands over the steps that complete items."""
         longest = max((step.resume + step.tokens for step in steps), default=0)
-        walk = _Walk(self.model, longest + room, chunk, progress)
+        walk = _Walk(self.model, longest, fitted, progress)
         for step in steps:
             walk.go_back(step.resume, step.last)
             if step.snapshot:
@@ -191,14 +193,17 @@ class Engine:
         """The model's output for the asked positions of a step's only item: [T, ...] at a time."""
         item = step.nodes[0].item
         walk.feed(item, item.first)
-        for start in range(item.first, len(item.tokens), walk.chunk):
-            ids = walk.ids(item.tokens[start : start + walk.chunk])
+        for start in range(item.first, len(item.tokens), walk.fitted.chunk):
+            ids = walk.ids(item.tokens[start : start + walk.fitted.chunk])
             rows = self.model.prefill(ids, walk.cache)
-            count = len(ids)
-            positions = torch.arange(start, start + count, device=ids.device)
-            causal = Spans((Span(0, count, 0, start + count, causal=True, start=0),))
-            yield self.model.predict(rows, positions, walk.cache, causal)
-            progress(count)
+            for first in range(0, len(ids), walk.fitted.packed):
+                count = min(walk.fitted.packed, len(ids) - first)
+                part = take(rows, slice(first, first + count))
+                end = start + first + count
+                positions = torch.arange(end - count, end, device=ids.device)
+                causal = Spans((Span(0, count, 0, end, causal=True, start=0),))
+                yield self.model.predict(part, positions, walk.cache, causal)
+            progress(len(ids))
 
     def _outputs_packed(self, step: Step, walk: _Walk, progress: Progress) -> Iterator[Tensor]:
         """The model's output for the asked positions of all items of a step: one [T, ...]."""
@@ -371,9 +376,9 @@ def _gather(
 class _Walk:
     """The cache on its way through the tree of prefixes, with snapshots along the present path."""
 
-    def __init__(self, model: Model, capacity: int, chunk: int, progress: Progress) -> None:
+    def __init__(self, model: Model, capacity: int, fitted: Fit, progress: Progress) -> None:
         self.cache = model.new_cache(capacity)
-        self.chunk = chunk
+        self.fitted = fitted
         self._model, self._progress = model, progress
         self._snapshots = [self.cache.state]
 
@@ -395,6 +400,7 @@ class _Walk:
     def feed(self, item: Item, end: int) -> None:
         """Prefills the item's tokens up to `end`."""
         while (start := self.cache.state.length) < end:
-            stop = min(end, start + self.chunk)
-            self._model.prefill(self.ids(item.tokens[start:stop]), self.cache)
+            stop = min(end, start + self.fitted.chunk)
+            ids = self.ids(item.tokens[start:stop])
+            self._model.prefill(ids, self.cache, asked=False)
             self._progress(stop - start)

@@ -264,7 +264,7 @@ class Generation:
             self._release(self._path.pop()[1])
         _, parent, state = self._path[-1]
         first = step.nodes[0]
-        if step.snapshot or (len(step.nodes) == 1 and not self._limits.allow(first.size)):
+        if step.snapshot or self.fitted.feeds_alone(step, self._limits):
             place = self._place(first, parent)
             state = yield from self._prefill(first, place.stretches, state)
             if step.last:
@@ -291,7 +291,7 @@ class Generation:
             if start > node.start:
                 yield from self._decode_between(long=True)
             ids = self._ids(node.item.tokens[start : min(stop, start + self.fitted.chunk)])
-            self._model.prefill(ids, self._cache)
+            self._model.prefill(ids, self._cache, asked=False)
             self._fed += len(ids)
             self._progress(len(ids))
         self._progress(node.end - stop)
@@ -445,6 +445,7 @@ class Generation:
             self._tell_what_is_read()
         self._decoder.step(self._count)
         self._draw([text for text in live if text.generator is not None])
+        self._decoder.agree(self._count)
         for text in live:
             text.launched += 1
         self._launched.append(_Launched(live, self._decoder))

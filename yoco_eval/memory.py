@@ -16,7 +16,7 @@ from yoco_eval.model.footprint import Footprint, footprint
 
 from .lengths import format_length
 from .pages import rounded
-from .prefixes import Limits
+from .prefixes import Limits, Step
 
 # Tokens fed at a time. On a GPU the matrix products of more are hardly faster, and fewer leave more
 # memory to the cache. 12672 is 96 for each of an H100's 132 multiprocessors, so that the products'
@@ -42,6 +42,7 @@ class Fit:
     Attributes:
         prefill_chunk: tokens to feed at a time, as asked for; None: it was left to `fit`.
         chunk: tokens fed at a time: the largest useful number that fits, else the smallest.
+        parts: processes that feed a chunk together.
         logits: how many may exist at a time.
         memory: at the peak, in bytes.
         need: what of it is still to be allocated.
@@ -53,6 +54,7 @@ class Fit:
     length: int
     prefill_chunk: int | None
     chunk: int
+    parts: int
     logits: int
     memory: Footprint
     need: int
@@ -64,11 +66,24 @@ class Fit:
     def fits(self) -> bool:
         return self.need <= self.free
 
+    @property
+    def packed(self) -> int:
+        """Tokens that each of the processes feeds or predicts at a time: one's part of a chunk."""
+        return -(-self.chunk // self.parts)
+
+    def feeds_alone(self, step: Step, limits: Limits) -> bool:
+        """Whether the nodes of a step are one text that is better fed chunk by chunk than as a
+        packed batch, of which processes that feed a chunk together each feed all."""
+        (first, *others) = step.nodes
+        if others or first.children:
+            return False
+        return self.parts > 1 or not limits.allow(first.size)
+
     def limits(self, items: int | None, costs: Costs, dtype: torch.dtype) -> Limits:
         """Of packed batches of up to `items` sequences: half of what is left is for snapshots."""
         return Limits(
-            items=items or self.chunk,
-            tokens=self.chunk,
+            items=items or self.packed,
+            tokens=self.packed,
             room=(self.free - self.need) // 2,
             state=costs.state_bytes(dtype),
             passing=costs.passing_bytes(dtype, self.device),
@@ -127,36 +142,42 @@ def fit(
     tokens: int | None = None,
     spare: int = 0,
     logits: int = _LOGITS,
+    parts: int = 1,
+    free: int | None = None,
 ) -> Fit:
     """Fits a run into the free memory as well as possible.
 
     Args:
-        costs: of the model.
+        costs: of the model, as one of `parts` processes has them.
         length: tokens of the longest context, with what is generated after it.
         chunk: tokens to feed at a time; None: as many as pay and fit.
         loaded: whether the weights are on the device already.
         tokens: of all contexts together, of which several may be fed at a time; None: one context
             is fed at a time.
         spare: slots of the cache that no token takes.
-        logits: that may exist at a time for each token of a chunk.
+        logits: that may exist at a time for each token that one process feeds.
+        parts: processes that feed a chunk together, each on a device of its own.
+        free: what all of them have; None: what this device has.
     """
-    free = int(free_bytes(device) * MARGIN)
+    free = int((free_bytes(device) if free is None else free) * MARGIN)
 
     def needs(length: int, most: int) -> tuple[int, Footprint, int]:
         total = tokens or length
         size = max(1, min(most, total))
-        # A packed batch of a chunk's size may lie behind what its texts share.
-        capacity = min(length + size, total) + spare
-        memory = footprint(costs, dtype, capacity, size, size * logits, device)
+        one = -(-size // parts)
+        # A packed batch of that size may lie behind what its texts share.
+        capacity = min(length + one, total) + spare
+        memory = footprint(costs, dtype, capacity, size, one * logits, device)
         return size, memory, memory.total - (memory.weights if loaded else 0)
 
-    for most in (chunk,) if chunk else chunk_sizes(costs, device):
+    for most in (chunk,) if chunk else (parts * size for size in chunk_sizes(costs, device)):
         size, memory, need = needs(length, most)
         if need <= free:
             break
     beyond = range(1, max(0, free) // costs.cache_bytes(dtype, 1) + 2)
     longest = bisect_right(beyond, free, key=lambda length: needs(length, most)[2])
-    return Fit(length, chunk, size, size * logits, memory, need, free, longest, device)
+    shown = -(-size // parts) * logits
+    return Fit(length, chunk, size, parts, shown, memory, need, free, longest, device)
 
 
 @dataclass(frozen=True)
@@ -199,7 +220,7 @@ class Batch:
     def limits(self, fitted: Fit, costs: Costs, dtype: torch.dtype) -> Limits:
         """Of packed batches of prompts, after each of which its state is kept."""
         each = costs.state_bytes(dtype) + costs.passing_bytes(dtype, fitted.device)
-        return Limits(items=self.items, tokens=fitted.chunk, room=self.items * each, passing=each)
+        return Limits(items=self.items, tokens=fitted.packed, room=self.items * each, passing=each)
 
 
 def fit_batch(
@@ -221,7 +242,9 @@ def fit_batch(
         need = fitted.need - fitted.memory.cache + (_items(size) - 1) * each
         need += (size - 1 + stored.states) * state
         need += size * stored.room * 8  # the slots that it is told of
-        step = costs.activation_bytes(dtype, 1, size, size * vocabulary, device)
+        # Of processes that decode together, each feeds all tokens.
+        rows, shown = size * fitted.parts, size * vocabulary
+        step = costs.activation_bytes(dtype, 1, rows, shown, device)
         # What graphs compute with is theirs alone.
         apart = device.type == "cuda" and size > 1
         return need + max(0, step - (0 if apart else fitted.memory.activations))
@@ -239,7 +262,7 @@ def fit_batch(
     room = (fitted.free - beside(size)) // slot // page * page - page
     slots = max(stored.longest, min(everything, rounded(slots, page), room))
     while items > 1:
-        fed = stored.shared + items * largest, fitted.chunk + items * (stored.room + 4 * page)
+        fed = stored.shared + items * largest, fitted.packed + items * (stored.room + 4 * page)
         if stored.longest + min(fed) <= slots or slots == everything:
             break
         items //= 2

@@ -100,6 +100,8 @@ class Settings:
     stages: ClassVar[tuple[int, int]] = (4, 10)
     # How often decoding a token moves a state: it is read; where it changes as a whole, written.
     moves: ClassVar[int] = 2
+    # Whether `forward` heeds `Sequences.relay`. Otherwise each process of a group feeds all tokens.
+    relays: ClassVar[bool] = False
 
     def check(self, dim: int) -> None:
         """Raises ValueError where they do not go with a model of this width."""

@@ -44,6 +44,7 @@ class GatedDeltaNetSettings(Settings):
     """
 
     kind: ClassVar[str] = "gated_deltanet"
+    relays: ClassVar[bool] = True
 
     n_self_heads: int
     n_self_value_heads: int

@@ -29,6 +29,8 @@ class RetentionHeads(Settings):
     """What both kinds of retention state: heads of dim / n_self_heads channels, and their rotary
     embedding."""
 
+    relays: ClassVar[bool] = True
+
     n_self_heads: int
     self_rope_theta: float = 10000.0
     self_rope_endpoint: bool = True

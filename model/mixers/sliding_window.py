@@ -31,6 +31,7 @@ class SlidingWindowSettings(Settings):
 
     kind: ClassVar[str] = "sliding_window"
     moves: ClassVar[int] = 1
+    relays: ClassVar[bool] = True
 
     n_self_heads: int
     sliding_window: int

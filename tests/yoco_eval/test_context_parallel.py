@@ -1,0 +1,128 @@
+"""Texts that several processes hold together, against one process alone, in float64.
+
+The processes are real ones and talk through gloo; those of one number do all their work in one go.
+"""
+
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+import together
+import torch
+from torch import multiprocessing as torch_multiprocessing
+
+from yoco_eval.kernels.group import Group
+from yoco_eval.memory import fit
+from yoco_eval.model import Span, Spans, Yoco, YocoConfig
+from yoco_eval.model.costs import OVERHEAD, YocoCosts
+from yoco_eval.model.footprint import footprint
+from yoco_eval.model.mixers import GatedDeltaNetSettings
+from yoco_eval.model.shapes import SHAPES
+
+pytestmark = pytest.mark.slow
+CPU = torch.device("cpu")
+RELAYED = [kind for kind, settings in together.KINDS.items() if settings.relays]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process finds, by kind."""
+    return {kind: together.everything(kind, None) for kind in together.KINDS}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4], ids="{} processes".format)
+def found(request, tmp_path_factory):
+    """What each of several processes finds, by kind and slots of a block."""
+    size, folder = request.param, tmp_path_factory.mktemp("together")
+    multiprocessing.set_forkserver_preload(["together"])
+    torch_multiprocessing.start_processes(
+        together.process, (size, folder), size, start_method="forkserver"
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def test_what_is_found_is_what_one_process_finds(found, alone):
+    for rank, cases in enumerate(found):
+        assert cases.keys() == set(together.cases(len(found)))
+        for (kind, block), results in cases.items():
+            assert results.keys() == alone[kind].keys()
+            for name, result in results.items():
+                expected, case = alone[kind][name], (rank, kind, block, name)
+                if isinstance(expected, torch.Tensor):
+                    assert result.shape == expected.shape and expected.std() > 0.1, case
+                    assert (result - expected).abs().max() < 1e-9, case
+                else:
+                    assert result == expected, case
+
+
+def test_what_is_compared_says_something(alone):
+    for results in alone.values():
+        greedy = [result for name, result in results.items() if name.startswith("greedy")]
+        lengths = {len(answer) for answer in results["answers"]}
+        assert set(greedy[0]) == {True, False} and len(lengths) > 2
+
+
+class Silent(Group):
+    """One of several processes, of which the others say nothing: what it takes, it takes."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size, self.block = rank, size, 1
+
+    def gather(self, x):
+        return x.new_zeros(self.size, *x.shape)
+
+    def share(self, x, source):
+        return x
+
+    def exchange(self, x, sent, received):
+        return x.new_zeros(sum(received), *x.shape[1:])
+
+    def hand_over(self, sent, received):
+        pass
+
+    def most(self, numbers):
+        return list(numbers)
+
+
+@pytest.mark.parametrize("kind", [*RELAYED, "wide gated_deltanet"])
+def test_memory_is_not_more_than_planned(kind, live_bytes):
+    """Of a chunk that is fed and predicted, in bytes that the cache and activations take."""
+    settings = {"wide gated_deltanet": GatedDeltaNetSettings(2, 2, 128, 256)} | together.KINDS
+    config = YocoConfig(512, 2, 256, 4, 2, 100, settings[kind])
+    for size, rank in ((3, 1), (3, 2), (8, 0)):
+        model = Yoco(config).requires_grad_(False)
+        model.group = Silent(rank, size)
+        length, chunk = 4000, 1500
+        planned = footprint(model.costs, torch.float32, length, chunk, device=CPU)
+        cache = model.new_cache(length)
+        held = cache.keys.nbytes + cache.values.nbytes
+        slot = 2 * config.n_attn_kv_heads * config.attn_head_dim * 4
+        assert held <= planned.cache + 2 * slot
+        ids = torch.randint(100, (chunk,))
+        with torch.inference_mode():
+            model.prefill(ids[:size], cache)
+            with live_bytes(besides=[*model.parameters(), cache.keys, cache.values]) as live:
+                rows = model.prefill(ids, cache)
+            fed, one = live.peak, -(-chunk // size)
+            positions = torch.arange(chunk - one, chunk)
+            spans = Spans((Span(0, one, 0, chunk, True),))
+            with live_bytes(besides=[*model.parameters(), cache.keys, cache.values]) as live:
+                model.predict(rows[-one:], positions, cache, spans)
+        assert max(fed, live.peak) < planned.activations + planned.states - OVERHEAD
+
+
+def test_memory_falls_with_the_number_of_processes():
+    numbers, config = (1, 2, 4, 8), SHAPES["3b"]
+
+    def plan(parts, length):
+        costs = YocoCosts(config, parts)
+        return fit(costs, torch.bfloat16, CPU, length, loaded=True, parts=parts, free=80 << 30)
+
+    plans = [plan(parts, 10**6) for parts in numbers]
+    assert [plan.chunk for plan in plans] == [parts * plans[0].chunk for parts in numbers]
+    for parts, one in zip(numbers, plans, strict=True):
+        assert one.memory.cache == pytest.approx(plans[0].memory.cache / parts, rel=0.01)
+        assert one.longest > 0.9 * parts * plans[0].longest
+    # 10M tokens, whose cache alone takes 38 GiB, on cards that have 24.
+    assert not replace(plan(1, 10**7), free=24 << 30).fits
+    assert replace(plan(4, 10**7), free=24 << 30).fits
