@@ -44,3 +44,34 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
     return getattr(torch, name)
+
+
+def device_of_rank(name: str | None, local_rank: int) -> str:
+    """What the device that was asked for is in one of several processes of a machine.
+
+    Each has the GPU of its number, but where it sees one alone, as Slurm may arrange it.
+
+    Args:
+        name: as in `find_device`; None: as "auto". "cuda:0" is lm-eval's way to say so.
+
+    Raises:
+        ValueError: there are fewer GPUs than processes, or all were to take the same one.
+    """
+    import torch
+
+    if name not in (None, "auto", "cuda", "cuda:0"):
+        if name.startswith("cuda"):
+            raise ValueError(
+                f"device={name} is one for several processes; leave it out, and each has its own"
+            )
+        return name
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        return "cpu" if name != "cuda" else name
+    if 1 < count <= local_rank:
+        raise ValueError(
+            f"there are {count} GPUs, and more processes on this machine; start as many"
+        )
+    index = min(local_rank, count - 1)
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"

@@ -39,6 +39,7 @@ class Engine:
             their states allow.
         prefill_chunk: how many tokens are fed at a time; None: as many as pay and fit in memory.
             Changes cost and memory, not results.
+        sharing: how many processes such as this one share the device's memory.
 
     Raises:
         ValueError: a number is below 1. Its methods raise it, before anything is computed, where
@@ -47,12 +48,17 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, batch_size: int | None = 1, prefill_chunk: int | None = None
+        self,
+        model: Model,
+        batch_size: int | None = 1,
+        prefill_chunk: int | None = None,
+        sharing: int = 1,
     ) -> None:
         for name, number in (("batch_size", batch_size), ("prefill_chunk", prefill_chunk)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} {number} is below 1")
         self.model, self.batch_size, self.prefill_chunk = model, batch_size, prefill_chunk
+        self._sharing = sharing
 
     @torch.inference_mode()
     def score(
@@ -166,6 +172,7 @@ class Engine:
     def _fit(self, length: int, tokens: int | None = None, **beside: int) -> Fit:
         """Of contexts of up to `length` tokens, of `tokens` in all; `beside` as in `memory.fit`."""
         model, chunk, group = self.model, self.prefill_chunk, self.model.group
+        beside["sharing"] = self._sharing
         if group is not None:  # all have to come to the same plan
             beside |= {"parts": group.size, "free": group.least(free_bytes(model.device))}
         return fit(model.costs, model.dtype, model.device, length, chunk, True, tokens, **beside)

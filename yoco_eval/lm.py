@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 import sys
 from collections import Counter
@@ -31,14 +32,18 @@ from yoco_eval.model.folder import end_tokens
 from yoco_eval.model.hub import hub_commit
 
 from .chat import ChatTemplate
-from .devices import find_device, find_dtype
+from .dealing import deal, each_task, put_together
+from .devices import device_of_rank, find_device, find_dtype
 from .encoding import Encoder
 from .endings import Endings
 from .engine import Engine
 from .lengths import parse_length
 from .memory import OutOfMemory, loading_weights
 from .printable import shown
-from .requests import GenerateRequest, ScoreRequest, TokenIds
+from .ranks import join
+from .requests import GenerateRequest, Progress, Score, ScoreRequest, TokenIds
+from .responses import unite_files
+from .rounds import Ask, Generate, Note, Rounds, united
 from .sampling import Sampling
 from .tokenizers import (
     SAMPLE,
@@ -125,6 +130,9 @@ class YocoLM(TemplateLM):
         **unknown: Any,
     ) -> None:
         super().__init__()
+        self._ranks = join()
+        if self._ranks is not None:
+            self._rank, self._world_size = self._ranks.rank, self._ranks.size
         if unknown:
             raise ValueError(
                 f"unknown model argument {', '.join(sorted(unknown))}; --model yoco takes "
@@ -141,6 +149,8 @@ class YocoLM(TemplateLM):
             )
         if device == "cuda:0" and not torch.cuda.is_available():
             device = None  # lm_eval passes this where no device was asked for, GPU or not
+        if self._ranks is not None:
+            device = device_of_rank(device, self._ranks.local_rank)
         where = find_device(device or "auto")
         kind = find_dtype(dtype, where)
         chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
@@ -208,7 +218,13 @@ class YocoLM(TemplateLM):
         elif add_bos_token and self.tokenizer.bos_token_id is None:
             raise ValueError("add_bos_token=True, but the tokenizer has no BOS token")
         self.add_bos_token = bool(add_bos_token)
-        self.engine = Engine(model, batch, chunk)
+        sharing = 1 if self._ranks is None or where.type == "cuda" else self._ranks.local_size
+        self.engine = Engine(model, batch, chunk, sharing)
+        self._rounds: Rounds | None = None
+        if self._ranks is not None:
+            self._rounds = Rounds(
+                self._ranks, model.costs, self._answers, self._bar, logger.warning
+            )
         self._encoder, self._bos = Encoder(self.tokenizer), self.tokenizer.bos_token_id
         self._encoded: dict[str, np.ndarray] = {}  # texts of the requests at hand
 
@@ -238,19 +254,14 @@ class YocoLM(TemplateLM):
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Refuses a --use_cache file with another model's responses: lm-eval keys it by prompts.
 
+        Of a run of several processes each has a file; what any of them holds, all know.
+
         Raises:
-            ValueError: the file was filled by another model, or under another setting.
+            ValueError: a file was filled by another model, or under another setting.
         """
         super().set_cache_hook(cache_hook)
-        if cache_hook.dbdict is None:
-            return
-        fingerprint = self._fingerprint()
-        if len(cache_hook.dbdict) and cache_hook.dbdict.get("yoco_eval") != fingerprint:
-            raise ValueError(
-                f"{cache_hook.dbdict.filename}: holds responses of another model, or of this one "
-                "with other settings; name another file with --use_cache"
-            )
-        cache_hook.dbdict["yoco_eval"] = fingerprint
+        if cache_hook.dbdict is not None:
+            unite_files(cache_hook.dbdict, self._fingerprint(), self._ranks)
 
     def _fingerprint(self) -> str:
         """A hash of all that responses depend on; of each parameter, some numbers stand for all."""
@@ -325,8 +336,11 @@ class YocoLM(TemplateLM):
     ) -> str:
         return self._chats.render(chat_history, add_generation_prompt)
 
-    def refuse_unsupported(self, tasks: Mapping[Any, Any]) -> None:
-        """Refuses what `generate_until` would, for all tasks of a run before any is computed.
+    def prepare(self, tasks: Mapping[Any, Any]) -> None:
+        """Is told all tasks of a run before any is computed.
+
+        Those are refused that ask for what is not supported; and several processes will divide
+        the documents of each so that the run is that of one process.
 
         Args:
             tasks: as lm-eval's `evaluate` takes them: by name, in groups or not.
@@ -334,10 +348,7 @@ class YocoLM(TemplateLM):
         Raises:
             ValueError: a task's settings of generation are not supported.
         """
-        for name, task in tasks.items():
-            if isinstance(task, Mapping):
-                self.refuse_unsupported(task)
-                continue
+        for name, task in each_task(tasks):
             kind = getattr(task, "OUTPUT_TYPE", None)
             try:
                 if kind == "generate_until":
@@ -346,6 +357,27 @@ class YocoLM(TemplateLM):
                     self._refuse_thinking()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+            if self._ranks is not None:
+                deal(task)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """lm-eval's question how many requests each process has: as many as this one, it is told.
+
+        Otherwise it would add copies of requests, and count their responses, where there are fewer.
+        """
+        return tensor.repeat(self.world_size) if tensor.dim() else tensor.expand(self.world_size)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """lm-eval's way to what other processes have found, in the order of one process."""
+        if self._ranks is None:
+            return [obj]
+        parts = self._ranks.gather(obj)
+        return None if parts is None else [put_together(parts)]
+
+    def barrier(self) -> None:
+        """Answers what other processes still ask."""
+        if self._rounds is not None:
+            self._rounds.barrier()
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -370,29 +402,29 @@ class YocoLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         results: list[Any] = [None] * len(requests)
-        if empty := sum(len(continuation) == 0 for _, _, continuation in requests):
-            logger.warning(
-                "%d of %d continuations have no token of their own (their text merges with the "
-                "context's last token); they score 0",
-                empty,
-                len(requests),
-            )
-        scored = [self._fit(context, continuation) for _, context, continuation in requests]
-        self._warn_of_cuts(
-            [
-                len(context) - len(request.context)
-                for (_, context, _), request in zip(requests, scored, strict=True)
-            ]
+        self._warn(
+            "{count} of {total} continuations have no token of their own (their text merges with "
+            "the context's last token); they score 0",
+            sum(len(continuation) == 0 for _, _, continuation in requests),
+            len(requests),
         )
-        for index, score in self._run(self.engine.score, scored, "loglikelihood", disable_tqdm):
+        asks = [self._fit(context, continuation) for _, context, continuation in requests]
+        self._warn_of_cuts(
+            [len(context) - ask.first for (_, context, _), ask in zip(requests, asks, strict=True)]
+        )
+
+        def take(index: int, score: Score) -> None:
             results[index] = (score.logprob, score.greedy)
             self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
+
+        self._run("loglikelihood", asks, take, disable_tqdm)
         return results
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        windows, owners = [], []
+        windows: list[Ask] = []
+        owners: list[int] = []
         texts = self._encoder.encode_all([request.args[0] for request in requests])
         for owner, tokens in enumerate(texts):
             for context, continuation in map(
@@ -404,57 +436,67 @@ class YocoLM(TemplateLM):
                     context_len=1,
                 ),
             ):
-                windows.append(ScoreRequest(_ids(context), _ids(continuation)))
+                windows.append(Ask(_ids([*context, *continuation]), len(context)))
                 owners.append(owner)
         totals = [0.0] * len(requests)
         missing = np.bincount(np.asarray(owners, dtype=np.int64), minlength=len(requests))
-        for index, score in self._run(
-            self.engine.score, windows, "loglikelihood_rolling", disable_tqdm
-        ):
-            owner = owners[index]
-            totals[owner] += score.logprob
+        first = [0, *np.cumsum(missing).tolist()]
+        found = [0.0] * len(windows)
+
+        def take(index: int, score: Score) -> None:
+            owner, found[index] = owners[index], score.logprob
             missing[owner] -= 1
             if missing[owner] == 0:
+                totals[owner] = math.fsum(found[first[owner] : first[owner + 1]])
                 self.cache_hook.add_partial(
                     "loglikelihood_rolling", requests[owner].args, totals[owner]
                 )
+
+        self._run("loglikelihood_rolling", windows, take, disable_tqdm)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         results: list[Any] = [None] * len(requests)
         settings = [self._read_settings(request.args[1]) for request in requests]
-        prompts, cuts = [], []
-        asked: Counter[str] = Counter()
+        asks, cuts = [], []
+        drawn: Counter[tuple[Any, ...]] = Counter()
         with self._encoding(request.args[0] for request in requests):
             for request, own in zip(requests, settings, strict=True):
-                context = request.args[0]
-                prompt, cut = self._generation(context, own, asked[context])
-                asked[context] += 1
-                prompts.append(prompt)
-                cuts.append(cut)
+                name = ""
                 if own.sampled:
+                    # The same in whichever process: documents stay whole.
+                    key = request.task_name, request.doc_id, request.args[0]
+                    name = f"{request.task_name} {request.doc_id} {drawn[key]}"
+                    drawn[key] += 1
                     # lm-eval's cache tells by nothing else that a response is not to be kept.
                     request.args[1]["do_sample"] = True
+                ask, cut = self._generation(request.args[0], own, name)
+                asks.append(ask)
+                cuts.append(cut)
         self._warn_of_cuts(cuts)
         lost = 0
-        for index, tokens in self._run(
-            self.engine.generate, prompts, "generate_until", disable_tqdm
-        ):
-            results[index] = self._endings.answer(tokens, settings[index].until)
-            full = len(tokens) == settings[index].max_tokens
+
+        def take(index: int, tokens: list[int]) -> None:
+            nonlocal lost
+            own = settings[index]
+            results[index] = self._endings.answer(tokens, own.until)
+            full = len(tokens) == own.max_tokens
             lost += full and self._endings.thinks(tokens)
-            if not settings[index].sampled:
+            if not own.sampled:
                 self.cache_hook.add_partial("generate_until", requests[index].args, results[index])
-        if lost:
-            logger.warning(
-                "%d of %d answers took all of max_gen_toks and have no think_end_token: what there "
-                "is of their thinking was taken for the answer; give them more with --gen_kwargs "
-                "max_gen_toks=..., if %s is what ends this model's thinking",
-                lost, len(requests), shown(self.think_end_token),
-            )  # fmt: skip
+
+        self._run("generate_until", asks, take, disable_tqdm)
+        ends = shown(self.think_end_token).replace("{", "{{").replace("}", "}}")
+        self._warn(
+            "{count} of {total} answers took all of max_gen_toks and have no think_end_token: what "
+            "there is of their thinking was taken for the answer; give them more with --gen_kwargs "
+            f"max_gen_toks=..., if {ends} is what ends this model's thinking",
+            lost,
+            len(requests),
+        )
         return results
 
-    def _fit(self, context: TokenIds, continuation: TokenIds) -> ScoreRequest:
+    def _fit(self, context: TokenIds, continuation: TokenIds) -> Ask:
         """The request with its context cut on the left to what `max_length` leaves room for."""
         # The last token of the continuation is predicted, not fed.
         room = self.max_length + 1 - len(continuation)
@@ -464,7 +506,7 @@ class YocoLM(TemplateLM):
                 f"{self.max_length}; raise it with --model_args max_length=..."
             )
         context = context[-room:] if len(context) else [self.prefix_token_id]
-        return ScoreRequest(_ids(context), _ids(continuation))
+        return Ask(np.concatenate((_ids(context), _ids(continuation))), len(context))
 
     def _read_settings(self, settings: Mapping[str, Any]) -> _Generation:
         """What lm-eval's settings of a generation say.
@@ -502,29 +544,24 @@ class YocoLM(TemplateLM):
         sampling = Sampling(temperature if sampled else 0.0, top_p, top_k)
         return _Generation(until, max_tokens, sampled, sampling)
 
-    def _generation(
-        self, context: str, settings: _Generation, before: int
-    ) -> tuple[GenerateRequest, int]:
-        """The engine's request, and the number of tokens cut on the left.
+    def _generation(self, context: str, settings: _Generation, name: str) -> tuple[Ask, int]:
+        """The request, and the number of tokens cut on the left.
 
         Args:
-            before: how many requests with the same context there were; each is drawn anew.
+            name: of a sampled request among those with the same context; each is drawn anew.
         """
         room = self.max_length - settings.max_tokens
         ids = self._tokens(context)
         if len(ids) == 0:
             ids = _ids([self.prefix_token_id])
-        # Of the seed that lm-eval has set, and of the request: whatever runs beside it.
-        digest = hashlib.sha256(f"{torch.initial_seed()} {before} ".encode() + ids.tobytes())
-        seed = int.from_bytes(digest.digest()[:7])
-        request = GenerateRequest(
-            context=ids[-room:],
-            max_tokens=settings.max_tokens,
-            end_tokens=self._end_tokens,
-            stop=self._endings.stopper(settings.until),
-            sampling=replace(settings.sampling, seed=seed),
-        )
-        return request, max(0, len(ids) - room)
+        sampling = settings.sampling
+        if settings.sampled:
+            # Of the seed that lm-eval has set, and of the request: whatever runs beside it.
+            digest = hashlib.sha256(f"{torch.initial_seed()} {name} ".encode() + ids.tobytes())
+            sampling = replace(sampling, seed=int.from_bytes(digest.digest()[:7]))
+        kept = ids[-room:]
+        generate = Generate(settings.max_tokens, tuple(settings.until), sampling)
+        return Ask(kept, len(kept), generate), len(ids) - len(kept)
 
     def _refuse_thinking(self) -> None:
         """As lm-eval's backends: no thinking goes before what is scored."""
@@ -535,33 +572,74 @@ class YocoLM(TemplateLM):
             )
 
     def _warn_of_cuts(self, cuts: Sequence[int]) -> None:
-        if count := sum(cut > 0 for cut in cuts):
-            logger.warning(
-                "%d of %d requests are longer than max_length = %d tokens: their contexts lost up "
-                "to %d tokens on the left",
-                count,
-                len(cuts),
-                self.max_length,
-                max(cuts),
-            )
+        self._warn(
+            "{count} of {total} requests are longer than max_length = "
+            f"{self.max_length} tokens: their contexts lost up to {{most}} tokens on the left",
+            sum(cut > 0 for cut in cuts),
+            len(cuts),
+            max(cuts, default=0),
+        )
+
+    def _warn(self, text: str, count: int, total: int, most: int = 0) -> None:
+        """Warns of some of the requests, if there are any, with those of all processes counted."""
+        note = Note(text, count, total, most)
+        if self._rounds is not None:
+            self._rounds.note(note)
+        else:
+            for warning in united([note]):
+                logger.warning(warning)
 
     def _run(
-        self, method: Callable[..., Iterator], requests: Sequence[Any], name: str, silent: bool
-    ) -> Iterator:
-        """Runs an engine method under a progress bar that counts tokens."""
-        with tqdm(desc=f"yoco {name}", unit="tok", unit_scale=True, disable=silent) as bar:
+        self, kind: str, asks: Sequence[Ask], take: Callable[[int, Any], object], silent: bool
+    ) -> None:
+        """Has requests answered; `take` is told (index, answer), each as soon as it is known."""
+        if self._rounds is not None:
+            try:
+                self._rounds.ask(kind, asks, take)
+            except BaseException:
+                if self.cache_hook.dbdict is not None:
+                    self.cache_hook.dbdict.commit()  # the process may end at once
+                raise
+            return
+        with self._bar(kind, silent) as bar:
 
             def progress(done: int, spared: int = 0) -> None:
                 bar.total -= spared
                 bar.update(done)
 
-            try:
-                yield from method(requests, begin=bar.reset, progress=progress)
-            except OutOfMemory as error:
-                resumed = "with --use_cache FILE, what is computed would be kept"
-                if self.cache_hook.dbdict is not None:
-                    resumed = "the --use_cache file has the responses so far, for the next try"
-                raise OutOfMemory(f"{error}; {resumed}") from None
+            for index, answer in self._answers(kind, asks, bar.reset, progress):
+                take(index, answer)
+
+    def _bar(self, kind: str, silent: bool = False) -> tqdm:
+        """A progress bar that counts tokens."""
+        return tqdm(desc=f"yoco {kind}", unit="tok", unit_scale=True, disable=silent)
+
+    def _answers(
+        self, kind: str, asks: Sequence[Ask], begin: Callable[[int], object], progress: Progress
+    ) -> Iterator[tuple[int, Any]]:
+        """What the engine yields for requests."""
+        try:
+            if kind == "generate_until":
+                prompts = list(map(self._prompt, asks))
+                yield from self.engine.generate(prompts, begin=begin, progress=progress)
+            else:
+                scored = [ScoreRequest(ask.ids[: ask.first], ask.ids[ask.first :]) for ask in asks]
+                yield from self.engine.score(scored, begin=begin, progress=progress)
+        except OutOfMemory as error:
+            resumed = "with --use_cache FILE, what is computed would be kept"
+            if self.cache_hook.dbdict is not None:
+                resumed = "the --use_cache file has the responses so far, for the next try"
+            raise OutOfMemory(f"{error}; {resumed}") from None
+
+    def _prompt(self, ask: Ask) -> GenerateRequest:
+        assert ask.generate is not None
+        return GenerateRequest(
+            context=ask.ids,
+            max_tokens=ask.generate.max_tokens,
+            end_tokens=self._end_tokens,
+            stop=self._endings.stopper(ask.generate.until),
+            sampling=ask.generate.sampling,
+        )
 
 
 def _blanks_moved(context: str, continuation: str) -> tuple[str, str]:

@@ -144,6 +144,7 @@ def fit(
     logits: int = _LOGITS,
     parts: int = 1,
     free: int | None = None,
+    sharing: int = 1,
 ) -> Fit:
     """Fits a run into the free memory as well as possible.
 
@@ -158,8 +159,9 @@ def fit(
         logits: that may exist at a time for each token that one process feeds.
         parts: processes that feed a chunk together, each on a device of its own.
         free: what all of them have; None: what this device has.
+        sharing: how many processes share the free memory.
     """
-    free = int((free_bytes(device) if free is None else free) * MARGIN)
+    free = int((free_bytes(device) if free is None else free) * MARGIN) // sharing
 
     def needs(length: int, most: int) -> tuple[int, Footprint, int]:
         total = tokens or length

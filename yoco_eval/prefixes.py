@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # Sharing fewer tokens than this does not pay for a branch of its own.
-_WORTHWHILE = 16
+WORTHWHILE = 16
 # Below so many branches on one path, branches close to each other, by this share of the longest
 # sequence, are taken for one.
 _DEPTH = 200
@@ -165,8 +165,12 @@ def _sortable(tokens: np.ndarray) -> bytes:
 def plan(items: Sequence[Item], limits: Limits) -> list[Step]:
     """Steps that feed all `items` (from `merge`, perhaps `nest`), those that share a prefix one
     after the other."""
-    shared = [0] + [_common(a, b) for a, b in zip(items, items[1:], strict=False)]
-    return list(_steps(_grow(items, shared, 0, len(items), 0, 0), 0, 0, limits))
+    return list(_steps(_grow(items, overlaps(items), 0, len(items), 0, 0), 0, 0, limits))
+
+
+def overlaps(items: Sequence[Item]) -> list[int]:
+    """How many tokens each item (from `merge`, perhaps `nest`) can share with the one before it."""
+    return [0] * bool(items) + [_common(a, b) for a, b in zip(items, items[1:], strict=False)]
 
 
 def _steps(nodes: Sequence[Node], resume: int, kept: int, limits: Limits) -> Iterator[Step]:
@@ -194,7 +198,7 @@ def _grow(
     items: Sequence[Item], shared: Sequence[int], i: int, j: int, base: int, depth: int
 ) -> tuple[Node, ...]:
     """The nodes below `base` common tokens of the items i .. j - 1."""
-    gap = _WORTHWHILE
+    gap = WORTHWHILE
     if depth >= _DEPTH:
         gap = max(gap, max(len(item.tokens) for item in items[i:j]) // _DEPTH)
     nodes = []

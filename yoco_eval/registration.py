@@ -33,10 +33,30 @@ _mixed: object = None
 
 
 def _note_metadata(module: "Any") -> None:
-    """Have the command line's configuration leave the names behind, before it mixes them."""
+    """Have the command line's configuration leave the names behind, before it mixes them.
+
+    Of several processes that will be one run of our backend, only one is heard from there on.
+    """
+    import os
     from functools import wraps
 
     process = module.EvaluatorConfig._process_arguments
+    configure = getattr(module.EvaluatorConfig, "_configure", None)
+
+    if configure is not None:
+
+        @wraps(configure)
+        def configure_quietly(config: "Any") -> "Any":
+            sizes = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+            if config.model == "yoco" and set(sizes) != {"1"}:
+                # Else torch has pages to say, in each process, where the store of one is gone.
+                os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+                from yoco_eval.ranks import silence_others
+
+                silence_others()
+            return configure(config)
+
+        module.EvaluatorConfig._configure = configure_quietly
 
     @wraps(process)
     def process_noting(config: "Any") -> "Any":
@@ -53,7 +73,7 @@ def _note_metadata(module: "Any") -> None:
 def _watch_runs(evaluator: "Any") -> None:
     """Have lm-eval's Python functions leave the model behind, and the names that they are given.
 
-    A backend that can tell refuses a run's tasks before the first request is computed.
+    A backend that has something to say of a run's tasks, or to do with them, is told them first.
     """
     from functools import wraps
     from inspect import signature
@@ -76,9 +96,9 @@ def _watch_runs(evaluator: "Any") -> None:
                         given_metadata, given_model_args = _names(given, simple_parse_args_string)
                 if not evaluated and not isinstance(model, str):
                     evaluated.append(model)
-                refuse = getattr(given.get("lm"), "refuse_unsupported", None)
-                if refuse is not None:
-                    refuse(given.get("task_dict", {}))
+                prepare = getattr(given.get("lm"), "prepare", None)
+                if prepare is not None:
+                    prepare(given.get("task_dict", {}))
                 return evaluate(*args, **options)
             finally:
                 given_metadata, given_model_args, evaluated = before
