@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yoco_eval.kernels.group import Group
 from yoco_eval.printable import shown
 
 from .checkpoint import MODEL_TYPE, load_shape, open_yoco, resolve_checkpoint
@@ -119,6 +120,27 @@ def family_name(config: Config) -> str:
     """What people call models with such a configuration."""
     family = _family(config)
     return family.name if family else _YOCO
+
+
+def check_together(config: Config, option: str) -> None:
+    """Refuses an option of having texts held by several processes together, where models with such
+    a configuration cannot do that.
+
+    Raises:
+        ValueError: which family it is, and what to do.
+    """
+    if family := _family(config):
+        raise ValueError(
+            f"{option} is for {_YOCO} models; of {family.name}, texts are held by one process "
+            "each: leave it out, and several processes answer different prompts"
+        )
+
+
+def join_group(model: Model, group: Group) -> None:
+    """Has a model, of a configuration that `check_together` takes, hold texts together with the
+    other processes of a group."""
+    assert isinstance(model, Yoco)
+    model.group = group
 
 
 def _family(config: Config) -> Family | None:

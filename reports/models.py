@@ -20,7 +20,7 @@ from lm_eval.utils import simple_parse_args_string
 _HARMLESS = frozenset(
     """batch_size max_batch_size device devices device_map parallelize num_workers num_concurrent
     max_retries timeout max_memory_per_gpu max_cpu_memory offload_folder logits_cache prefill_chunk
-    tensor_parallel_size pipeline_parallel_size data_parallel_size tp_size dp_size
+    context_parallel tensor_parallel_size pipeline_parallel_size data_parallel_size tp_size dp_size
     gpu_memory_utilization mem_fraction_static swap_space cpu_offload_gb max_num_seqs
     max_num_batched_tokens enforce_eager enable_prefix_caching enable_chunked_prefill
     disable_log_stats disable_log_requests download_dir cache_dir local_files_only

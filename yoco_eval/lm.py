@@ -28,10 +28,12 @@ from tqdm import tqdm
 
 from yoco_eval.model import open_checkpoint
 from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
+from yoco_eval.model.families import check_together, join_group
 from yoco_eval.model.folder import end_tokens
 from yoco_eval.model.hub import hub_commit
 
 from .chat import ChatTemplate
+from .context_parallel import check_divides, own_group
 from .dealing import deal, each_task, put_together
 from .devices import device_of_rank, find_device, find_dtype
 from .encoding import Encoder
@@ -57,7 +59,8 @@ logger = logging.getLogger(__name__)
 
 _ARGUMENTS = (
     "pretrained, revision, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, "
-    "prefill_chunk, add_bos_token, enable_thinking, think_end_token, chat_template_args"
+    "prefill_chunk, context_parallel, add_bos_token, enable_thinking, think_end_token, "
+    "chat_template_args"
 )
 # Settings of other backends that change nothing if they have these values.
 _WITHOUT_EFFECT = {
@@ -101,6 +104,7 @@ class YocoLM(TemplateLM):
         max_gen_toks: tokens to generate where a task does not say.
         prefill_chunk: tokens fed at a time; changes memory and speed, not results. Default: as many
             as pay and fit.
+        context_parallel: how many of a run's processes hold each text together.
         add_bos_token: whether a BOS token stands before every text; default: as the tokenizer does.
         enable_thinking: given to the chat template under this name, whether it is to ask for
             thinking; default: as the template does.
@@ -122,6 +126,7 @@ class YocoLM(TemplateLM):
         max_length: int | str | None = None,
         max_gen_toks: int = 256,
         prefill_chunk: int | str | None = None,
+        context_parallel: int | str = 1,
         add_bos_token: bool | None = None,
         enable_thinking: bool | None = None,
         think_end_token: str | int | None = None,
@@ -153,6 +158,8 @@ class YocoLM(TemplateLM):
             device = device_of_rank(device, self._ranks.local_rank)
         where = find_device(device or "auto")
         kind = find_dtype(dtype, where)
+        together = _count("context_parallel", context_parallel)
+        check_divides(together, self._ranks)
         chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         auto = re.fullmatch(r"auto(:\d+)?", str(batch_size)) is not None
@@ -178,6 +185,8 @@ class YocoLM(TemplateLM):
         path = resolve_checkpoint(self._name, self._revision)
         self._commit = hub_commit(path)
         blueprint = open_checkpoint(self._name, self._commit)
+        if together > 1:
+            check_together(blueprint.config, f"context_parallel={together}")
         vocabulary = blueprint.config.vocab_size
         if tokenizer is None:
             self.tokenizer = checkpoint_tokenizer(path, vocabulary)
@@ -197,8 +206,11 @@ class YocoLM(TemplateLM):
                 "%s: does not say which token ends a text: only stop strings and max_gen_toks end "
                 "a generation", self.tokenizer.name_or_path,
             )  # fmt: skip
+        group = own_group(together, self._ranks, where)
         with loading_weights(blueprint.costs, kind, where):
             model = blueprint.make(where, kind)
+        if group is not None:
+            join_group(model, group)
         self._device, self.model = model.device, model
         self.batch_size = batch_size
         self.max_length: int = (
@@ -223,7 +235,7 @@ class YocoLM(TemplateLM):
         self._rounds: Rounds | None = None
         if self._ranks is not None:
             self._rounds = Rounds(
-                self._ranks, model.costs, self._answers, self._bar, logger.warning
+                self._ranks, model.costs, self._answers, self._bar, logger.warning, together
             )
         self._encoder, self._bos = Encoder(self.tokenizer), self.tokenizer.bos_token_id
         self._encoded: dict[str, np.ndarray] = {}  # texts of the requests at hand

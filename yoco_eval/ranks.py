@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-_FOREVER = timedelta(weeks=52)  # a process may wait in a collective until others have computed
+FOREVER = timedelta(weeks=52)  # a process may wait in a collective until others have computed
 _ARRIVAL = timedelta(minutes=10)  # for all processes to have been started
 _BEAT = 1.0  # seconds from one sign of life to the next
 _PATIENCE = 30.0  # seconds without one until a process is taken for gone,
@@ -122,12 +122,12 @@ class Ranks:
         self._address = place.host, place.port
         server = self._connect(self._hosted)
         if dist.is_initialized():
-            self._group = dist.new_group(backend="gloo", timeout=_FOREVER)
+            self._group = dist.new_group(backend="gloo", timeout=FOREVER)
         else:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"yoco-eval/{attempt}", server)
             dist.init_process_group(
-                "gloo", store=store, rank=self.rank, world_size=self.size, timeout=_FOREVER
+                "gloo", store=store, rank=self.rank, world_size=self.size, timeout=FOREVER
             )
             self._group = dist.group.WORLD
         self._ended = threading.Event()
@@ -159,7 +159,7 @@ class Ranks:
     def collect(self, own: T) -> list[T]:
         """What each process has, in the order of ranks."""
         self.check()
-        return self._unless_lost(self._collect, own)
+        return self.unless_lost(self._collect, own)
 
     def wait(self) -> None:
         """Until all processes have come here."""
@@ -169,7 +169,7 @@ class Ranks:
         """What each process has, for the first one; None for the others."""
         self.check()
         everyones: list[Any] | None = None if self.rank else [None] * self.size
-        self._unless_lost(dist.gather_object, own, everyones, dst=0, group=self._group)
+        self.unless_lost(dist.gather_object, own, everyones, dst=0, group=self._group)
         return everyones
 
     def scatter(self, each: Sequence[T] | None) -> T:
@@ -177,7 +177,7 @@ class Ranks:
         self.check()
         received: list[Any] = [None]
         given = None if each is None else list(each)
-        self._unless_lost(dist.scatter_object_list, received, given, src=0, group=self._group)
+        self.unless_lost(dist.scatter_object_list, received, given, src=0, group=self._group)
         return received[0]
 
     def _collect(self, own: T) -> list[T]:
@@ -185,27 +185,29 @@ class Ranks:
         dist.all_gather_object(everyones, own, group=self._group)
         return everyones
 
-    def _unless_lost(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    def unless_lost(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """What a function of torch.distributed returns; `Lost` where it fails because a process is
+        gone, once it is known which one."""
         try:
             return function(*arguments, **options)
         except RuntimeError as error:  # torch's, where a process at the other end is gone
             self._disconnected = str(error).splitlines()[0]
-            self._ended.wait(2 * _HURRY + _GRACE)  # until it is known which one
+            self._ended.wait(2 * _HURRY + _GRACE)
             raise Lost from None
 
     # -- what nobody waits for ---------------------------------------------------------------------
 
     def post(self, rank: int, things: Sequence[Any]) -> None:
         """Sends things to a process, which finds them in its `mail`."""
-        self._unless_lost(self._post, rank, things)
+        self.unless_lost(self._post, rank, things)
 
     def mail(self) -> list[Any]:
         """What was sent to this process since the last time."""
-        return self._unless_lost(self._mail)
+        return self.unless_lost(self._mail)
 
     def add(self, name: str, number: int) -> int:
         """Adds to a number that all processes share, 0 at first, and gives it."""
-        return self._unless_lost(self._store.add, f"{self._key}/{name}", number)
+        return self.unless_lost(self._store.add, f"{self._key}/{name}", number)
 
     def check(self) -> None:
         """Raises `Lost` if another process has failed."""

@@ -161,6 +161,8 @@ class Rounds:
         answer: answers requests of one kind.
         bar: a progress bar by the kind of requests, which only the first process shows.
         warn: tells the user something; likewise.
+        together: how many processes, neighbours by rank, answer the same requests in lockstep. The
+            first of them hands the answers on.
     """
 
     def __init__(
@@ -170,8 +172,9 @@ class Rounds:
         answer: Answering,
         bar: Callable[[str], AbstractContextManager[tqdm]],
         warn: Callable[[str], object],
+        together: int = 1,
     ) -> None:
-        self._ranks, self._costs = ranks, costs
+        self._ranks, self._costs, self._together = ranks, costs, together
         self._answer, self._bar, self._warn = answer, bar, warn
         self._number = 0
         self._notes: list[Note] = []
@@ -215,7 +218,8 @@ class Rounds:
         if share.kind is not None:
             self._number += 1
             with self._bar(share.kind) as bar:
-                part = _Part(self._ranks, self._number, share, len(asks) if own else 0, take, bar)
+                expected, leads = len(asks) if own else 0, self._ranks.rank % self._together == 0
+                part = _Part(self._ranks, self._number, share, expected, take, bar, leads)
                 part.play(self._answer)
         self._ranks.working = False
         return own
@@ -236,10 +240,12 @@ class Rounds:
                         asks.append(ask)
                     known.append((rank, index))
         who = list(askers.values())
-        return [
-            _Share(kind, _Packed.of([asks[i] for i in part]), [who[i] for i in part])
-            for part in self._divide(asks)
-        ]
+        shares = []
+        for part in self._divide(asks):
+            packed = _Packed.of([asks[i] for i in part])
+            shares.append(_Share(kind, packed, [who[i] for i in part]))
+            shares += (self._together - 1) * [_Share(kind, packed, [[] for _ in part])]
+        return shares
 
     def _divide(self, asks: Sequence[Ask]) -> list[list[int]]:
         one = self._costs.prefill_operations(_TYPICAL) / _TYPICAL
@@ -251,7 +257,8 @@ class Rounds:
         # Of what is scored, the last token is not fed.
         fed = [ask.ids[: max(ask.first, len(ask.ids) - 1)] for ask in asks]
         items = nest(merge(fed, [ask.first - 1 for ask in asks]))
-        return divide(items, self._ranks.size, feeding, lambda index: asks[index].cost)
+        groups = self._ranks.size // self._together
+        return divide(items, groups, feeding, lambda index: asks[index].cost)
 
 
 class _Part:
@@ -262,6 +269,7 @@ class _Part:
         expected: how many answers there will be to what it asked.
         take: is told them.
         bar: of the first process, on which all show their progress.
+        leads: whether it does so for those that answer together with it.
     """
 
     def __init__(
@@ -272,9 +280,10 @@ class _Part:
         expected: int,
         take: Callable[[int, Any], object],
         bar: tqdm,
+        leads: bool,
     ) -> None:
         self._ranks, self._number, self._share = ranks, number, share
-        self._expected, self._take, self._bar = expected, take, bar
+        self._expected, self._take, self._bar, self._leads = expected, take, bar, leads
         self._outbox: dict[int, list[tuple[int, Any]]] = defaultdict(list)
         self._total = self._done = 0  # tokens since the others were last told
         self._last = time.monotonic()
@@ -306,11 +315,11 @@ class _Part:
         return self._ranks.add(f"{self._number}/finished", 0) < self._ranks.size
 
     def _begin(self, tokens: int) -> None:
-        self._total += tokens
+        self._total += tokens * self._leads
 
     def _progress(self, done: int, spared: int = 0) -> None:
-        self._done += done
-        self._total -= spared
+        self._done += done * self._leads
+        self._total -= spared * self._leads
         if time.monotonic() - self._last > _EVERY:
             self._exchange()
 

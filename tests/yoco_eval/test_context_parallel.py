@@ -5,18 +5,22 @@ The processes are real ones and talk through gloo; those of one number do all th
 
 import multiprocessing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import together
 import torch
 from torch import multiprocessing as torch_multiprocessing
 
+from yoco_eval.context_parallel import check_divides, own_group
 from yoco_eval.kernels.group import Group
 from yoco_eval.memory import fit
 from yoco_eval.model import Span, Spans, Yoco, YocoConfig
 from yoco_eval.model.costs import OVERHEAD, YocoCosts
+from yoco_eval.model.families import check_together
 from yoco_eval.model.footprint import footprint
 from yoco_eval.model.mixers import GatedDeltaNetSettings
+from yoco_eval.model.phi4flash_config import Phi4FlashConfig
 from yoco_eval.model.shapes import SHAPES
 
 pytestmark = pytest.mark.slow
@@ -32,7 +36,7 @@ def alone():
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids="{} processes".format)
 def found(request, tmp_path_factory):
-    """What each of several processes finds, by kind and slots of a block."""
+    """What each of several processes finds, by case."""
     size, folder = request.param, tmp_path_factory.mktemp("together")
     multiprocessing.set_forkserver_preload(["together"])
     torch_multiprocessing.start_processes(
@@ -44,10 +48,10 @@ def found(request, tmp_path_factory):
 def test_what_is_found_is_what_one_process_finds(found, alone):
     for rank, cases in enumerate(found):
         assert cases.keys() == set(together.cases(len(found)))
-        for (kind, block), results in cases.items():
+        for (kind, block, count), results in cases.items():
             assert results.keys() == alone[kind].keys()
             for name, result in results.items():
-                expected, case = alone[kind][name], (rank, kind, block, name)
+                expected, case = alone[kind][name], (rank, kind, block, count, name)
                 if isinstance(expected, torch.Tensor):
                     assert result.shape == expected.shape and expected.std() > 0.1, case
                     assert (result - expected).abs().max() < 1e-9, case
@@ -60,6 +64,23 @@ def test_what_is_compared_says_something(alone):
         greedy = [result for name, result in results.items() if name.startswith("greedy")]
         lengths = {len(answer) for answer in results["answers"]}
         assert set(greedy[0]) == {True, False} and len(lengths) > 2
+
+
+def test_numbers_of_processes_that_do_not_go():
+    for count, ranks in ((2, None), (3, SimpleNamespace(size=4)), (8, SimpleNamespace(size=4))):
+        size = 1 if ranks is None else 4
+        with pytest.raises(ValueError, match=f"context_parallel={count} needs .*there .* {size}$"):
+            check_divides(count, ranks)
+        assert own_group(1, ranks, CPU) is None
+    for count, ranks in ((1, None), (1, SimpleNamespace(size=4)), (2, SimpleNamespace(size=4))):
+        check_divides(count, ranks)
+
+
+def test_families_that_cannot():
+    option = "context_parallel=2"
+    check_together(together.model_of("retention").config, option)
+    with pytest.raises(ValueError, match=f"^{option} is for YOCO models; of Phi-4-mini-flash, "):
+        check_together(Phi4FlashConfig(256, 2048, 4, 8, 4, 100, vocab_size=50), option)
 
 
 class Silent(Group):

@@ -356,3 +356,15 @@ def test_all_end_where_one_does(fault, message):
         assert text.splitlines()[0] == "yoco-eval: rank 1 of 3 fails, and the run ends:"
     else:
         assert len(text.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_texts_that_processes_hold_together(tasks, alone, tmp_path):
+    """All of them are with both processes; answers, samples and the bar are those of one."""
+    expected, _, _ = alone
+    arguments = "dtype=float64,max_length=512,context_parallel=2"
+    results, counts, done = run((*TORCHRUN, "2"), tasks, tmp_path, "--model_args", arguments)
+    for name in expected.keys() - {"config", "configs"}:  # which have the argument
+        assert same(results[name], expected[name]), name
+    assert len(counts) == 2 and counts[0] == counts[1]
+    assert done.stderr.count("yoco loglikelihood_rolling: 0") == 1

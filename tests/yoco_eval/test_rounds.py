@@ -75,7 +75,7 @@ class Bar:
         self.n += count
 
 
-def play(*parts):
+def play(*parts, together=1):
     """Runs a part for each process, which gets its `Rounds`.
 
     Returns what each part returned, requests as they were answered, warnings, and the bar.
@@ -99,7 +99,8 @@ def play(*parts):
         yield bars[-1]
 
     def run(rank, part):
-        own = Rounds(table.seat(rank), Linear(), answer(rank), bar, warnings.append)
+        seat = table.seat(rank)
+        own = Rounds(seat, Linear(), answer(rank), bar, warnings.append, together)
         try:
             results[rank] = part(own)
         except BaseException as error:
@@ -142,6 +143,18 @@ def test_each_has_its_own_answers_and_equal_requests_are_answered_once():
     assert len({rank for rank, _, request in answered if len(request.ids) > 100}) == 1
     assert max(bar.total for bar in bars) == sum(len(request.ids) for _, _, request in answered)
     assert max(bar.n for bar in bars) == max(bar.total for bar in bars)
+
+
+def test_processes_that_answer_together():
+    """Each request is with all of one group, and answered and counted once."""
+    texts = [asks(*([10 * rank + i] * 50 for i in range(3))) for rank in range(4)]
+    parts = [lambda own, rank=rank: ask(own, "a", texts[rank]) for rank in range(4)]
+    results, answered, _, bars = play(*parts, together=2)
+    assert results == [3] * 4
+    for first, second in ((0, 1), (2, 3)):
+        keys = [[one.key for who, _, one in answered if who == rank] for rank in (first, second)]
+        assert keys[0] == keys[1] and len(keys[0]) == 6
+    assert max(bar.total for bar in bars) == max(bar.n for bar in bars) == 12 * 50
 
 
 def test_who_has_nothing_to_ask_takes_part_from_the_barrier():

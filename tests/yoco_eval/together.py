@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from predicting import predictions
 from toy_self_decoder import MovingAverageSettings
 
+from yoco_eval.context_parallel import own_group
 from yoco_eval.engine import Engine
 from yoco_eval.kernels.group import Group
 from yoco_eval.model import (
@@ -170,12 +172,15 @@ def everything(kind: str, group: Group | None) -> dict[str, Any]:
     return found
 
 
-def cases(size: int) -> Iterator[tuple[str, int]]:
-    """Kinds, and slots of a block."""
+def cases(size: int) -> Iterator[tuple[str, int, int]]:
+    """Kinds, slots of a block, and how many of `size` processes hold texts together."""
     for kind in KINDS if size > 1 else ():
         if size < 4 or kind != "moving_average":
-            yield kind, 1
-    yield "sliding_window", 16
+            yield kind, 1, size
+    if size == 4:
+        yield "gated_retention", 4, 2
+    else:
+        yield "sliding_window", 16, size
 
 
 def process(rank: int, size: int, folder: Path) -> None:
@@ -185,9 +190,15 @@ def process(rank: int, size: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=size, timeout=patience
     )
+    ranks: Any = SimpleNamespace(rank=rank, size=size, unless_lost=lambda call: call())
     found: dict[Any, Any] = {}
-    for kind, block in cases(size):
-        group = Group(dist.group.WORLD, block=block)
-        found[kind, block] = everything(kind, group)
+    for kind, block, count in cases(size):
+        if count > 1:
+            group = own_group(count, ranks, torch.device("cpu"))
+            assert group is not None and group.size == count
+        else:
+            group = Group(dist.group.WORLD)
+        group.block = block
+        found[kind, block, count] = everything(kind, group)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
