@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import store_keys_values
+from .cache_writes import store_keys_values
 from .dispatch import run_triton, use_triton
 from .relay import Relay
 from .rotary import Angles, rotate

@@ -28,7 +28,7 @@ from yoco_eval.kernels.attention import (
     sliding_window_attention,
     window_step,
 )
-from yoco_eval.kernels.cache import store_keys_values
+from yoco_eval.kernels.cache_writes import store_keys_values
 from yoco_eval.kernels.dispatch import triton_takes
 from yoco_eval.kernels.rotary import Angles
 from yoco_eval.kernels.sequences import Sequences, Spans, Step, to_device

@@ -35,7 +35,7 @@ from yoco_eval.kernels.attention import (
     sliding_window_attention,
     window_step,
 )
-from yoco_eval.kernels.cache import store_keys_values
+from yoco_eval.kernels.cache_writes import store_keys_values
 from yoco_eval.kernels.differential import differential_norm
 from yoco_eval.kernels.dispatch import use_triton
 from yoco_eval.kernels.fused_linear import swiglu_linear

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from yoco_eval.kernels.attention import batch_attention, cache_attention
-from yoco_eval.kernels.cache import store_keys_values
+from yoco_eval.kernels.cache_writes import store_keys_values
 from yoco_eval.kernels.dispatch import triton_takes, use_triton
 from yoco_eval.kernels.matvec import linear_add, norm_linear
 from yoco_eval.kernels.norm import rms_norm

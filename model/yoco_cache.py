@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from yoco_eval.kernels.attention import batch_attention, cache_attention
-from yoco_eval.kernels.cache import store_keys_values
+from yoco_eval.kernels.cache_writes import store_keys_values
 from yoco_eval.kernels.group import Group
 from yoco_eval.kernels.relay import Relay
 from yoco_eval.kernels.rotary import Angles, rotate

@@ -15,12 +15,6 @@ from pathlib import Path
 from yoco_eval.tasks.by_length import effective_length as ruler_effective_length
 from yoco_eval.tasks.published import published_rows
 
-from .benchmarks import (
-    Benchmark,
-    PublishedModel,
-    compare_benchmarks,
-    published_models,
-)
 from .differences import (
     Caveat,
     Finding,
@@ -38,6 +32,12 @@ from .samples import Answers, NeedleSample, answers, clusters, read_samples
 from .setups import SetupDifference, find_differences
 from .statistics import Interval, effective_length, interval, wilson
 from .task_runs import BUCKETS, TaskRun
+from .task_scores import (
+    Benchmark,
+    PublishedModel,
+    compare_benchmarks,
+    published_models,
+)
 
 THRESHOLD = 0.9  # of the effective context length, by default
 _RULER = ("yoco_ruler", "ruler")

@@ -9,13 +9,13 @@ from math import inf
 from yoco_eval.lengths import format_length
 from yoco_eval.printable import VALUE, listed, shortened
 
-from .benchmarks import Benchmark
 from .comparison import Comparison, LengthCurves, NeedleResult, NeedleTask, p_text
 from .differences import Finding
 from .heatmap import CUT
 from .profile import GIB
 from .setups import REFUSED, SetupDifference
 from .statistics import prompts_needed
+from .task_scores import Benchmark
 
 NEEDLES, CURVES, COSTS = "Needles", "By context length", "Costs"  # sections that have figures
 NOTHING = "-"  # where there is no figure

@@ -17,7 +17,6 @@ from itertools import combinations
 
 from yoco_eval.lengths import format_length
 
-from .benchmarks import Benchmark, higher_is_better
 from .heatmap import format_depths
 from .results import NeedleCell, NeedleRun, mapping
 from .runs import Checkpoint
@@ -25,6 +24,7 @@ from .samples import Answer, Answers, Cell, clusters
 from .setups import MARKED, PROMPTS, REFUSED, STATED, differing
 from .statistics import LEVEL, fisher, holm, mcnemar, paired_test, unpaired_test, z_test
 from .task_runs import Score, TaskRun
+from .task_scores import Benchmark, higher_is_better
 
 # Each takes answers of one sample for a cluster, but for the last two.
 PAIRED, UNPAIRED = "McNemar's exact and t test", "Fisher's exact and Welch's test"

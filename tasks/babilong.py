@@ -12,7 +12,7 @@ from typing import Any
 
 from yoco_eval.lengths import parse_length
 
-from .hub import load
+from .hub_data import load
 from .long_context import LongContextGroup, LongContextTask
 from .settings import count, listed, setting, text
 

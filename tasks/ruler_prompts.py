@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .haystack import ESSAYS
-from .hub import load
+from .hub_data import load
 from .prompts import TokenCounter
 
 logger = logging.getLogger(__name__)

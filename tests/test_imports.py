@@ -70,7 +70,7 @@ NEVER_LOADS = {
 # where it is needed.
 LATER = {
     "yoco_eval.cli": {"lm_eval", "matplotlib", "numpy", "rich", "torch"},
-    "yoco_eval.profile": {"matplotlib"},
+    "yoco_eval.profiling": {"matplotlib"},
     "yoco_eval.reports.profile_files": {"matplotlib"},
 }
 WITHOUT_CIRCLES = ["kernels", "model", "reports", "tasks", "yoco_eval"]

@@ -279,7 +279,7 @@ def _check_revision(args: argparse.Namespace) -> None:
 def _measure_profile(args: argparse.Namespace) -> tuple[Profile, int]:
     """What was measured, which is saved row by row; and the exit code, 130 if that is not all."""
     from yoco_eval.model.checkpoint import CheckpointError
-    from yoco_eval.profile import ProfileError, run_profile
+    from yoco_eval.profiling import ProfileError, run_profile
     from yoco_eval.reports.profile import describe_row
     from yoco_eval.reports.profile_files import save_profile
     from yoco_eval.reports.results import ResultsError

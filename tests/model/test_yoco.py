@@ -284,7 +284,7 @@ def test_running_on_a_cpu_imports_no_compiler_and_draws_nothing():
         "from yoco_eval.engine import Engine\n"
         "from yoco_eval.requests import GenerateRequest, ScoreRequest\n"
         "from yoco_eval.model import load\n"
-        "from yoco_eval.profile import run_profile\n"
+        "from yoco_eval.profiling import run_profile\n"
         "engine, ids = Engine(load('demo-64k', device='cpu')), np.arange(9)\n"
         "nothing = lambda *tokens: None\n"
         "assert len(list(engine.score([ScoreRequest(ids, ids)], nothing, nothing))) == 1\n"

@@ -89,9 +89,9 @@ def measured(monkeypatch):
             raise RuntimeError
         return profile
 
-    module = types.ModuleType("yoco_eval.profile")
+    module = types.ModuleType("yoco_eval.profiling")
     module.run_profile, module.ProfileError = record, type("ProfileError", (ValueError,), {})
-    monkeypatch.setitem(sys.modules, "yoco_eval.profile", module)
+    monkeypatch.setitem(sys.modules, "yoco_eval.profiling", module)
     return calls
 
 

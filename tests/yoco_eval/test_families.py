@@ -27,7 +27,7 @@ from yoco_eval.cli import main
 from yoco_eval.lm import YocoLM
 from yoco_eval.model.phi4flash_config import Phi4FlashConfig
 from yoco_eval.model.phi4flash_weights import weight_shapes
-from yoco_eval.profile import ProfileError, run_profile
+from yoco_eval.profiling import ProfileError, run_profile
 from yoco_eval.reports.profile import load_profile
 from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.tasks.haystack import SyntheticHaystack

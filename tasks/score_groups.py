@@ -14,7 +14,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.config.group import AggMetricConfig
 
-from .hub import HubTask
+from .hub_data import HubTask
 from .members import load_members
 
 # A value and its standard error, which lm-eval leaves out ("N/A") of a single document.

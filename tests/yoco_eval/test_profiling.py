@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from yoco_eval import profile as profiling
+from yoco_eval import profiling
 from yoco_eval.memory import CHUNKS
 from yoco_eval.model import Blueprint, Yoco, save
 from yoco_eval.model.shapes import SHAPES
 from yoco_eval.model.transformer import Transformer
-from yoco_eval.profile import ProfileError, profile, run_profile
+from yoco_eval.profiling import ProfileError, profile, run_profile
 from yoco_eval.reports.profile import load_profile
 from yoco_eval.reports.profile_files import save_profile
 

@@ -26,7 +26,7 @@ def store_keys_values(
         slots: the first of T slots in a row; or, on the device, integers [T].
     """
     if use_triton(k, v, keys, values):
-        from .cache_triton import store_keys_values as fast
+        from .cache_writes_triton import store_keys_values as fast
 
         run_triton(fast, k, v, angles, keys, values, slots)
     else:

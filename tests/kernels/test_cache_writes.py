@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from yoco_eval.kernels.cache import store_keys_values_reference
+from yoco_eval.kernels.cache_writes import store_keys_values_reference
 from yoco_eval.kernels.rotary import rotary_angles, rotate
 
 LENGTHS = [1, 63, 65, 1000, 32769] if torch.cuda.is_available() else [1, 65]
@@ -47,7 +47,7 @@ def test_store_keys_values(on_device):
 
 def check_triton(length, dim, slots, dtype, device, close):
     pytest.importorskip("triton")
-    from yoco_eval.kernels.cache_triton import store_keys_values
+    from yoco_eval.kernels.cache_writes_triton import store_keys_values
 
     k, v, angles = projections(length, 3, dim, dtype, device)
     cache = empty_cache(length, 3, dim, dtype, device)
@@ -68,7 +68,7 @@ def test_triton_store_keys_values(length, on_device, dtype, device, close):
 
 def test_triton_stores_at_any_slots(dtype, device):
     pytest.importorskip("triton")
-    from yoco_eval.kernels.cache_triton import store_keys_values
+    from yoco_eval.kernels.cache_writes_triton import store_keys_values
 
     k, v, angles = projections(20, 3, 32, dtype, device)
     here, there = (empty_cache(20, 3, 32, dtype, device) for _ in range(2))
@@ -80,7 +80,7 @@ def test_triton_stores_at_any_slots(dtype, device):
 
 def test_triton_stores_from_any_strides(dtype, device, head_by_head):
     pytest.importorskip("triton")
-    from yoco_eval.kernels.cache_triton import store_keys_values
+    from yoco_eval.kernels.cache_writes_triton import store_keys_values
 
     k, v, angles = projections(20, 3, 32, dtype, device)
     rows, heads = (empty_cache(20, 3, 32, dtype, device) for _ in range(2))

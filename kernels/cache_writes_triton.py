@@ -1,4 +1,4 @@
-"""Triton kernel of `cache`: rotation and the transposition to heads, in one pass.
+"""Triton kernel of `cache_writes`: rotation and the transposition to heads, in one pass.
 
 Reads and writes 2 * Hkv * D elements per token once, 8 KiB for 8 heads of 128 in bfloat16, 22 us
 for 8192 tokens at 3 TB/s; some ten operations per pair of channels are nothing beside that.

@@ -9,7 +9,7 @@ import pytest
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from yoco_eval import registration
-from yoco_eval.tasks.hub import HubTask, load
+from yoco_eval.tasks.hub_data import HubTask, load
 
 ARC = Path(lm_eval.tasks.__file__).parent / "arc" / "arc_easy.yaml"
 ROW = {
