@@ -377,7 +377,7 @@ class YocoLM(TemplateLM):
 
         Otherwise it would add copies of requests, and count their responses, where there are fewer.
         """
-        return tensor.repeat(self.world_size) if tensor.dim() else tensor.expand(self.world_size)
+        return tensor.repeat(self.world_size)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """lm-eval's way to what other processes have found, in the order of one process."""

@@ -125,6 +125,12 @@ def test_the_largest_chunk_that_fits(free):
     assert fit(COSTS, BF16, GPU, 1000, chunk=300).chunk == 300
 
 
+def test_processes_share_the_free_memory(free):
+    free(70 * GIB)
+    alone = fit(COSTS, BF16, GPU, 2**20, loaded=True)
+    assert fit(COSTS, BF16, GPU, 2**20, loaded=True, sharing=7).free == alone.free // 7
+
+
 def test_small_models_are_fed_more_tokens_at_a_time():
     """Half as large, twice as many; however large, 12672 where they fit."""
     chunks = {name: chunk_sizes(Yoco.costs_of(SHAPES[name]), GPU)[0] for name in SHAPES}

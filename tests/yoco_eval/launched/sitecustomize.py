@@ -1,9 +1,10 @@
 """Python imports this first where it finds it: `test_ranks.py` puts it before the processes that it
 has launched.
 
-lm-eval then reads this project's tasks alone, not its own thousands of files, which takes it
-seconds; the tokens that a process feeds are counted, and written where COUNTS says; and generation
-is slowed down by SLOW seconds an answer, so that there is time to end it.
+lm-eval then reads this project's tasks alone, not its own thousands of files, and does not ask pip
+what is installed, which takes it seconds; the tokens that a process feeds are counted, and written
+where COUNTS says; and generation is slowed down by SLOW seconds an answer, so that there is time to
+end it.
 """
 
 import atexit
@@ -15,8 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def read_few_tasks():
+def be_quick():
     from lm_eval.tasks import _index
+    from torch.utils import collect_env
+
+    collect_env.get_pip_packages = lambda *_: ("pip", "")
 
     built_in = Path(_index.__file__).parent
     ours = Path(find_spec("yoco_eval.tasks").submodule_search_locations[0])
@@ -58,5 +62,5 @@ def count(folder):
 
 
 if {"RANK", "SLURM_PROCID"} & set(os.environ):  # not in a launcher's own process
-    read_few_tasks()
+    be_quick()
     count(os.environ["COUNTS"])
