@@ -16,6 +16,7 @@ from .config import YocoConfig
 from .cross_decoder import cross_layer
 from .interface import count
 from .self_decoder import self_layer
+from .traffic import Traffic, gathered, handed_on
 
 # What PyTorch's matrix library keeps for itself on a GPU, and small tensors.
 OVERHEAD = 64 << 20
@@ -23,7 +24,7 @@ OVERHEAD = 64 << 20
 
 @dataclass(frozen=True)
 class YocoCosts:
-    """`interface.Costs` of a YOCO model, as one of `parts` processes has them that hold texts
+    """`interface.PartCosts` of a YOCO model, as one of `parts` processes has them that hold texts
     together: tokens fed in a row are divided among them, and so is the cache; weights and states
     are not, nor is what each of several texts takes while they are fed side by side."""
 
@@ -93,6 +94,28 @@ class YocoCosts:
         cache = self.cache_bytes(dtype, length) * config.cross_layers
         states = self.state_bytes(dtype) * config.self_decoder.moves
         return self.weight_bytes(dtype) - unread * dtype.itemsize + cache + states
+
+    def part_operations(self, length: int) -> int:
+        parts = self.parts if self.config.self_decoder.relays else 1
+        return -(-self.prefill_operations(length) // parts)
+
+    def feeding(self, dtype: torch.dtype, chunk: int) -> Traffic:
+        """States and windows go from part to part in each layer of the self-decoder; then keys and
+        values go to where their slots are."""
+        if self.parts == 1 or not self.config.self_decoder.relays:
+            return Traffic()
+        layer = self.config.self_decoder.relayed(self.config.dim, dtype, self.parts)
+        others = (self.parts - 1) * 2 * self._width * dtype.itemsize
+        return layer * self.config.self_layers + handed_on(chunk * others // self.parts**2)
+
+    def stepping(self, dtype: torch.dtype) -> Traffic:
+        """Each layer of the cross-decoder merges everyone's outputs and their norms; at the end, all
+        take the first one's token."""
+        if self.parts == 1:
+            return Traffic()
+        outputs = self.config.n_attn_heads * (self.config.attn_head_dim + 1)
+        layer = gathered(outputs * max(dtype.itemsize, 4), self.parts)
+        return layer * self.config.cross_layers + handed_on(torch.int64.itemsize)
 
     @property
     def _width(self) -> int:

@@ -22,6 +22,7 @@ from yoco_eval.kernels.sequences import Sequences, Spans
 
 from .decoder import Decoder
 from .states import Cache, S
+from .traffic import Traffic
 
 # One number of rows or more [T, ...] in each tensor; what they are is the model's business.
 Rows = Tensor | tuple[Tensor, ...]
@@ -80,6 +81,19 @@ class Costs(Protocol):
 
     def decode_bytes(self, dtype: torch.dtype, length: int) -> int:
         """Bytes that decoding one token after `length` tokens moves at least."""
+
+
+class PartCosts(Costs, Protocol):
+    """`Costs` as one of several processes has them that hold texts together."""
+
+    def part_operations(self, length: int) -> int:
+        """Its part of `prefill_operations`."""
+
+    def feeding(self, dtype: torch.dtype, chunk: int) -> Traffic:
+        """What they tell each other while a text's next `chunk` tokens are fed."""
+
+    def stepping(self, dtype: torch.dtype) -> Traffic:
+        """What they tell each other while one token is decoded."""
 
 
 class Config(Protocol):

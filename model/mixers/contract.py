@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from yoco_eval.kernels.sequences import Sequences, Step
 
+from ..traffic import Traffic
+
 # Of n texts, [n, ...] in each tensor.
 MixerState = Tensor | tuple[Tensor, ...]
 
@@ -132,6 +134,11 @@ class Settings:
     def workspace_bytes(self, dim: int, fast: bool) -> int:
         """What a layer takes while tokens pass it, however many they are."""
         return 0
+
+    def relayed(self, dim: int, dtype: torch.dtype, parts: int) -> Traffic:
+        """What goes from process to process in a layer while `parts` of them feed one text, where
+        `forward` heeds `Sequences.relay`."""
+        return Traffic()
 
     def operations(self, dim: int) -> int:
         """Floating-point operations of a layer's matrix products for each token."""

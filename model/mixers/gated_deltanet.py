@@ -21,6 +21,7 @@ from yoco_eval.kernels.short_convolution import short_convolution, short_convolu
 from ..checks import check_count, check_flag, check_multiple
 from ..layers import RMSNorm
 from ..linear import Stack, linear
+from ..traffic import Traffic, gathered, handed_on
 from .contract import Mixer, Settings
 
 State = tuple[Tensor, Tensor]  # of the delta rule, and the convolution's tail
@@ -79,8 +80,13 @@ class GatedDeltaNetSettings(Settings):
         return GatedDeltaNet(self, dim, eps)
 
     def state_bytes(self, dim: int, dtype: torch.dtype) -> int:
-        tail = (2 * self.keys + self.values) * ((self.convolution or 1) - 1)
-        return self.values * self.self_key_dim * max(dtype.itemsize, 4) + tail * dtype.itemsize
+        return self._rule_bytes(dtype) + self._tail_bytes(dtype)
+
+    def _rule_bytes(self, dtype: torch.dtype) -> int:
+        return self.values * self.self_key_dim * max(dtype.itemsize, 4)
+
+    def _tail_bytes(self, dtype: torch.dtype) -> int:
+        return (2 * self.keys + self.values) * ((self.convolution or 1) - 1) * dtype.itemsize
 
     def activations(self, dim: int, dtype: torch.dtype, fast: bool) -> int:
         wide, heads = max(dtype.itemsize, 4) // dtype.itemsize, self.n_self_value_heads
@@ -97,6 +103,13 @@ class GatedDeltaNetSettings(Settings):
             numbers += (8 * heads * self.self_key_dim + 8 * self.values + 256 * heads) * wide
             numbers += 3 * self.values * self.self_key_dim // 64 * wide
         return numbers
+
+    def relayed(self, dim: int, dtype: torch.dtype, parts: int) -> Traffic:
+        # Each part's transition of the state and what it adds, and the state after the last one.
+        state = self._rule_bytes(dtype)
+        transitions = state // self.self_value_dim * self.self_key_dim
+        rule = gathered(transitions + state, parts) + handed_on(state)
+        return rule + handed_on(self._tail_bytes(dtype)) * (0 if self.convolution is None else 2)
 
     def workspace_bytes(self, dim: int, fast: bool) -> int:
         """Of segments that fill the card, the states after them and their transitions."""

@@ -21,6 +21,7 @@ from yoco_eval.kernels.sequences import Sequences, Step
 from ..checks import check_count, check_flag, check_multiple, check_number
 from ..linear import Stack, linear
 from ..rotary import Rotary
+from ..traffic import Traffic, gathered, handed_on
 from .contract import Mixer, Settings
 
 
@@ -62,6 +63,12 @@ class RetentionHeads(Settings):
 
     def shared(self, dim: int) -> int:
         return self.head_dim(dim)
+
+    def relayed(self, dim: int, dtype: torch.dtype, parts: int) -> Traffic:
+        # What each part adds to the state and how it decays; and the state after the last one.
+        state = self.state_bytes(dim, dtype)
+        decays = self.n_self_heads * max(dtype.itemsize, 4)
+        return gathered(state + decays, parts) + handed_on(state)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from yoco_eval.kernels.sequences import Sequences, Step
 from ..checks import check_count, check_flag, check_multiple, check_number
 from ..linear import Stack, linear
 from ..rotary import Rotary
+from ..traffic import Traffic, handed_on
 from .contract import Mixer, Settings, set_rows
 
 Rings = tuple[Tensor, Tensor]
@@ -78,6 +79,10 @@ class SlidingWindowSettings(Settings):
 
     def shared(self, dim: int) -> int:
         return self.head_dim(dim)
+
+    def relayed(self, dim: int, dtype: torch.dtype, parts: int) -> Traffic:
+        # The window before a part, and that after the last one.
+        return handed_on(self.state_bytes(dim, dtype)) * 2
 
 
 class SlidingWindowAttention(Mixer[Tensor]):

@@ -7,6 +7,7 @@ import multiprocessing
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import together
 import torch
@@ -17,11 +18,12 @@ from yoco_eval.kernels.group import Group
 from yoco_eval.memory import fit
 from yoco_eval.model import Span, Spans, Yoco, YocoConfig
 from yoco_eval.model.costs import OVERHEAD, YocoCosts
-from yoco_eval.model.families import check_together
+from yoco_eval.model.families import check_together, costs_together
 from yoco_eval.model.footprint import footprint
 from yoco_eval.model.mixers import GatedDeltaNetSettings
 from yoco_eval.model.phi4flash_config import Phi4FlashConfig
 from yoco_eval.model.shapes import SHAPES
+from yoco_eval.model.traffic import Traffic
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -103,6 +105,60 @@ class Silent(Group):
 
     def most(self, numbers):
         return list(numbers)
+
+
+class Counting(Silent):
+    """Counts what it takes from the others."""
+
+    def __init__(self, rank, size):
+        super().__init__(rank, size)
+        self.told = Traffic()
+
+    def _take(self, size):
+        self.told += Traffic(size, 1)
+
+    def gather(self, x):
+        self._take((self.size - 1) * x.nbytes)
+        return super().gather(x)
+
+    def share(self, x, source):
+        self._take(x.nbytes)
+        return super().share(x, source)
+
+    def exchange(self, x, sent, received):
+        self._take((sum(received) - received[self.rank]) * x[:1].nbytes)
+        return super().exchange(x, sent, received)
+
+    def hand_over(self, sent, received):
+        self._take(sum(part.nbytes for part in received.values()))
+
+
+@pytest.mark.parametrize("kind", [*together.KINDS, "gated_deltanet without a convolution"])
+def test_what_processes_tell_each_other_is_counted(kind):
+    settings = together.KINDS | {
+        "gated_deltanet without a convolution": GatedDeltaNetSettings(2, 4, 8, 12, convolution=None)
+    }
+    config = YocoConfig(32, 5, 40, 4, 2, 50, settings[kind], n_self_layers=3)
+    for dtype, size in ((torch.float64, 3), (torch.bfloat16, 4)):
+        model = Yoco(config).to(dtype).requires_grad_(False)
+        model.group = group = Counting(1, size)
+        costs, chunk = costs_together(config, size), 4 * size**2
+        cache = model.new_cache(2 * chunk)
+        with torch.inference_mode():
+            for _ in range(2):
+                group.told = Traffic()
+                model.prefill(torch.arange(chunk) % 50, cache, asked=False)
+                assert group.told == costs.feeding(dtype, chunk), (dtype, size)
+            assert bool(group.told.calls) == settings[kind].relays
+            decoder = model.decoder(cache)
+            decoder.join([0], cache.state, [0], [1], [np.array([chunk])])
+            decoder.read([0], [Span(0, 1, 0, chunk + 1, False, start=0)])
+            group.told = Traffic()
+            decoder.step()
+            decoder.agree()
+            assert group.told == costs.stepping(dtype), (dtype, size)
+        whole = model.costs_of(config).prefill_operations(chunk)
+        assert costs.part_operations(chunk) == whole // (size if settings[kind].relays else 1)
 
 
 @pytest.mark.parametrize("kind", [*RELAYED, "wide gated_deltanet"])
