@@ -109,8 +109,8 @@ class YocoCosts:
         return layer * self.config.self_layers + handed_on(chunk * others // self.parts**2)
 
     def stepping(self, dtype: torch.dtype) -> Traffic:
-        """Each layer of the cross-decoder merges everyone's outputs and their norms; at the end, all
-        take the first one's token."""
+        """Each layer of the cross-decoder merges everyone's outputs and their norms; at the end,
+        all take the first one's token."""
         if self.parts == 1:
             return Traffic()
         outputs = self.config.n_attn_heads * (self.config.attn_head_dim + 1)
