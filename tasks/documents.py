@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import hub, repositories
+from . import hub_data, repositories
 
 BOOKS = "emozilla/pg19-test"  # PG-19's test split, as parquet
 REPOSITORIES = "JetBrains-Research/lca-project-level-code-completion"  # Long Code Arena
@@ -74,7 +74,7 @@ def _holds_data_set(data: str, task: str) -> bool:
 
 def _rows(path: str, name: str | None, task: str, data: str | None, **options: Any) -> Iterable:
     try:
-        return hub.load(path, name, task, data, split="test", **options)
+        return hub_data.load(path, name, task, data, split="test", **options)
     except ValueError as error:
         if data is not None:
             raise

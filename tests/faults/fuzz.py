@@ -43,7 +43,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from made_files import files_below, make_files  # noqa: E402
 from mutations import SCRIPT, SENTINEL, mutate  # noqa: E402
 
-from yoco_eval import convert, estimate, profile  # noqa: E402, F401
+from yoco_eval import convert, estimate, profiling  # noqa: E402, F401
 from yoco_eval.cli import main as yoco_eval  # noqa: E402
 from yoco_eval.lm import YocoLM  # noqa: E402
 from yoco_eval.reports import comparison_files, heatmap  # noqa: E402, F401
