@@ -7,7 +7,7 @@ import torch
 
 from yoco_eval.kernels import (
     attention,
-    cache,
+    cache_writes,
     dispatch,
     matvec,
     norm,
@@ -37,7 +37,11 @@ def operands(device):
         (attention, "cache_attention", (heads, buffer, buffer, spans)),
         (attention, "batch_attention", (heads, buffer, buffer, last, readings)),
         (attention, "sliding_window_attention", (*qkv, 2, one)),
-        (cache, "store_keys_values", (heads, heads, angles, buffer.clone(), buffer.clone(), 0)),
+        (
+            cache_writes,
+            "store_keys_values",
+            (heads, heads, angles, buffer.clone(), buffer.clone(), 0),
+        ),
         (matvec, "norm_linear", (x, norm_weight, weight)),
         (matvec, "norm_swiglu_linear", (x, norm_weight, weight)),
         (matvec, "linear_add", (x, weight, x.clone())),
