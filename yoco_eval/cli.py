@@ -17,10 +17,14 @@ from yoco_eval import __version__
 from yoco_eval.devices import DTYPES
 from yoco_eval.lengths import as_argument, parse_length, parse_lengths
 from yoco_eval.printable import PLAIN, message
+from yoco_eval.sizes import parse_count, parse_memory, parse_speeds
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
+    from yoco_eval.estimate import Card
+    from yoco_eval.model import Costs
     from yoco_eval.reports.profile import Profile
 
 # Heavy modules (torch, matplotlib, lm_eval) are imported by the subcommand that needs them.
@@ -246,29 +250,73 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from yoco_eval.devices import find_device, find_dtype
+    from yoco_eval.devices import find_dtype
     from yoco_eval.estimate import estimate, print_estimate
+    from yoco_eval.layouts import Cluster, lay_out, print_layouts
     from yoco_eval.model import open_checkpoint
     from yoco_eval.model.shapes import find_shape, with_random_weights
 
     try:
         _check_revision(args)
-        device = find_device(args.device)
+        device = _planned_device(args)
         dtype = find_dtype(args.dtype, device)
         blueprint = (
             with_random_weights(find_shape(args.shape))
             if args.shape is not None
             else open_checkpoint(args.pretrained, args.revision)
         )
-        result = estimate(blueprint.costs, dtype, device, args.length, args.prefill_chunk)
+        card = _planned_card(args, blueprint.costs, dtype, device)
     except ValueError as error:
         raise UserError(error) from error
     name = args.pretrained if args.shape is None else args.shape
     if args.revision:
         name += f" revision={args.revision}"
     positions = blueprint.config.max_position_embeddings
-    print_estimate(result, name, dtype, device, _console(), positions)
-    return 0 if result.fit.fits else 1
+    cluster = Cluster(args.nodes, args.gpus, card)
+    if cluster.size == 1:
+        result = estimate(blueprint.costs, dtype, card, args.length, args.prefill_chunk)
+        print_estimate(result, name, dtype, _console(), positions)
+        return 0 if result.fit.fits else 1
+    layouts = lay_out(blueprint, dtype, cluster, args.length, args.prefill_chunk)
+    print_layouts(layouts, name, dtype, _console(), positions)
+    return 0 if layouts.best else 1
+
+
+def _planned_device(args: argparse.Namespace) -> torch.device:
+    """That of a plan, or a GPU that is not there. Raises ValueError where options disagree."""
+    import torch
+
+    from yoco_eval.devices import find_device
+
+    if args.memory is not None:
+        if args.device != "auto":
+            raise ValueError(
+                f"--memory is of cards that are not there, and --device {args.device} is; leave "
+                "one of them out"
+            )
+        return torch.device("cuda")
+    if args.speeds is not None:
+        raise ValueError("--speeds is of cards that are not there; say their --memory, too")
+    device = find_device(args.device)
+    if args.nodes * args.gpus > 1 and device.type != "cuda":
+        raise ValueError(
+            f"--gpus and --nodes are of cards like the one that is there, and {device} is none; "
+            "say how much memory they have with --memory, such as 80g"
+        )
+    return device
+
+
+def _planned_card(
+    args: argparse.Namespace, costs: Costs, dtype: torch.dtype, device: torch.device
+) -> Card:
+    from yoco_eval.estimate import absent_card, present_card
+    from yoco_eval.speeds import Speeds
+
+    if args.memory is None:
+        return present_card(
+            costs, dtype, device, min(args.length, args.prefill_chunk or args.length)
+        )
+    return absent_card(args.memory, None if args.speeds is None else Speeds(*args.speeds))
 
 
 def _check_revision(args: argparse.Namespace) -> None:
@@ -440,7 +488,9 @@ for their number; a difference is told only if significant at the 5 % level.""",
         "estimate the memory and time that a run takes, without running it",
         """
   yoco-eval plan --shape 3b --length 1m
-  yoco-eval plan --pretrained yoco-3b-1m/ --length 256k --device cuda:1""",
+  yoco-eval plan --pretrained yoco-3b-1m/ --length 256k --device cuda:1
+  yoco-eval plan --shape 3b --length 10m --gpus 8
+  yoco-eval plan --shape 13b --length 10m --nodes 4 --gpus 8 --memory 80g""",
     )
     what = plan.add_mutually_exclusive_group(required=True)
     what.add_argument("--shape", metavar="NAME", help=f"a model of {_SHAPES}")
@@ -463,6 +513,35 @@ for their number; a difference is told only if significant at the 5 % level.""",
         type=as_argument(parse_length),
         metavar="N",
         help="tokens fed at a time (default: as many as pay and fit)",
+    )
+    plan.add_argument(
+        "--gpus",
+        type=as_argument(parse_count),
+        default=1,
+        metavar="N",
+        help="plan for N cards alike: texts of their own for each, or texts that several hold "
+        "together (context_parallel)",
+    )
+    plan.add_argument(
+        "--nodes",
+        type=as_argument(parse_count),
+        default=1,
+        metavar="N",
+        help="of N machines, with --gpus cards each",
+    )
+    plan.add_argument(
+        "--memory",
+        type=as_argument(parse_memory),
+        metavar="SIZE",
+        help="of each card, where they are not there (default: they are like the one that is): "
+        "80g, for 80 GiB",
+    )
+    plan.add_argument(
+        "--speeds",
+        type=as_argument(parse_speeds),
+        metavar="X,Y",
+        help="of cards that are not there, what they reach: TFLOP/s of matrix products and GB/s "
+        "of memory, such as 700,2900 (default: operations and bytes in place of times)",
     )
     _add_where(plan)
     plan.set_defaults(run=_plan)

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.modeling_outputs import CausalLMOutput
 
 import yoco_eval.tasks
-from yoco_eval import estimate
+from yoco_eval import speeds
 from yoco_eval.cli import main
 from yoco_eval.lm import YocoLM
 from yoco_eval.model.phi4flash_config import Phi4FlashConfig
@@ -251,8 +251,8 @@ def family(request, tmp_path):
 
 def test_plans_need_no_weights(family, hub_cache, monkeypatch, capsys):
     """For a file, a folder, and a name on the hub."""
-    monkeypatch.setattr(estimate, "_product_rate", lambda *args: 1e12)
-    monkeypatch.setattr(estimate, "_copy_rate", lambda *args: 1e10)
+    monkeypatch.setattr(speeds, "_product_rate", lambda *args: 1e12)
+    monkeypatch.setattr(speeds, "_copy_rate", lambda *args: 1e10)
     _, folder = family
     hub_cache("org/name", folder, "1" * 40, branch="main")
     plans = set()
