@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from .group import Group
-from .launch import packed_heads, padded, programs
+from .launch import multiprocessors, packed_heads, padded, programs
 from .rotary import Angles, rotate
 from .sequences import (
     Readings,
@@ -653,7 +653,7 @@ def _plan(
         if stripes is not None:
             walks = [_held_by(stripes, walk) for walk in walks]
     block_n = _config(block_m, dim, dtype)["BLOCK_N"]
-    at_once = programs(device) // (2 if block_m >= 128 or dim > 256 else 1)
+    at_once = _at_once(block_m, dim, dtype, device)
     heads *= _parts(dim)
     # All pieces should take about as long as each other, and be as many as fit on the GPU at once;
     # rounding down, since one more would wait for all the others. Where that rounds too coarsely,
@@ -697,6 +697,24 @@ def _plan(
         block_m, torch.tensor(table), torch.tensor(ranges).view(-1, 3), _rows(merged),
         torch.tensor(entries).long(), pieces, most,
     )  # fmt: skip
+
+
+def _at_once(block_m: int, dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Programs to cut work for.
+
+    Where tables have tasks of no row behind, a GPU fills multiprocessor after multiprocessor: with
+    fewer tasks than it has room for, some stay empty. So they are as many as fit, by the registers
+    and shared memory that the kernel is compiled to on Hopper; elsewhere about as many.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if not hopper or dtype == torch.float32:
+        return programs(device) // (2 if block_m >= 128 or dim > 256 else 1)
+    fit = {16: 3, 32: 2, 64: 2, 128: 1}
+    if dim <= 64:
+        fit |= {16: 4, 32: 3}
+    elif dim > 256:
+        fit |= {16: 2, 64: 1}
+    return fit[block_m] * multiprocessors(device)
 
 
 def _rows(merged: list[tuple[int, int, int, int]]) -> Tensor:
