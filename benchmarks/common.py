@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import sys
@@ -50,6 +51,12 @@ def seconds(run: Callable[[], object]) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1000
+
+
+def clear() -> None:
+    """Gives memory that nobody holds any more back to the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def measure(run: Callable[[], object], repeats: int = 20) -> float:

@@ -26,7 +26,6 @@ likely, or the script fails.
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import copy_bandwidth, count, environment, report, require_gpu, seconds, shown
+from common import clear, copy_bandwidth, count, environment, report, require_gpu, seconds, shown
 from delta_rule import product_rate
 from scoring import make_llama
 from transformers import LlamaForCausalLM
@@ -381,11 +380,6 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def clear() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

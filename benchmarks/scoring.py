@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import count, environment, report, require_gpu, seconds
+from common import clear, count, environment, report, require_gpu, seconds
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -152,6 +152,7 @@ def time_hf(
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / DEFAULT_CHECKPOINT)
 
     def run(batch_size: int, count: int) -> float:
+        clear()  # what another batch size has left in pieces
         backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         requests = [
             (("", ""), context, answer)
