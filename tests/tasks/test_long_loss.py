@@ -108,7 +108,7 @@ def test_bad_settings_are_told_in_one_line_while_the_task_loads(
     def offline(*args, **options):
         raise ConnectionError("no network\nat all")
 
-    monkeypatch.setattr(documents.hub.datasets, "load_dataset", offline)
+    monkeypatch.setattr(documents.hub_data.datasets, "load_dataset", offline)
     with pytest.raises(ValueError) as caught:
         load(name, **metadata)
     assert message.format(name=name) in str(caught.value)
@@ -218,7 +218,7 @@ def test_what_is_asked_of_the_hub(monkeypatch, lengths, size):
         asked.append((args, options))
         return []
 
-    monkeypatch.setattr(documents.hub.datasets, "load_dataset", no_rows)
+    monkeypatch.setattr(documents.hub_data.datasets, "load_dataset", no_rows)
     for name in (BOOK, CODE):
         with pytest.raises(ValueError, match="needed, and the data set holds 0; give"):
             load(name, context_lengths=lengths, max_length="1m")
