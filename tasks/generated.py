@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,16 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 logger = logging.getLogger(__name__)
 
-_BUDGETS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # to lm-eval
+BUDGETS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # to lm-eval
+
+
+def context_text(context: Any) -> str:
+    """A prompt as text, if need be with the markup that a server will put around its turns."""
+    if isinstance(context, str):
+        return context
+    # lm-eval hands servers a chat as JSON, or as it is. Their templates take hardly more tokens.
+    turns = context if isinstance(context, list) else json.loads(context.prompt)
+    return "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns)
 
 
 class GeneratedTask(ConfigurableTask):
@@ -29,15 +39,15 @@ class GeneratedTask(ConfigurableTask):
         """As lm-eval's, which hands over --gen_kwargs so; a budget by any name is the only one."""
         if key == "generation_kwargs":
             self.generation_given |= set(value)
-            if update and _BUDGETS & set(value):
-                bare = {k: v for k, v in self.config.generation_kwargs.items() if k not in _BUDGETS}
+            if update and BUDGETS & set(value):
+                bare = {k: v for k, v in self.config.generation_kwargs.items() if k not in BUDGETS}
                 super().set_config(key, bare)
         super().set_config(key, value, update)
 
     @property
     def budget_given(self) -> bool:
         """Whether --gen_kwargs say how many tokens an answer has."""
-        return bool(self.generation_given & _BUDGETS)
+        return bool(self.generation_given & BUDGETS)
 
     def _answer_tokens(self) -> int:
         """The generation budget, under whichever of its names lm-eval knows."""

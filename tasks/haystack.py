@@ -14,8 +14,8 @@ from pathlib import Path
 
 ESSAYS = "baber/paul_graham_essays"  # the Hugging Face data set of lm-eval's RULER tasks
 
-# Words of the synthetic haystack. No digits, no number words and no city: nothing here can be
-# taken for a needle, and the tests hold the lists to that.
+# Words of the synthetic haystack, some of which other tasks use. No digits, no number words and no
+# city: nothing here can be taken for a needle, and the tests hold the lists to that.
 _NAMES = """Ada Amir Anna Bela Boris Carla Cyrus Dario Diana Edith Elias Emma Farid Felix Flora
 Gwen Hana Hugo Ida Igor Ines Irma Jonas Josef Judith Karim Lena Leon Lucia Magda Marek Marta Mina
 Nadia Nils Nora Olga Omar Otto Paula Petra Quinn Rafael Rosa Rufus Samir Selma Silas Sonja Tariq
@@ -29,12 +29,12 @@ churchyard cloister courtyard dockyard farmhouse forge foundry gallery garden gr
 harbour hayloft hospital inn kitchen library lighthouse market meadow mill monastery museum nursery
 observatory orchard parish pasture quarry refectory school stable station tavern theatre tower
 valley vineyard warehouse washhouse watermill windmill woodland workshop""".split()
-_THINGS = """apron axe barrel basket bell blanket bonnet book bottle bowl broom bucket cabinet
+THINGS = """apron axe barrel basket bell blanket bonnet book bottle bowl broom bucket cabinet
 candle canvas carpet chair chest clock coat compass cradle cup curtain desk diary drum fiddle flag
 flute globe hammer harp hat jar kettle key kite ladder lamp lantern letter loom map mirror necklace
 oar painting parcel plough portrait quilt rope rug saddle sail scarf shovel sieve spoon statue stove
 sword table teapot telescope trunk umbrella vase violin wagon wheelbarrow whistle""".split()
-_QUALITIES = """ancient blue brass brittle broken bronze carved clumsy copper crooked curious damp
+QUALITIES = """ancient blue brass brittle broken bronze carved clumsy copper crooked curious damp
 delicate dusty elegant empty faded famous fragile gilded golden green grey handsome heavy hidden
 hollow humble iron ivory leather light lost modest narrow oaken odd old ordinary painted pale
 patched plain polished precious quiet rare red round rusty scarlet silent silver simple smooth
@@ -65,7 +65,7 @@ _BEASTS = """badger bear blackbird cat cow crow deer dog donkey duck eagle falco
 goat goose hare hawk hedgehog heron horse lamb lark lizard mole mouse otter owl ox partridge pigeon
 pony rabbit raven robin rooster sheep snail sparrow squirrel stork swallow swan thrush toad trout
 turtle weasel wolf wren""".split()
-_MATTERS = """apples astronomy barley beekeeping boats bookbinding botany bread butterflies candles
+MATTERS = """apples astronomy barley beekeeping boats bookbinding botany bread butterflies candles
 chess cider clay clocks clouds coins cooking copper dancing dyes embroidery fables ferns fishing
 geese geometry glass grammar grapes herbs honey horses ink ironwork lace leather linen maps marble
 medicine mosses mushrooms opera orchids paper pears pottery poultry proverbs railways rivers roses
@@ -78,18 +78,18 @@ _WORDS = {
     "role": _ROLES,
     "place": _PLACES,
     "site": _PLACES,
-    "thing": _THINGS,
-    "item": _THINGS,
-    "quality": _QUALITIES,
-    "look": _QUALITIES,
+    "thing": THINGS,
+    "item": THINGS,
+    "quality": QUALITIES,
+    "look": QUALITIES,
     "deed": _DEEDS,
     "act": _DEEDS,
     "way": _WAYS,
     "when": _WHEN,
     "weather": _WEATHER,
     "beast": _BEASTS,
-    "matter": _MATTERS,
-    "topic": _MATTERS,
+    "matter": MATTERS,
+    "topic": MATTERS,
 }
 _SENTENCES = """{name} the {role} {way} {deed} the {quality} {thing} in the {place}.
 The {role} from the {place} {deed} a {quality} {thing} {when}.
@@ -135,6 +135,16 @@ def _sentence(draw: Callable[[], float]) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
+def paragraph(draw: Callable[[], float], sentences: int) -> str:
+    """So many sentences made of the word lists, on one line.
+
+    Args:
+        draw: `random` of a `Random`, the one whose sequence is the same in every Python.
+    """
+    text = " ".join(_sentence(draw) for _ in range(sentences))
+    return re.sub(r"\b([Aa])(?= [aeiou])", r"\1n", text)
+
+
 class SyntheticHaystack:
     """An endless text made from word lists; every (seed, sample) is another text.
 
@@ -151,8 +161,7 @@ class SyntheticHaystack:
         draw = random.Random(f"haystack/{self.seed}/{sample}").random
         paragraphs, length = [], 0
         while length < size:
-            paragraph = " ".join(_sentence(draw) for _ in range(4 + int(4 * draw()))) + "\n"
-            paragraphs.append(re.sub(r"\b([Aa])(?= [aeiou])", r"\1n", paragraph))
+            paragraphs.append(paragraph(draw, 4 + int(4 * draw())) + "\n")
             length += len(paragraphs[-1])
         return "".join(paragraphs)
 

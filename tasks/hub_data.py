@@ -76,6 +76,22 @@ def load(path: str, name: str | None, local: str, data: str | None, **options: A
         ) from None
 
 
+def load_files(folder: str, name: str) -> list[datasets.Dataset]:
+    """A data set of any number of files, at any depth in FOLDER/NAME, in the order of paths.
+
+    Raises:
+        ValueError: there are none, or one cannot be read.
+    """
+    whole = Path(folder, name).expanduser()
+    files = sorted(file for file in whole.rglob("*") if file.suffix in (".jsonl", ".parquet"))
+    if not files:
+        raise ValueError(
+            f"data: {whole} holds no data set; put .parquet or .jsonl files there with the fields "
+            "of the one on the hub"
+        )
+    return [_read(str(file)) for file in files]
+
+
 class HubTask(ConfigurableTask):
     """One of lm-eval's tasks, whose data set may also be local: see `load`."""
 

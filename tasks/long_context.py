@@ -1,4 +1,4 @@
-"""lm-eval's own long-context tasks, at any list of context lengths, each of them reported.
+"""Long-context tasks, lm-eval's own and like ones, at any context lengths, each reported.
 
 The documents say what is asked; the long texts, up to tens of megabytes each, stay beside them, so
 that they are neither copied with each document nor logged twice.
@@ -7,7 +7,7 @@ that they are neither copied with each document nor logged twice.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,12 +27,12 @@ from .by_length import (
 )
 from .evaluated_model import check_positions
 from .generated import GeneratedTask
-from .members import load_members
+from .members import Member, load_members
 from .settings import read_settings
 
 
 class LongContextTask(GeneratedTask):
-    """One of lm-eval's tasks, prompts and scores as they are, with settings of its own.
+    """One of lm-eval's tasks, prompts and scores as they are, or a like one of ours, with settings.
 
     Attributes:
         Settings: a dataclass of `settings.setting` fields, `context_lengths` among them.
@@ -119,7 +119,7 @@ class LongContextGroup(Group):
     """The mean over such tasks at each context length.
 
     A group that a YAML file describes by lm-eval's keys has metrics that are known beforehand. This
-    one is made of a file that has these keys besides a task's:
+    one is made of a file that has these keys besides a task's, unless `tasks` needs others:
 
     members: names of lm-eval's tasks, which become objects of `Task`.
     folder: where in lm-eval's `tasks` folder their files are.
@@ -138,9 +138,13 @@ class LongContextGroup(Group):
         metrics = ["acc", *(metric_at("acc", length) for length in self.lengths)]
         means = [AggMetricConfig(metric, ["none"], weight_by_size=False) for metric in metrics]
         super().__init__(config["task"], aggregate_metric_list=means, metadata=metadata)
-        members = [{"name": name, "class": self.Task} for name in config["members"]]
-        for member in load_members([config["folder"]], members, metadata):
+        for member in self.tasks(config):
             self.add(member)
+
+    def tasks(self, config: Mapping[str, Any]) -> Iterable[Member]:
+        """The members."""
+        members = [{"name": name, "class": self.Task} for name in config["members"]]
+        return load_members([config["folder"]], members, config["metadata"])
 
     def aggregate(self, task_metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """As lm-eval's, without the metrics that a task has no value of, as under --limit."""

@@ -6,7 +6,6 @@ documents say what was asked; the prompts, up to megabytes each, stay beside the
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from .answers import after_thinking, first_number
 from .by_length import BY_LENGTH, digest, metric_list, values_at
 from .evaluated_model import check_positions, token_counter
-from .generated import GeneratedTask
+from .generated import GeneratedTask, context_text
 from .haystack import sentence_starts
 from .prompts import Notes, Prompt
 from .settings import count, depths, evenly_spaced, lengths, read_settings, setting, whole
@@ -212,7 +211,7 @@ class NeedleGrid(GeneratedTask):
         self._answer_begun = apply_chat_template and self._can_begin_answers(chat_template)
         around, shortest = 0, self.eval_docs[0]
         if system_instruction or apply_chat_template:
-            whole = _text(self._context(shortest))
+            whole = context_text(self._context(shortest))
             around = self._counter.count(whole) - self._counter.count(self.whole_prompt(shortest))
         if around or self._answer_tokens() != self._answer:  # --gen_kwargs come after loading
             self._build_documents(around)
@@ -325,15 +324,6 @@ class NeedleGrid(GeneratedTask):
         others = (needles - 1) * max(sentences)
         reserve = others + max(map(sum, zip(sentences, questions, strict=True)))
         return reserve, self._counter.special + max(whole) + others + needles * digits
-
-
-def _text(context: Any) -> str:
-    """A prompt as text, if need be with the markup that a server will put around its turns."""
-    if isinstance(context, str):
-        return context
-    # lm-eval hands servers a chat as JSON, or as it is. Their templates take hardly more tokens.
-    turns = context if isinstance(context, list) else json.loads(context.prompt)
-    return "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns)
 
 
 def _excerpt(prompt: Prompt, needle: str) -> str:
