@@ -137,7 +137,8 @@ def copy_bandwidth() -> float:
 
 def environment(*packages: str) -> dict[str, str]:
     """The card, and the versions of Python, CUDA, torch, triton and the named packages."""
-    versions = {"card": torch.cuda.get_device_name(), "python": platform.python_version()}
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions = {"card": card, "python": platform.python_version()}
     versions["cuda"] = torch.version.cuda or "none"
     for package in ("torch", "triton", *packages):
         try:

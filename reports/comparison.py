@@ -1,7 +1,8 @@
 """A comparison of checkpoints: all that the reports in their several forms have to say.
 
-The checkpoints keep the order in which they were given, from the earliest to the latest of a
-training run; everything that is of several checkpoints has one entry for each, in that order.
+The checkpoints have the order of their training, from the earliest to the latest: that in which
+they were given, or by the step in their names; everything that is of several checkpoints has one
+entry for each, in that order.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .results import NeedleRun, ResultsError, common_grid
 from .runs import Checkpoint, Skipped
 from .samples import Answers, NeedleSample, answers, clusters, read_samples
 from .setups import SetupDifference, find_differences
+from .stages import GIVEN, Stages, in_order
 from .statistics import Interval, effective_length, interval, wilson
 from .task_runs import BUCKETS, TaskRun
 from .task_scores import (
@@ -40,6 +42,7 @@ from .task_scores import (
 )
 
 THRESHOLD = 0.9  # of the effective context length, by default
+FEW = 4  # checkpoints, whose differences are read as sentences; of more, pairs are a matrix
 _RULER = ("yoco_ruler", "ruler")
 
 
@@ -170,6 +173,7 @@ class Comparison:
     tests: all that were made, corrected for their number; findings: what the significant ones say.
     caveats: pairs that are not tested, or not prompt by prompt.
     setup_differences: what else than the checkpoint differs.
+    stages: where the checkpoints stand in training; None of a few whose order nobody asked about.
     """
 
     checkpoints: tuple[Source, ...]
@@ -183,6 +187,20 @@ class Comparison:
     findings: tuple[Finding, ...]
     caveats: tuple[Caveat, ...]
     setup_differences: tuple[SetupDifference, ...]
+    stages: Stages | None
+
+    @property
+    def many(self) -> bool:
+        """Whether there are too many checkpoints for a sentence about each pair."""
+        return len(self.checkpoints) > FEW
+
+    @property
+    def title(self) -> str:
+        """The names of all checkpoints; of many, how many there are."""
+        names = self.names
+        if self.many:
+            return f"{len(names)} checkpoints: {names[0]} to {names[-1]}"
+        return " / ".join(names)
 
     @property
     def names(self) -> list[str]:
@@ -218,14 +236,21 @@ def p_text(p: float) -> str:
 
 
 def compare(
-    checkpoints: Sequence[Checkpoint], threshold: float = THRESHOLD, published: bool = False
+    checkpoints: Sequence[Checkpoint],
+    threshold: float = THRESHOLD,
+    published: bool = False,
+    order: str | None = None,
 ) -> Comparison:
     """Compares what `load_checkpoints` found.
 
     threshold: an effective context length's accuracy is above it with 95 % confidence; 0 or above,
         below 1.
     published: whether rows of the literature stand beside the measured ones.
+    order: of the checkpoints, see `stages.in_order`, for figures against the stage of training;
+        None for that in which they are given, with such figures of many checkpoints alone.
+    Raises ResultsError: an order that the checkpoints do not tell.
     """
+    checkpoints, stages = in_order(checkpoints, order or GIVEN)
     skipped: list[list[Skipped]] = [list(checkpoint.skipped) for checkpoint in checkpoints]
     samples = [
         _samples(checkpoint, found) for checkpoint, found in zip(checkpoints, skipped, strict=True)
@@ -255,6 +280,7 @@ def compare(
         tuple(find(tests, checkpoints)),
         (*caveats, *more, *at_lengths),
         tuple(find_differences([c.tasks for c in checkpoints], list(keys))),
+        stages if order or len(checkpoints) > FEW else None,
     )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from os.path import commonprefix
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import FigureBase
 from matplotlib.lines import Line2D
 
 from yoco_eval.printable import one_line, shortened
@@ -28,12 +27,27 @@ from .heatmap import (
     grid_height,
     text_width,
 )
+from .panels import (
+    ABOVE,
+    BELOW,
+    LEFT,
+    PLOT_COLUMNS,
+    PLOT_HEIGHT,
+    RIGHT,
+    TITLE,
+    TITLE_LETTERS,
+    Panel,
+    add_axes,
+    draw_title,
+    file_name,
+    short_names,
+)
+from .stage_figure import stage_panel
 from .style import (
     FONT,
     GRID,
     PAGE_WIDTH,
     SMALL_FONT,
-    TITLE_FONT,
     length_axis,
     series,
     set_scale,
@@ -41,41 +55,13 @@ from .style import (
 )
 
 # Inches.
-_LEFT, _RIGHT = 0.48, 0.2  # beside the axes: labels of the y axis; of the threshold
 _BAR = 0.64  # right of heatmaps: the colour bar
-_TITLE = 0.28
 _CAPTION = 0.3  # above each heatmap: checkpoint, figures
-_BELOW = 0.45  # labels of the x axis
 _GAP = 0.12  # between heatmaps
-_ABOVE = 0.22  # each plot: its title
-_PLOT_HEIGHT = 1.6
-_PLOT_COLUMNS = 3
 _LEGEND_ROW = 0.16
 _DODGE = 0.5  # the span of intervals at one context length, in parts of the distance to the next
-_LONGEST = 24  # letters of a name that stay as they are
-_TITLE_LETTERS = 79  # of a title at most
 _CUT = "prompts cut to the backend's max_length"
 _NOTE = 0.16  # below heatmaps
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A figure that is not drawn yet.
-
-    section: heading of the report under which it belongs.
-    name: for files: letters, digits, dots, dashes and underscores.
-    height: in inches; it is `PAGE_WIDTH` wide.
-    draw: into a figure, or part of one, of that size.
-    """
-
-    section: str
-    name: str
-    title: str
-    height: float
-    draw: Callable[[FigureBase], None]
-
-    def figure(self) -> Figure:
-        return stack([self])
 
 
 @dataclass(frozen=True)
@@ -95,13 +81,15 @@ class _Plot:
 
 
 def panels(comparison: Comparison) -> list[Panel]:
-    """All figures that the results allow, the most important first."""
-    return [*(_heatmaps(comparison, t) for t in comparison.needles), *curve_panels(comparison)]
+    """All figures that the results allow; heatmaps first, of many checkpoints behind the rest."""
+    heatmaps = [_heatmaps(comparison, task) for task in comparison.needles]
+    curves = curve_panels(comparison)
+    return [*curves, *heatmaps] if comparison.many else [*heatmaps, *curves]
 
 
 def curve_panels(comparison: Comparison) -> list[Panel]:
     """Those of figures by context length, without heatmaps."""
-    found = []
+    found = [*filter(None, [stage_panel(comparison)])]
     for section, name, title, plots in (
         (NEEDLES, "needles", "Needles by context length", _needle_plots(comparison)),
         (CURVES, "curves", CURVES, _curve_plots(comparison)),
@@ -112,23 +100,10 @@ def curve_panels(comparison: Comparison) -> list[Panel]:
     return found
 
 
-def stack(figures: Sequence[Panel]) -> Figure:
-    """The panels in one figure, one below the other."""
-    height = sum(panel.height for panel in figures)
-    whole = Figure(figsize=(PAGE_WIDTH, height))
-    parts = whole.subfigures(
-        len(figures), 1, squeeze=False, height_ratios=[p.height for p in figures], hspace=0
-    )
-    for panel, part in zip(figures, parts[:, 0], strict=True):
-        part.set_facecolor("none")
-        panel.draw(part)
-    return whole
-
-
 def _heatmaps(comparison: Comparison, task: NeedleTask) -> Panel:
     columns = _map_columns(task)
     rows = math.ceil(sum(result is not None for result in task.results) / columns)
-    height = _TITLE + rows * (_CAPTION + grid_height(len(task.depths)) + _BELOW)
+    height = TITLE + rows * (_CAPTION + grid_height(len(task.depths)) + BELOW)
     height += _NOTE * any(run.cut for run in task.runs)
     draw = partial(_draw_heatmaps, comparison, task, columns, height)
     return Panel(NEEDLES, f"{file_name(task.task)}-heatmaps", one_line(task.task), height, draw)
@@ -147,23 +122,23 @@ def _map_columns(task: NeedleTask) -> int:
 def _map_width(columns: int) -> float:
     """As if there were two heatmaps where there is one: a single one need not fill the page."""
     columns = max(columns, 2)
-    return (PAGE_WIDTH - _LEFT - _BAR - (columns - 1) * _GAP) / columns
+    return (PAGE_WIDTH - LEFT - _BAR - (columns - 1) * _GAP) / columns
 
 
 def _draw_heatmaps(
     comparison: Comparison, task: NeedleTask, columns: int, height: float, figure: FigureBase
 ) -> None:
-    _draw_title(figure, task.task, height)
+    draw_title(figure, task.task, height)
     if any(run.cut for run in task.runs):
         figure.text(0.5, 0.06 / height, f"{CUT}: {_CUT}", size=FONT - 1, ha="center", va="bottom")
     width, rows = _map_width(columns), grid_height(len(task.depths))
-    names = _short_names(comparison.names)
+    names = short_names(comparison.names)
     there = [(name, one) for name, one in zip(names, task.results, strict=True) if one]
     for place, (name, result) in enumerate(there):
         row, column = divmod(place, columns)
-        top = _TITLE + row * (_CAPTION + rows + _BELOW) + _CAPTION
-        left = _LEFT + column * (width + _GAP)
-        ax = _add_axes(figure, left, top, width, rows, height)
+        top = TITLE + row * (_CAPTION + rows + BELOW) + _CAPTION
+        left = LEFT + column * (width + _GAP)
+        ax = add_axes(figure, left, top, width, rows, height)
         draw_heatmap(result.run, ax, task.runs)
         if column:
             ax.set_ylabel("")
@@ -171,7 +146,7 @@ def _draw_heatmaps(
         facts = f"mean {result.run.accuracy:.2f}, effective {effective_text(result)}"
         _caption(ax, name, facts)
         if column == columns - 1 or place == len(there) - 1:
-            bar = _add_axes(figure, left + width + 0.08, top, 0.09, rows, height)
+            bar = add_axes(figure, left + width + 0.08, top, 0.09, rows, height)
             add_color_bar(figure, bar)
 
 
@@ -236,15 +211,15 @@ def _plots(
 ) -> Panel:
     names = {
         index: label
-        for index, label in enumerate(_short_names(comparison.names))
+        for index, label in enumerate(short_names(comparison.names))
         if any(plot.curves[index] for plot in plots)
     }
     cut = any(lengths for plot in plots for lengths in plot.cut)
     entries = [*names.values(), *[_CUT] * cut]
     legend = math.ceil(len(entries) / _legend_columns(entries)) * _LEGEND_ROW
-    rows = math.ceil(len(plots) / _PLOT_COLUMNS)
-    height = _TITLE + legend + rows * (_ABOVE + _PLOT_HEIGHT + _BELOW)
-    draw = partial(_draw_plots, title, plots, names, cut, _TITLE + legend, height)
+    rows = math.ceil(len(plots) / PLOT_COLUMNS)
+    height = TITLE + legend + rows * (ABOVE + PLOT_HEIGHT + BELOW)
+    draw = partial(_draw_plots, title, plots, names, cut, TITLE + legend, height)
     return Panel(section, name, title, height, draw)
 
 
@@ -267,26 +242,26 @@ def _draw_plots(
 
     top: of the plots, in inches.
     """
-    _draw_title(figure, title, height)
+    draw_title(figure, title, height)
     handles = [Line2D([], [], label=name, **series(index)) for index, name in names.items()]
     handles += [Line2D([], [], label=_CUT, **_cross())] * cut
     figure.legend(
         handles=handles,
-        loc="upper center", bbox_to_anchor=(0.5, 1 - (_TITLE - 0.08) / height), borderaxespad=0,
+        loc="upper center", bbox_to_anchor=(0.5, 1 - (TITLE - 0.08) / height), borderaxespad=0,
         ncols=_legend_columns([str(handle.get_label()) for handle in handles]), frameon=False,
         fontsize=FONT,
     )  # fmt: skip
-    columns = min(len(plots), _PLOT_COLUMNS)
-    whole = (PAGE_WIDTH - _RIGHT) / columns
+    columns = min(len(plots), PLOT_COLUMNS)
+    whole = (PAGE_WIDTH - RIGHT) / columns
     for place, plot in enumerate(plots):
         row, column = divmod(place, columns)
-        above = top + row * (_ABOVE + _PLOT_HEIGHT + _BELOW) + _ABOVE
-        left = column * whole + _LEFT
-        _draw_plot(plot, _add_axes(figure, left, above, whole - _LEFT, _PLOT_HEIGHT, height))
+        above = top + row * (ABOVE + PLOT_HEIGHT + BELOW) + ABOVE
+        left = column * whole + LEFT
+        _draw_plot(plot, add_axes(figure, left, above, whole - LEFT, PLOT_HEIGHT, height))
 
 
 def _draw_plot(plot: _Plot, ax: Axes) -> None:
-    title = ax.set_title(one_line(plot.title, _TITLE_LETTERS), size=FONT, pad=4)
+    title = ax.set_title(one_line(plot.title, TITLE_LETTERS), size=FONT, pad=4)
     room = 1.1 * ax.get_window_extent().width
     title.set_fontsize(max(SMALL_FONT, FONT * min(1, room / title.get_window_extent().width)))
     lengths = sorted({length for curve in plot.curves for length in curve or ()})
@@ -336,40 +311,3 @@ def _thinned(ax: Axes) -> list[str]:
         texts.append(label.get_text() if box.x0 > end else "")
         end = box.x1 + 2 if box.x0 > end else end
     return texts
-
-
-def _add_axes(
-    figure: FigureBase, left: float, top: float, width: float, below: float, height: float
-) -> Axes:
-    """Axes in a figure `height` inches high: all measures in inches, from its top left corner."""
-    return figure.add_axes(
-        (left / PAGE_WIDTH, 1 - (top + below) / height, width / PAGE_WIDTH, below / height)
-    )
-
-
-def _draw_title(figure: FigureBase, title: str, height: float) -> None:
-    figure.text(
-        0.5, 1 - 0.06 / height, one_line(title, _TITLE_LETTERS), size=TITLE_FONT, weight="bold",
-        ha="center", va="top",
-    )  # fmt: skip
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """The names, long ones without what all have in common at either end."""
-    lines = [one_line(name) for name in names]
-    if max(map(len, lines)) <= _LONGEST or len(set(lines)) < 2:
-        return [shortened(line, 2 * _LONGEST) for line in lines]
-    start = len(commonprefix(lines))
-    end = len(commonprefix([line[start:][::-1] for line in lines]))
-    # Whole words and numbers stay: step-4000 and step-5000 are not told apart by 4 and 5.
-    while start and lines[0][start - 1].isalnum():
-        start -= 1
-    while end and lines[0][-end].isalnum():
-        end -= 1
-    cut = [("…" * bool(start), line[start : len(line) - end], "…" * bool(end)) for line in lines]
-    return [shortened("".join(parts), 2 * _LONGEST) for parts in cut]
-
-
-def file_name(task: str) -> str:
-    """The text without what no file's name should have."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in task)

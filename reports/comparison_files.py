@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .comparison import Comparison
-from .comparison_figures import panels, stack
+from .comparison_figures import panels
 from .comparison_page import html
 from .comparison_tables import QUANTITIES
 from .comparison_text import latex, markdown
 from .files import FIGURES, check_path, to_csv, to_json, write_figure, write_text
+from .panels import stack
 from .results import ResultsError
 from .statistics import CONFIDENCE, LEVEL
 from .style import figure_style

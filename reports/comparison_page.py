@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,29 +23,27 @@ from yoco_eval import __version__
 from yoco_eval.lengths import format_length
 from yoco_eval.printable import one_line, printable, shortened
 
+from .cells import NOTHING, Cell, Section, Table, transposed
 from .comparison import Comparison, NeedleResult, NeedleTask
-from .comparison_figures import Panel, curve_panels, file_name
+from .comparison_figures import curve_panels
 from .comparison_tables import (
+    CHECKPOINT,
     GAPS,
     NEEDLES,
-    NOTHING,
-    Cell,
-    Section,
-    Table,
     cut_note,
+    effective_cell,
     effective_note,
-    effective_text,
     incomparable,
     sections,
 )
 from .files import to_json
 from .heatmap import HATCH, MISSING, format_depths, heatmap_figure
+from .inline_svg import SVG, inline_svg
+from .panels import Panel, file_name
+from .stage_figure import EFFECTIVE
 from .style import GRID, color, figure_style
 
 _FILES = Path(__file__).parent / "html"
-_SVG = "http://www.w3.org/2000/svg"
-ET.register_namespace("", _SVG)
-ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 _INK = "#010203"  # drawn where the page's own colour of text shall stand
 _COLORS = {  # that are others in the dark
     "--ink": _INK, "--grid": GRID, "--missing": MISSING, "--hatch": HATCH, "--first": color(0),
@@ -93,22 +90,28 @@ def html(comparison: Comparison) -> str:
     with figure_style(**{"axes.facecolor": "none"}, **dict.fromkeys(_INKED, _INK)):
         curves = curve_panels(comparison)
         shown = [_show(comparison, section, curves) for section in sections(comparison)]
+        stages = [_draw(panel) for panel in curves if panel.section == EFFECTIVE]
     return environment.get_template("page.html").render(
         version=__version__,
-        names=comparison.names,
+        title=comparison.title,
         style=Markup((_FILES / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
         effective=_effective(comparison),
+        stages=stages,
+        many=comparison.many,
         sections=shown,
         data=_embedded(
             {
                 "names": list(map(one_line, comparison.names)),
+                "grids": list(map(_grid, comparison.needles)),
                 "samples": [_samples(task) for task in comparison.needles],
                 "colors": _COLORS | {"--ink": "#000000"},  # of figures that are saved
             }
         ),
         figure=parts["figure"],
+        heatmaps=parts["heatmaps"],
+        list=parts["list"],
         table=parts["table"],
     )
 
@@ -126,25 +129,20 @@ def _show(comparison: Comparison, section: Section, curves: Sequence[Panel]) -> 
     if section.title == NEEDLES:
         for place, task in enumerate(comparison.needles):
             heatmaps[task.task] = list(_heatmaps(comparison, place))
-    figures = [
-        _Drawn(panel.name, panel.title, _svg(panel.figure(), panel.name, panel.title))
-        for panel in curves
-        if panel.section == section.title
-    ]
+    figures = [_draw(panel) for panel in curves if panel.section == section.title]
     return _Shown(section, heatmaps, figures)
+
+
+def _draw(panel: Panel) -> _Drawn:
+    svg = inline_svg(panel.figure(), panel.name, panel.title, _COLORS)
+    return _Drawn(panel.name, panel.title, svg)
 
 
 def _effective(comparison: Comparison) -> Table:
     rows = []
     notes: list[str] = []
     for task in comparison.needles:
-        cells = [
-            Cell(effective_text(result), value=result.effective_length or 0)
-            if result
-            else Cell(NOTHING)
-            for result in task.results
-        ]
-        rows.append((Cell(task.task), *cells))
+        rows.append((Cell(task.task), *map(effective_cell, task.results)))
         notes += incomparable(comparison, task.task)
         if any(result and result.gaps for result in task.results) and GAPS not in notes:
             notes.append(GAPS)
@@ -153,7 +151,9 @@ def _effective(comparison: Comparison) -> Table:
             notes += [note] * (note not in notes)
     notes.append(effective_note(comparison))
     header = ("task", *comparison.names)
-    return Table("Effective context length", header, tuple(rows), notes=tuple(notes))
+    table = Table(EFFECTIVE, header, tuple(rows), notes=tuple(notes))
+    more_checkpoints = len(comparison.names) > len(rows)  # a table may be high, but not wide
+    return transposed(table, CHECKPOINT) if comparison.many and more_checkpoints else table
 
 
 def _heatmaps(comparison: Comparison, place: int) -> Iterator[_Drawn]:
@@ -164,78 +164,53 @@ def _heatmaps(comparison: Comparison, place: int) -> Iterator[_Drawn]:
             figure = heatmap_figure(result.run, name, task.runs)
             prefix = f"heatmap-{place}-{index}"
             title = f"{name}, {task.task}: accuracy by context length and needle depth"
-            svg = _svg(figure, prefix, title, _cells(figure, task, place, name, index, result))
+            overlay = _cells(figure, task, place, index, result)
+            svg = inline_svg(figure, prefix, title, _COLORS, overlay)
             yield _Drawn(f"{file_name(name)}-{file_name(task.task)}", title, svg)
 
 
 def _cells(
-    figure: Figure, task: NeedleTask, place: int, name: str, index: int, result: NeedleResult
+    figure: Figure, task: NeedleTask, place: int, index: int, result: NeedleResult
 ) -> ET.Element:
-    """A rectangle over each cell, for the script to attach to."""
+    """Where the cells lie and what is in them, for the script to lay a button over each.
+
+    Numbers, to keep the page small: of each cell its column, its row, how many are right, of how
+    many, and the tokens that prompts were cut to, if they were.
+    """
     dots = 72 / figure.dpi
     box = figure.axes[0].get_window_extent()
     left, top = box.x0 * dots, (figure.bbox.height - box.y1) * dots
     width = box.width * dots / len(task.context_lengths)
     height = box.height * dots / len(task.depths)
-    depths = dict(zip(task.depths, format_depths(task.depths), strict=True))
-    cells = ET.Element(f"{{{_SVG}}}g", {"class": "cells"})
-    for cell in sorted(result.run.cells, key=lambda cell: (cell.depth, cell.context_length)):
-        column = task.context_lengths.index(cell.context_length)
-        row = task.depths.index(cell.depth)
-        label = (
-            f"{name}, {format_length(cell.context_length)} tokens, depth {depths[cell.depth]} %: "
-            f"{cell.correct} of {cell.samples} right"
-        )
-        if cell.cut_to is not None:
-            label += f", of prompts cut to {cell.cut_to} tokens"
-        attributes = {
-            "class": "cell", "role": "button", "tabindex": "-1", "aria-label": label,
-            "data-task": place, "data-checkpoint": index, "data-column": column, "data-row": row,
-            "data-key": _cell_key(cell.context_length, cell.depth),
-        }  # fmt: skip
-        group = ET.SubElement(cells, f"{{{_SVG}}}g", {k: str(v) for k, v in attributes.items()})
-        ET.SubElement(group, f"{{{_SVG}}}title").text = label
-        corner = {"x": left + column * width, "y": top + row * height}
-        size = {"width": width, "height": height}
-        ET.SubElement(group, f"{{{_SVG}}}rect", {k: f"{v:.2f}" for k, v in (corner | size).items()})
-    return cells
+    columns = {length: column for column, length in enumerate(task.context_lengths)}
+    rows = {depth: row for row, depth in enumerate(task.depths)}
+    cells = [
+        [
+            columns[cell.context_length], rows[cell.depth], cell.correct, cell.samples,
+            *([] if cell.cut_to is None else [cell.cut_to]),
+        ]
+        for cell in sorted(result.run.cells, key=lambda cell: (cell.depth, cell.context_length))
+    ]  # fmt: skip
+    attributes = {
+        "class": "cells", "data-task": f"{place}", "data-checkpoint": f"{index}",
+        "data-frame": " ".join(f"{part:.2f}" for part in (left, top, width, height)),
+        "data-cells": to_json(cells, separators=(",", ":")),
+    }  # fmt: skip
+    return ET.Element(f"{{{SVG}}}g", attributes)
+
+
+def _grid(task: NeedleTask) -> dict[str, list[str]]:
+    """How the script names columns and rows, and the cells of `_samples`."""
+    return {
+        "lengths": list(map(format_length, task.context_lengths)),
+        "depths": format_depths(task.depths),
+        "columns": list(map(str, task.context_lengths)),
+        "rows": [f"{float(depth)}" for depth in task.depths],
+    }
 
 
 def _cell_key(context_length: int, depth: float) -> str:
     return f"{context_length}/{float(depth)}"
-
-
-def _svg(figure: Figure, prefix: str, title: str, overlay: ET.Element | None = None) -> Markup:
-    """The figure as an element of the page, in the page's colours.
-
-    prefix: of all ids, which one page must not have twice. overlay: drawn on top.
-    """
-    file = io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(file, format="svg", facecolor="none", metadata=nothing)
-    text = file.getvalue().decode()
-    for variable, value in _COLORS.items():
-        text = text.replace(value, f"var({variable})")
-    root = ET.fromstring(text)
-    for metadata in root.findall(f"{{{_SVG}}}metadata"):
-        root.remove(metadata)
-    for element in root.iter():
-        for key, value in list(element.items()):
-            if key == "id" and f"#{value}" in text:
-                element.set(key, f"{prefix}-{value}")
-            elif key == "id":
-                del element.attrib[key]
-            elif key.endswith("href"):
-                element.set(key, value.replace("#", f"#{prefix}-"))
-            elif "url(#" in value:
-                element.set(key, value.replace("url(#", f"url(#{prefix}-"))
-    for size in ("width", "height"):
-        root.attrib.pop(size)
-    root.set("role", "group" if overlay is not None else "img")
-    root.set("aria-label", one_line(title))
-    if overlay is not None:
-        root.append(overlay)
-    return Markup(ET.tostring(root, encoding="unicode"))
 
 
 def _samples(task: NeedleTask) -> dict[str, list[dict[str, Any]]]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from math import inf
 
 from yoco_eval.lengths import format_length
 from yoco_eval.printable import VALUE, listed, shortened
 
+from .cells import NOTHING, Cell, Section, Table, transposed
 from .comparison import Comparison, LengthCurves, NeedleResult, NeedleTask, p_text
 from .differences import Finding
 from .heatmap import CUT
+from .pairs import advances, matrices, regressions, sort_pairs
 from .profile import GIB
 from .setups import REFUSED, SetupDifference
 from .statistics import prompts_needed
 from .task_scores import Benchmark
 
 NEEDLES, CURVES, COSTS = "Needles", "By context length", "Costs"  # sections that have figures
-NOTHING = "-"  # where there is no figure
+CHECKPOINT = "checkpoint"  # heading of a column of their names
 GAPS = "†: shorter context lengths, at which others were evaluated, were left out."
 METRICS = {"acc": "accuracy", "loss": "loss, nats per token", "loss_to": "loss of all up to there"}
 QUANTITIES = {  # of profiles: what a reader calls them, and the unit
@@ -30,61 +32,16 @@ _ENTRIES = 24  # that are shown of a list
 _SKIPPED = 12  # files of a checkpoint that are named
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A figure with what stands behind it, such as its standard error.
-
-    best: set in bold. value: of the figure, by which it is sorted; None for words.
-    """
-
-    text: str
-    detail: str = ""
-    best: bool = False
-    value: float | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells, the first of which is a label.
-
-    header: its cells may have a second line.
-    rows: the measured ones; foot: what follows from them, by column; apart: others that are set
-        apart from them, under `apart_title`.
-    """
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    foot: tuple[Cell, ...] = ()
-    apart: tuple[tuple[Cell, ...], ...] = ()
-    apart_title: str = ""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def body(self) -> tuple[tuple[Cell, ...], ...]:
-        """The rows and, last, the foot."""
-        return (*self.rows, *[self.foot] * bool(self.foot))
-
-
-@dataclass(frozen=True)
-class Section:
-    """What stands under one heading: an introduction, a list, tables; each may be empty.
-
-    alarms: items that stand first and stand out.
-    """
-
-    title: str
-    text: str = ""
-    alarms: tuple[str, ...] = ()
-    items: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-
-
 def sections(comparison: Comparison) -> list[Section]:
     """All there is to say, the conclusions first."""
     found = [
         _differences(comparison),
-        Section(NEEDLES, tables=tuple(_needles(comparison, t) for t in comparison.needles)),
+        Section(
+            NEEDLES,
+            tables=tuple(
+                table for task in comparison.needles for table in _needles(comparison, task)
+            ),
+        ),
         Section("Benchmarks", tables=_benchmarks(comparison)),
         _by_length(comparison),
         Section(COSTS, tables=_profiles(comparison)),
@@ -93,7 +50,17 @@ def sections(comparison: Comparison) -> list[Section]:
         Section("Sources", items=tuple(_sources(comparison))),
         Section("Skipped files", items=tuple(_skipped(comparison))),
     ]
+    if comparison.many:
+        found = [replace(one, tables=tuple(_without_repetition(one.tables))) for one in found]
     return [one for one in found if one.text or one.alarms or one.items or one.tables]
+
+
+def _without_repetition(tables: Iterable[Table]) -> Iterable[Table]:
+    """The tables of a section, each note below the first that it is about."""
+    told: set[str] = set()
+    for table in tables:
+        yield replace(table, notes=tuple(note for note in table.notes if note not in told))
+        told.update(table.notes)
 
 
 def _differences(comparison: Comparison) -> Section:
@@ -110,9 +77,20 @@ def _differences(comparison: Comparison) -> Section:
             "Differences", f"None is significant at the 5 % level ({tests} {plural}, Holm)."
         )
     others = [finding for finding in comparison.findings if not finding.regression]
+    text = f"Significant at the 5 % level, corrected for {tests} {plural} (Holm):"
+    if comparison.many:
+        pairs = sort_pairs(comparison)
+        return Section(
+            "Differences",
+            text,
+            tuple(f"REGRESSION: {told}" for told in regressions(comparison, pairs)),
+            tuple(advances(comparison, pairs)),
+            tuple(_told(comparison, comparison.findings)),
+            tuple(matrices(comparison, pairs)),
+        )
     return Section(
         "Differences",
-        f"Significant at the 5 % level, corrected for {tests} {plural} (Holm):",
+        text,
         tuple(f"REGRESSION: {told}" for told in _told(comparison, comparison.regressions)),
         tuple(_told(comparison, others)),
     )
@@ -189,7 +167,8 @@ def incomparable(comparison: Comparison, task: str) -> Iterable[str]:
             yield f"{task} does not compare: another {difference.setting} ({values})."
 
 
-def _needles(comparison: Comparison, task: NeedleTask) -> Table:
+def _needles(comparison: Comparison, task: NeedleTask) -> Iterable[Table]:
+    """Of many checkpoints two: accuracies alone, a row for each, and all of it, folded."""
     rows = [
         (
             _length(length),
@@ -197,10 +176,10 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Table:
         )
         for length in task.context_lengths
     ]
-    effective = (effective_text(result) if result else NOTHING for result in task.results)
-    foot = (Cell("effective"), *map(Cell, effective))
+    foot = (Cell("effective"), *map(effective_cell, task.results))
+    intervals = tuple(_interval_notes(comparison, task))
     notes = [*incomparable(comparison, task.task), effective_note(comparison)]
-    notes += _interval_notes(comparison, task)
+    notes += [] if comparison.many else intervals
     if any(result and result.too_few_prompts for result in task.results):
         notes.append(
             "*: all prompts of the next length were right, but they are too few to tell: it takes "
@@ -221,7 +200,12 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Table:
         )
     header = ("context", *comparison.names)
     title = f"{task.task}: accuracy, with 95 % intervals"
-    return Table(title, header, tuple(rows), foot, notes=tuple(notes))
+    whole = Table(title, header, tuple(rows), foot, notes=tuple(notes))
+    if comparison.many:
+        yield transposed(replace(whole, title=f"{task.task}: accuracy"), CHECKPOINT)
+        yield replace(whole, notes=intervals, folded=True)
+    else:
+        yield whole
 
 
 def _accuracy(result: NeedleResult | None, length: int, threshold: float) -> Cell:
@@ -243,6 +227,13 @@ def _apart(value: float, threshold: float) -> str:
 
 def _length(tokens: int) -> Cell:
     return Cell(format_length(tokens), value=tokens)
+
+
+def effective_cell(result: NeedleResult | None) -> Cell:
+    """The effective context length of one of the checkpoints, by which tables are sorted."""
+    if result is None:
+        return Cell(NOTHING)
+    return Cell(effective_text(result), value=result.effective_length or 0)
 
 
 def effective_text(result: NeedleResult) -> str:
@@ -285,7 +276,7 @@ def _benchmarks(comparison: Comparison) -> tuple[Table, ...]:
     sources = dict.fromkeys(model.source for model in comparison.published)
     if sources:
         notes.append(f"Published: {'; '.join(sources)}; 1T: 10^12 training tokens.")
-    header = ("checkpoint", *map(benchmark_label, benchmarks))
+    header = (CHECKPOINT, *map(benchmark_label, benchmarks))
     title = "benchmarks, with standard errors"
     apart_title = "published, not measured here"
     return (Table(title, header, rows, (), apart, apart_title, tuple(notes)),)
@@ -352,7 +343,8 @@ def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
     if left_out:
         told = ", ".join(left_out)
         notes.append(f"Left out, since their tokens begin at another length: {told}.")
-    return Table(title, ("context", *comparison.names), tuple(rows), foot, notes=tuple(notes))
+    table = Table(title, ("context", *comparison.names), tuple(rows), foot, notes=tuple(notes))
+    return transposed(table, CHECKPOINT) if comparison.many else table
 
 
 def _profiles(comparison: Comparison) -> tuple[Table, ...]:
@@ -380,7 +372,8 @@ def _profiles(comparison: Comparison) -> tuple[Table, ...]:
             rows.append(tuple(cells))
         if any(cell.text != NOTHING for row in rows for cell in row[1:]):
             header = ("context", *comparison.names)
-            tables.append(Table(title, header, tuple(rows), notes=tuple(notes)))
+            table = Table(title, header, tuple(rows), notes=tuple(notes))
+            tables.append(transposed(table, CHECKPOINT) if comparison.many else table)
     return tuple(tables)
 
 

@@ -12,15 +12,18 @@ from rich.text import Text
 
 from yoco_eval.printable import printable
 
+from .cells import Cell, Section, Table
 from .comparison import Comparison
-from .comparison_tables import Cell, Section, Table, sections
+from .comparison_tables import sections
 
 _PAPER_COLUMNS = 9  # of a LaTeX table or a Markdown table, besides the labels
 _GAP = 2  # columns of the terminal between those of a table
+_TONES = {"": "", "better": "green", "worse": "bold red"}
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&",
     "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "–": "--",
+    "−": "$-$",
     "[": "{[}", "]": "{]}", '"': r"\textquotedbl{}", "*": r"\textasteriskcentered{}",
     "†": r"\textdagger{}", "‡": r"\textdaggerdbl{}",
 }  # fmt: skip
@@ -30,24 +33,45 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """Prints it; tables too wide for the console are continued below."""
     for index, section in enumerate(sections(comparison)):
         console.print(*[""] * bool(index), Text(section.title.upper(), "bold"), sep="\n")
-        for line in _wrap(section, console.width):
+        for line in _wrap(section.text, console.width):
             console.print(Text(line))
-        for table in section.tables:
+        _print_list(section.alarms, console)
+        tables = [table for table in section.tables if not table.folded]
+        for table in tables:
             _print_table(table, console)
+        if tables and section.items:
+            console.print()
+        _print_list(section.items, console)
+        for line in _wrap(_left_out(section), console.width):
+            console.print(Text(line, "dim"))
 
 
 def markdown(comparison: Comparison) -> str:
     """The whole comparison as Markdown, with GitHub's tables."""
-    lines = [f"# {_markdown(' / '.join(comparison.names))}", ""]
+    lines = [f"# {_markdown(comparison.title)}", ""]
     for section in sections(comparison):
         lines += [f"## {section.title}", ""]
         lines += [_markdown(section.text), ""] if section.text else []
-        items = (*section.alarms, *section.items)
-        lines += [f"- {_markdown(item)}" for item in items]
-        lines += [""] * bool(items)
+        lines += _markdown_list(section.alarms)
         for table in section.tables:
-            lines += [*_markdown_table(table), ""]
+            told = [*_markdown_table(table)]
+            lines += _folded(_markdown(table.title), told[2:]) if table.folded else [*told, ""]
+        lines += _markdown_list(section.items)
+        if section.folded:
+            lines += _folded(_all(section), _markdown_list(section.folded))
     return "\n".join(lines)
+
+
+def _markdown_list(items: tuple[str, ...]) -> list[str]:
+    return [*(f"- {_markdown(item)}" for item in items), *[""] * bool(items)]
+
+
+def _all(section: Section) -> str:
+    return f"All {len(section.folded)}, pair by pair"
+
+
+def _folded(summary: str, lines: list[str]) -> list[str]:
+    return [f"<details><summary>{summary}</summary>", "", *lines, "", "</details>", ""]
 
 
 def latex(comparison: Comparison) -> str:
@@ -61,17 +85,30 @@ def latex(comparison: Comparison) -> str:
     return "\n\n".join([r"% Needs \usepackage{booktabs}.", *tables]) + "\n"
 
 
-def _wrap(section: Section, width: int) -> Iterator[str]:
-    for text in [section.text] * bool(section.text):
-        yield from textwrap.wrap(printable(text), width)
-    for item in (*section.alarms, *section.items):
-        yield from textwrap.wrap(f"- {printable(item)}", width, subsequent_indent="  ")
+def _left_out(section: Section) -> str:
+    """How much there is that only those want to see who open a file."""
+    tables = [table for table in section.tables if table.folded]
+    parts = [f"all {len(section.folded)} sentences"] * bool(section.folded)
+    parts += [f"{len(tables)} more table{'s' * (len(tables) > 1)}"] * bool(tables)
+    return f"Left out here: {' and '.join(parts)}; -o FILE.html or .md has them." if parts else ""
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(printable(text), width)
+
+
+def _print_list(items: tuple[str, ...], console: Console) -> None:
+    for item in items:
+        for line in textwrap.wrap(f"- {printable(item)}", console.width, subsequent_indent="  "):
+            console.print(Text(line))
 
 
 def _print_table(table: Table, console: Console) -> None:
     console.print(Text(f"\n{printable(table.title)}", "italic"))
     labels = [row[0].text for row in (*table.body, *table.apart)]
-    widths = [min(max(map(len, [*labels, table.apart_title])), _label_width(console))]
+    widths = [
+        min(max(map(len, [*labels, table.apart_title * bool(table.apart)])), _label_width(console))
+    ]
     for column, name in list(enumerate(table.header))[1:]:
         cells = [_plain(row[column]) for row in (*table.body, *table.apart)]
         widths.append(max(map(len, [*cells, *name.split("\n")])))
@@ -108,7 +145,8 @@ def _rich_table(table: Table, columns: list[int], console: Console) -> RichTable
             max_width=None if column else _label_width(console),
         )  # fmt: skip
     for row in table.body:
-        drawn.add_row(*(_rich_cell(row[column]) for column in (0, *columns)))
+        if any(row[column].text for column in columns):  # of a triangle not all rows go on
+            drawn.add_row(*(_rich_cell(row[column]) for column in (0, *columns)))
     if table.apart:
         drawn.add_row(Text(table.apart_title, "italic"))
         for row in table.apart:
@@ -117,7 +155,7 @@ def _rich_table(table: Table, columns: list[int], console: Console) -> RichTable
 
 
 def _rich_cell(cell: Cell) -> Text:
-    return Text(printable(_plain(cell)), "bold" if cell.best else "")
+    return Text(printable(_plain(cell)), "bold" if cell.best else _TONES[cell.tone])
 
 
 def _plain(cell: Cell) -> str:

@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "yoco_eval.tokenizers",
     },
     "reports": {
+        "huggingface_hub",
         "jinja2",
         "lm_eval",
         "markupsafe",

@@ -194,7 +194,7 @@ def _compare(args: argparse.Namespace) -> None:
         for path in args.output:
             check_output(path)
         checkpoints = load_checkpoints(args.results, names)
-        comparison = compare(checkpoints, args.threshold, args.published)
+        comparison = compare(checkpoints, args.threshold, args.published, args.order)
     except ResultsError as error:
         raise UserError(error) from error
 
@@ -427,6 +427,13 @@ for their number; a difference is told only if significant at the 5 % level.""",
         "--names",
         metavar="NAME,NAME,...",
         help="what to call the checkpoints (default: as their folders)",
+    )
+    compare.add_argument(
+        "--order",
+        choices=("given", "step"),
+        help="draw effective context lengths against the stage of training: as given here, or by "
+        "the step that a number in each name tells, such as step-4000 (default: as given, and "
+        "drawn of more than 4)",
     )
     compare.add_argument(
         "--published",

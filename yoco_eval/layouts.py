@@ -29,6 +29,7 @@ from .estimate import (
 )
 from .lengths import LONGEST
 from .memory import Fit, fit
+from .pages import page_size
 from .sizes import GIB
 
 
@@ -67,7 +68,7 @@ class Layout:
         together: cards of a group; 1: each has texts of its own.
         estimate: of one card, with its part of a prefill's operations.
         longest: tokens of the longest text that fits, in whatever chunks.
-        chunk_operations: its part of a chunk's.
+        chunk_operations: its part of a chunk's; all of them, where that is too short to divide.
         feeding: what it receives while a chunk is fed.
         stepping: what it receives while a token is decoded.
     """
@@ -114,12 +115,15 @@ def lay_out(
     def of(together: int) -> Layout:
         costs = costs_together(config, together)
         own, longest = (fitted(costs, together, tokens) for tokens in (length, LONGEST))
+        # A chunk of fewer blocks than cards is fed by all of them alike.
+        divided = -(-own.chunk // page_size(card.device)) >= together
+        operations = costs.part_operations if divided else costs.prefill_operations
         return Layout(
             together,
-            Estimate(own, costs.part_operations(length), costs.decode_bytes(dtype, length), card),
+            Estimate(own, operations(length), costs.decode_bytes(dtype, length), card),
             longest.longest,
-            costs.part_operations(own.chunk),
-            costs.feeding(dtype, own.chunk),
+            operations(own.chunk),
+            costs.feeding(dtype, own.chunk) if divided else Traffic(),
             costs.stepping(dtype),
         )
 
@@ -259,15 +263,17 @@ def _row(layout: Layout) -> Iterator[str]:
 
 
 def _explained(layouts: Layouts) -> str:
-    card, last = layouts.cluster.card, layouts.every[-1]
+    card, grouped = layouts.cluster.card, layouts.every[1:]
     if card.speeds is None:
         text = "Matrix products of a card, and what it moves in its memory."
     else:
         text = f"Of matrix products and of memory alone, {card.at}."
-    if last.together > 1:
+    if grouped:
+        fed = max(layout.feeding.calls for layout in grouped)
+        stepped = grouped[0].stepping.calls
         text += (
-            f" What a card receives of others comes in {last.feeding.calls} exchanges for each "
-            f"chunk, and {last.stepping.calls} for each token that is decoded or asked for."
+            f" What a card receives of others comes in {fed} exchanges for each "
+            f"chunk, and {stepped} for each token that is decoded or asked for."
         )
         if card.speeds is None:
             text += " --speeds turns this into times, and tells where passing rules."

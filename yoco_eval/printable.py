@@ -14,7 +14,17 @@ _ROOM = 80  # characters that a count may be among
 PLAIN = "yoco-eval-plain"  # how streams encode what they lack; a name for `open(errors=...)`
 
 # The marks of our own tables, where an encoding lacks them.
-_PLAIN = {"–": "-", "─": "-", "±": "~", "×": "x", "†": "+", "‡": "#", "…": "...", "≥": ">="}
+_PLAIN = {
+    "–": "-",
+    "─": "-",
+    "±": "~",
+    "×": "x",
+    "†": "+",
+    "‡": "#",
+    "…": "...",
+    "≥": ">=",
+    "−": "-",
+}
 
 
 def printable(text: str, most: int = SCREENFUL) -> str:

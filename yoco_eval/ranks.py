@@ -8,6 +8,7 @@ one process fails or is gone, the others learn it there and end, too.
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import pickle
@@ -347,16 +348,17 @@ class Ranks:
             _say(f"rank {self.rank} of {self.size} fails, and the run ends:")
             self._usual_hook(kind, error, trace)
         self.working = False
-        self._leave(lasts=speaks and not self._hosted)
+        self._leave(lasts=speaks and not self._hosted, fails=True)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130 if kind is KeyboardInterrupt else 1)
 
-    def _leave(self, lasts: bool = False) -> None:
+    def _leave(self, lasts: bool = False, fails: bool = False) -> None:
         """Tells that this process has gone by itself. That which has the store goes last.
 
         Args:
             lasts: whether this one goes last, too.
+            fails: whether the process ends at once then, whatever still waits for others.
         """
         if self._leaving.is_set():
             return
@@ -371,7 +373,9 @@ class Ranks:
             self._sign(self._store, -1)
             if lasts or (self._hosted and self.rank == 0):
                 self._outlive()
-            if not self._ended.is_set():
+            if not (fails or self._ended.is_set()):
+                # NCCL waits until no CUDA graph is left that has captured a collective.
+                gc.collect()
                 # Threads of gloo's that ask for the interpreter's lock when it ends would abort it.
                 dist.destroy_process_group(self._group)
                 del self._group

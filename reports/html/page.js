@@ -47,7 +47,35 @@ for (const table of document.querySelectorAll("table")) {
 // Heatmaps: one stop for the Tab key each, arrow keys within.
 const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-for (const map of document.querySelectorAll("g.cells")) {
+// A button over each cell, of the numbers that the page has of it.
+function layCells(map) {
+  const { task, checkpoint } = map.dataset;
+  const grid = data.grids[task];
+  const [left, top, width, height] = map.dataset.frame.split(" ").map(Number);
+  for (const [column, row, correct, samples, cut] of JSON.parse(map.dataset.cells)) {
+    let label = `${data.names[checkpoint]}, ${grid.lengths[column]} tokens, depth ${grid.depths[row]} %: `
+      + `${correct} of ${samples} right`;
+    if (cut !== undefined) label += `, of prompts cut to ${cut} tokens`;
+    const make = (tag, attributes) => {
+      const made = document.createElementNS(map.namespaceURI, tag);
+      for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+      return made;
+    };
+    const cell = make("g", {
+      class: "cell", role: "button", tabindex: "-1", "aria-label": label, "data-column": column,
+      "data-row": row, "data-key": `${grid.columns[column]}/${grid.rows[row]}`,
+    });
+    const title = make("title", {});
+    title.textContent = label;
+    const place = { x: left + column * width, y: top + row * height, width, height };
+    cell.append(title, make("rect", place));
+    map.append(cell);
+  }
+}
+
+function prepare(map) {
+  if (map.firstElementChild) return;
+  layCells(map);
   const cells = [...map.querySelectorAll(".cell")];
   cells[0].setAttribute("tabindex", "0");
   const place = (cell) => [Number(cell.dataset.column), Number(cell.dataset.row)];
@@ -83,9 +111,17 @@ for (const map of document.querySelectorAll("g.cells")) {
   });
 }
 
+// Heatmaps that are folded away are prepared when they are opened.
+for (const map of document.querySelectorAll("g.cells")) {
+  const folded = map.closest("details");
+  if (folded) folded.addEventListener("toggle", () => prepare(map));
+  else prepare(map);
+}
+
 function showSamples(cell) {
-  const chosen = Number(cell.dataset.checkpoint);
-  const found = data.samples[cell.dataset.task][cell.dataset.key] || [];
+  const { task, checkpoint } = cell.parentElement.dataset;
+  const chosen = Number(checkpoint);
+  const found = data.samples[task][cell.dataset.key] || [];
   const samples = found.filter((sample) => sample.answers.some((answer) => answer.checkpoint === chosen));
   document.getElementById("samples-title").textContent = cell.getAttribute("aria-label");
   const body = document.getElementById("samples-body");

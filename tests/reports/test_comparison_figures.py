@@ -11,8 +11,9 @@ from matplotlib.colors import same_color, to_hex
 from matplotlib.image import imread
 
 from yoco_eval.reports.comparison import compare
-from yoco_eval.reports.comparison_figures import panels, stack
+from yoco_eval.reports.comparison_figures import panels
 from yoco_eval.reports.comparison_files import save_comparison
+from yoco_eval.reports.panels import stack
 from yoco_eval.reports.profile import Profile, ProfileRow
 from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.reports.results import ResultsError
@@ -147,7 +148,8 @@ def test_many_checkpoints_stand_at_their_lengths(tmp_path):
         write(tmp_path / f"c{k}", needle_results(lambda *_: 0.5, lengths=lengths)).parent
         for k in range(12)
     ]
-    (ax,) = axes(panels(compare(load_checkpoints(folders)))[1])
+    found = {panel.name: panel for panel in panels(compare(load_checkpoints(folders)))}
+    (ax,) = axes(found["needles"])
     for line in ax.lines[:12]:
         assert ax.get_xlim()[0] < line.get_xdata()[0] and line.get_xdata()[-1] < ax.get_xlim()[1]
         for x, length in zip(line.get_xdata(), lengths, strict=True):
@@ -183,7 +185,8 @@ def test_everything_fits(tmp_path, name):
                 box = text.get_window_extent()
                 assert part.bbox.x0 - 1 <= box.x0 and box.x1 <= part.bbox.x1 + 1, text
                 assert part.bbox.y0 - 1 <= box.y0 and box.y1 <= part.bbox.y1 + 1, text
-        maps = [ax for ax in figure.subfigs[0].axes if ax.get_xlabel()]
+        heatmaps = figure.subfigs[-1 if comparison.many else 0]
+        maps = [ax for ax in heatmaps.axes if ax.get_xlabel()]
         assert len(maps) == number
         captions = [ax.texts[-2] for ax in maps]
         boxes = [caption.get_window_extent() for caption in captions]

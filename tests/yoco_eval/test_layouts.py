@@ -64,6 +64,15 @@ def test_each_layout_is_what_its_processes_plan():
     assert last.stepping.received == 13 * 7 * 24 * 129 * 4 + 8
 
 
+def test_texts_of_fewer_blocks_than_cards_are_fed_by_all():
+    whole, *divided, all_alike = laid_out(4 * 64).every
+    total = whole.estimate.prefill_operations
+    operations = [layout.estimate.prefill_operations for layout in divided]
+    assert operations == [total // layout.together for layout in divided]
+    assert all_alike.together == 8 and all_alike.estimate.prefill_operations == total
+    assert all_alike.feeding.received == 0 < divided[-1].feeding.received
+
+
 @pytest.mark.parametrize("chunk", [None, 100_000])
 def test_the_longest_text_is_the_longest_that_fits(chunk):
     for layout in laid_out(2**20, memory=24, gpus=4, chunk=chunk).every:
