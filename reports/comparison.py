@@ -16,6 +16,7 @@ from pathlib import Path
 from yoco_eval.tasks.by_length import effective_length as ruler_effective_length
 from yoco_eval.tasks.published import published_rows
 
+from .datasets import Dataset, dataset
 from .differences import (
     Caveat,
     Finding,
@@ -31,6 +32,7 @@ from .results import NeedleRun, ResultsError, common_grid
 from .runs import Checkpoint, Skipped
 from .samples import Answers, NeedleSample, answers, clusters, read_samples
 from .setups import SetupDifference, find_differences
+from .single_model import evaluated
 from .stages import GIVEN, Stages, in_order
 from .statistics import Interval, effective_length, interval, wilson
 from .task_runs import BUCKETS, TaskRun
@@ -155,13 +157,18 @@ class LengthCurves:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the results of a checkpoint are from. dates: of its oldest and newest file used."""
+    """Where the results of a checkpoint are from.
+
+    dates: of its oldest and newest file used. versions: of lm-eval. datasets: by task.
+    """
 
     name: str
     path: Path
     files: tuple[Path, ...]
     dates: tuple[datetime, datetime] | None
     backends: tuple[str, ...]
+    versions: tuple[str, ...]
+    datasets: dict[str, Dataset]
     skipped: tuple[Skipped, ...]
 
 
@@ -174,6 +181,7 @@ class Comparison:
     caveats: pairs that are not tested, or not prompt by prompt.
     setup_differences: what else than the checkpoint differs.
     stages: where the checkpoints stand in training; None of a few whose order nobody asked about.
+    setup: of one that stands alone, how it was evaluated.
     """
 
     checkpoints: tuple[Source, ...]
@@ -188,11 +196,17 @@ class Comparison:
     caveats: tuple[Caveat, ...]
     setup_differences: tuple[SetupDifference, ...]
     stages: Stages | None
+    setup: tuple[str, ...]
 
     @property
     def many(self) -> bool:
         """Whether there are too many checkpoints for a sentence about each pair."""
         return len(self.checkpoints) > FEW
+
+    @property
+    def single(self) -> bool:
+        """Whether there is nothing to compare with."""
+        return len(self.checkpoints) == 1
 
     @property
     def title(self) -> str:
@@ -281,6 +295,7 @@ def compare(
         (*caveats, *more, *at_lengths),
         tuple(find_differences([c.tasks for c in checkpoints], list(keys))),
         stages if order or len(checkpoints) > FEW else None,
+        tuple(evaluated([*checkpoints[0].tasks.values()])) if len(checkpoints) == 1 else (),
     )
 
 
@@ -307,12 +322,15 @@ def _source(checkpoint: Checkpoint, skipped: Sequence[Skipped]) -> Source:
     files = {file.path: file for run in checkpoint.tasks.values() for file in run.files}
     dates = sorted(file.date for file in files.values())
     backends = {str(file.data["config"].get("model")) for file in files.values()}
+    versions = {file.data.get("lm_eval_version") for file in files.values()}
     return Source(
         checkpoint.name,
         checkpoint.path,
         tuple(files),
         (dates[0], dates[-1]) if dates else None,
         tuple(sorted(backends)),
+        tuple(sorted(version for version in versions if isinstance(version, str))),
+        {run.task: dataset(run) for run in checkpoint.tasks.values()},
         tuple(skipped),
     )
 

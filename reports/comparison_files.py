@@ -1,4 +1,7 @@
-"""Writes comparisons to files: HTML, figures, Markdown, LaTeX, CSV of all numbers, JSON."""
+"""Writes comparisons to files: HTML, figures, Markdown, LaTeX, CSV of all numbers, JSON.
+
+A file whose name ends in `card.md` is a block for a model card, any other `.md` the whole report.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ from .comparison_page import html
 from .comparison_tables import QUANTITIES
 from .comparison_text import latex, markdown
 from .files import FIGURES, check_path, to_csv, to_json, write_figure, write_text
+from .model_card import model_card
 from .panels import stack
 from .results import ResultsError
 from .statistics import CONFIDENCE, LEVEL
 from .style import figure_style
 
 KIND = "yoco-eval comparison"  # stands in the JSON
+CARD = "card.md"  # how the name of a block for a model card ends
 SUFFIXES = (".html", *FIGURES, ".md", ".csv", ".json", ".tex")
 CSV_COLUMNS = (
     "kind", "checkpoint", "other", "task", "n_shot", "metric", "context_length", "depth",
@@ -45,7 +50,8 @@ def save_comparison(comparison: Comparison, path: str | Path) -> None:
             _write_figures(comparison, path)
         return
     forms = {".html": html, ".md": markdown, ".csv": _csv, ".json": _json, ".tex": latex}
-    write_text(path, forms[path.suffix.lower()](comparison))
+    form = model_card if path.name.lower().endswith(CARD) else forms[path.suffix.lower()]
+    write_text(path, form(comparison))
 
 
 def _write_figures(comparison: Comparison, path: Path) -> None:

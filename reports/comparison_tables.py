@@ -13,9 +13,10 @@ from .cells import NOTHING, Cell, Section, Table, transposed
 from .comparison import Comparison, LengthCurves, NeedleResult, NeedleTask, p_text
 from .differences import Finding
 from .heatmap import CUT
-from .pairs import advances, matrices, regressions, sort_pairs
+from .pairs import advances, matrices, regressions, sort_pairs, task_name
 from .profile import GIB
 from .setups import REFUSED, SetupDifference
+from .single_model import beside, downwards
 from .statistics import prompts_needed
 from .task_scores import Benchmark
 
@@ -36,15 +37,11 @@ def sections(comparison: Comparison) -> list[Section]:
     """All there is to say, the conclusions first."""
     found = [
         _differences(comparison),
-        Section(
-            NEEDLES,
-            tables=tuple(
-                table for task in comparison.needles for table in _needles(comparison, task)
-            ),
-        ),
+        Section(NEEDLES, tables=tuple(_needle_tables(comparison))),
         Section("Benchmarks", tables=_benchmarks(comparison)),
         _by_length(comparison),
         Section(COSTS, tables=_profiles(comparison)),
+        Section("How it was evaluated", items=comparison.setup),
         Section("What else differs", items=tuple(_setup_differences(comparison))),
         Section("Comparisons restricted", items=tuple(_caveats(comparison))),
         Section("Sources", items=tuple(_sources(comparison))),
@@ -167,6 +164,15 @@ def incomparable(comparison: Comparison, task: str) -> Iterable[str]:
             yield f"{task} does not compare: another {difference.setting} ({values})."
 
 
+def _needle_tables(comparison: Comparison) -> Iterable[Table]:
+    tables = {task.task: tuple(_needles(comparison, task)) for task in comparison.needles}
+    if comparison.single and tables:
+        whole = {task: found[0] for task, found in tables.items()}
+        yield beside("accuracy, with 95 % intervals", whole)
+    else:
+        yield from (table for found in tables.values() for table in found)
+
+
 def _needles(comparison: Comparison, task: NeedleTask) -> Iterable[Table]:
     """Of many checkpoints two: accuracies alone, a row for each, and all of it, folded."""
     rows = [
@@ -279,7 +285,8 @@ def _benchmarks(comparison: Comparison) -> tuple[Table, ...]:
     header = (CHECKPOINT, *map(benchmark_label, benchmarks))
     title = "benchmarks, with standard errors"
     apart_title = "published, not measured here"
-    return (Table(title, header, rows, (), apart, apart_title, tuple(notes)),)
+    table = Table(title, header, rows, (), apart, apart_title, tuple(notes))
+    return (downwards(table, "task") if comparison.single else table,)
 
 
 def benchmark_label(benchmark: Benchmark) -> str:
@@ -305,12 +312,26 @@ def _figure(value: float, mark: str = "") -> Cell:
 
 
 def _by_length(comparison: Comparison) -> Section:
+    if comparison.single:
+        return Section(CURVES, tables=tuple(_by_metric(comparison)))
     tables = tuple(_curves(comparison, c) for c in comparison.curves if not c.member)
     text = "Means alone; whether they differ significantly is not tested." if tables else ""
     shown = {curves.task for curves in comparison.curves}
     if any(test.task in shown for test in comparison.tests):
         text = "Means; whether they differ is tested where lm-eval tells standard errors."
     return Section(CURVES, text, tables=tables)
+
+
+def _by_metric(comparison: Comparison) -> Iterable[Table]:
+    """Of one model, tables with a column for each task."""
+    metrics: dict[str, dict[str, Table]] = {}
+    for one in comparison.curves:
+        if not one.member:
+            keys = {(other.task, other.n_shot) for other in comparison.curves}
+            column = task_name((one.task, one.n_shot), keys)
+            metrics.setdefault(one.metric, {})[column] = _curves(comparison, one)
+    for metric, tables in metrics.items():
+        yield beside(METRICS.get(metric, metric), tables)
 
 
 def _curves(comparison: Comparison, curves: LengthCurves) -> Table:

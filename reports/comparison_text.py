@@ -17,6 +17,7 @@ from .comparison import Comparison
 from .comparison_tables import sections
 
 _PAPER_COLUMNS = 9  # of a LaTeX table or a Markdown table, besides the labels
+_NARROW_COLUMNS = 14  # if there is nothing in the cells but figures
 _GAP = 2  # columns of the terminal between those of a table
 _TONES = {"": "", "better": "green", "worse": "bold red"}
 _LATEX = {
@@ -31,6 +32,8 @@ _LATEX = {
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Prints it; tables too wide for the console are continued below."""
+    if comparison.single:
+        console.print(Text(f"{printable(comparison.title)}\n", "bold"))
     for index, section in enumerate(sections(comparison)):
         console.print(*[""] * bool(index), Text(section.title.upper(), "bold"), sep="\n")
         for line in _wrap(section.text, console.width):
@@ -48,14 +51,14 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def markdown(comparison: Comparison) -> str:
     """The whole comparison as Markdown, with GitHub's tables."""
-    lines = [f"# {_markdown(comparison.title)}", ""]
+    lines = [f"# {escaped(comparison.title)}", ""]
     for section in sections(comparison):
         lines += [f"## {section.title}", ""]
-        lines += [_markdown(section.text), ""] if section.text else []
+        lines += [escaped(section.text), ""] if section.text else []
         lines += _markdown_list(section.alarms)
         for table in section.tables:
-            told = [*_markdown_table(table)]
-            lines += _folded(_markdown(table.title), told[2:]) if table.folded else [*told, ""]
+            told = [*markdown_table(table)]
+            lines += _folded(escaped(table.title), told[2:]) if table.folded else [*told, ""]
         lines += _markdown_list(section.items)
         if section.folded:
             lines += _folded(_all(section), _markdown_list(section.folded))
@@ -63,7 +66,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _markdown_list(items: tuple[str, ...]) -> list[str]:
-    return [*(f"- {_markdown(item)}" for item in items), *[""] * bool(items)]
+    return [*(f"- {escaped(item)}" for item in items), *[""] * bool(items)]
 
 
 def _all(section: Section) -> str:
@@ -162,8 +165,9 @@ def _plain(cell: Cell) -> str:
     return f"{cell.text} {cell.detail}".strip()
 
 
-def _markdown_table(table: Table) -> Iterator[str]:
-    yield f"### {_markdown(table.title)}"
+def markdown_table(table: Table) -> Iterator[str]:
+    """A table of GitHub's Markdown, with title and notes, as lines."""
+    yield f"### {escaped(table.title)}"
     for part in _parts(table):
         yield ""
         yield _markdown_row(part.header)
@@ -176,18 +180,18 @@ def _markdown_table(table: Table) -> Iterator[str]:
                 yield _markdown_row([_plain(cell) for cell in row])
     for note in table.notes:
         yield ""
-        yield _markdown(note)
+        yield escaped(note)
 
 
 def _markdown_row(texts: list[str] | tuple[str, ...], bold: list[bool] | None = None) -> str:
-    cells = [_markdown(text).replace("\n", "<br>") for text in texts]
+    cells = [escaped(text).replace("\n", "<br>") for text in texts]
     for index, strong in enumerate(bold or []):
         if strong:
             cells[index] = f"**{cells[index]}**"
     return f"| {' | '.join(cells)} |"
 
 
-def _markdown(text: str) -> str:
+def escaped(text: str) -> str:
     """The text with what Markdown or HTML would take for markup escaped."""
     text = printable(text).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", text)
@@ -195,8 +199,10 @@ def _markdown(text: str) -> str:
 
 def _parts(table: Table) -> Iterator[Table]:
     """A table of many columns as several, each with the labels."""
-    for begin in range(1, len(table.header), _PAPER_COLUMNS):
-        columns = [0, *range(begin, min(begin + _PAPER_COLUMNS, len(table.header)))]
+    details = any(cell.detail for row in (*table.body, *table.apart) for cell in row)
+    most = _PAPER_COLUMNS if details else _NARROW_COLUMNS
+    for begin in range(1, len(table.header), most):
+        columns = [0, *range(begin, min(begin + most, len(table.header)))]
         yield Table(
             table.title,
             tuple(table.header[c] for c in columns),

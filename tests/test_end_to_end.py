@@ -164,7 +164,7 @@ def test_hugging_face_model(tmp_path, capsys, monkeypatch, indexed_once):
     assert main(["compare", str(results), *(x for path in outputs for x in ("-o", path))]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["4K", "0.00", "0.00–0.56"] in lines  # needles
-    assert ["niah_single_1:", "accuracy"] in lines and ["4K", "0.000"] in lines
+    assert ["context", "niah_single_1"] in lines and ["4K", "0.000"] in lines
     with open(tmp_path / "report.csv") as file:
         found = {(row["kind"], row["task"]) for row in csv.DictReader(file)}
     assert {("by length", "niah_single_1"), ("cell", "yoco_needle")} <= found

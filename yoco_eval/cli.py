@@ -410,7 +410,8 @@ def _parser() -> _Parser:
         """
   yoco-eval compare results/4k results/64k results/1m -o extension.html
   yoco-eval compare results/a results/b --names base,tuned -o tuned.pdf
-  yoco-eval compare results/1m --published -o table.tex
+  yoco-eval compare results/step-* --order step -o run.html
+  yoco-eval compare results/1m --published -o page.html -o card.md
 
 Tests are made prompt by prompt where runs share their prompts, and corrected
 for their number; a difference is told only if significant at the 5 % level.""",
@@ -448,7 +449,11 @@ for their number; a difference is told only if significant at the 5 % level.""",
         help="effective context length: the longest at which, and at all shorter ones, the "
         "accuracy is above X with 95 %% confidence (default: %(default)s)",
     )
-    _add_output(compare, ".html, .png, .svg, .pdf, .md, .tex, .csv or .json")
+    _add_output(
+        compare,
+        ".html, .png, .svg, .pdf, .md, .tex, .csv or .json",
+        "; card.md is a block for a model card",
+    )
     compare.set_defaults(run=_compare)
 
     convert = _command(
@@ -600,7 +605,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
     return parser
 
 
-def _add_output(command: argparse.ArgumentParser, suffixes: str) -> None:
+def _add_output(command: argparse.ArgumentParser, suffixes: str, more: str = "") -> None:
     command.add_argument(
         "-o",
         "--output",
@@ -608,7 +613,7 @@ def _add_output(command: argparse.ArgumentParser, suffixes: str) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help=f"also write to this {suffixes} file; may be given several times",
+        help=f"also write to this {suffixes} file{more}; may be given several times",
     )
 
 

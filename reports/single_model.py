@@ -1,0 +1,68 @@
+"""One model by itself: tables with a column for each task, and how it was evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from yoco_eval.printable import VALUE, listed, shortened
+
+from .cells import NOTHING, Cell, Table
+from .setups import setup
+from .task_runs import TaskRun
+
+# Of what a task was run with, what a reader would ask about.
+_ASKED = (
+    "dtype", "lm-eval", "max_length", "tokenizer", "chat template", "system instruction",
+    "limit", "haystack", "needles", "protocol", "data", "samples", "depths", "seed",
+)  # fmt: skip
+_TASKS = 6  # that are named
+
+
+def beside(title: str, tables: Mapping[str, Table]) -> Table:
+    """Tables by task, each of one model's figures by context length, as one.
+
+    Rows are the lengths of any; notes stand once.
+    """
+    found: dict[float, tuple[Cell, dict[str, Cell]]] = {}
+    for task, table in tables.items():
+        for label, cell in table.rows:
+            assert label.value is not None  # the length in tokens
+            found.setdefault(label.value, (label, {}))[1][task] = cell
+    rows = tuple(
+        (label, *(cells.get(task, Cell(NOTHING)) for task in tables))
+        for _, (label, cells) in sorted(found.items())
+    )
+    feet = [table.foot for table in tables.values()]
+    foot: tuple[Cell, ...] = ()
+    if any(feet):
+        label = next(one[0] for one in feet if one)
+        foot = (label, *(one[1] if one else Cell(NOTHING) for one in feet))
+    notes = dict.fromkeys(note for table in tables.values() for note in table.notes)
+    return Table(title, ("context", *tables), rows, foot, notes=tuple(notes))
+
+
+def downwards(table: Table, corner: str) -> Table:
+    """Benchmarks as rows; the model and the published ones, if there are any, as columns."""
+    columns = (*table.rows, *table.apart)
+    labels = [label.replace("\n", ", ") for label in table.header]
+    rows = tuple(
+        (Cell(label), *(column[place] for column in columns))
+        for place, label in enumerate(labels)
+        if place
+    )
+    title = f"{table.title}; {table.apart_title}: the others" if table.apart else table.title
+    header = (corner, *(column[0].text for column in columns))
+    return Table(title, header, rows, notes=table.notes)
+
+
+def evaluated(runs: Sequence[TaskRun]) -> Iterator[str]:
+    """How the tasks were run: each setting with its value, and of which tasks that is."""
+    tasks = {run.task: setup(run) for run in runs}
+    for name in _ASKED:
+        values: dict[str, list[str]] = {}
+        for task, settings in tasks.items():
+            if name in settings:
+                values.setdefault(settings[name], []).append(task)
+        for value, of in values.items():
+            where = "" if len(of) == len(tasks) else f" ({listed(of, _TASKS)})"
+            yield f"{name}: {shortened(value, VALUE)}{where}"
