@@ -16,7 +16,6 @@ closer than that.
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -55,8 +54,7 @@ def main() -> None:
     questions = make_questions(args.questions)
 
     yoco, choices = time_yoco(questions, args.checked, device)
-    gc.collect()
-    torch.cuda.empty_cache()
+    clear()
     llama, batch_size = time_hf(make_llama(device), questions)
     rows = [
         {

@@ -39,15 +39,31 @@ def alone():
 @pytest.fixture(scope="module", params=[1, 2, 4], ids="{} processes".format)
 def found(request, tmp_path_factory):
     """What each of several processes finds, by case."""
-    size, folder = request.param, tmp_path_factory.mktemp("together")
+    return run(request.param, tmp_path_factory.mktemp("together"), torch.float64, gpus=False)
+
+
+def run(size, folder, dtype, gpus):
     multiprocessing.set_forkserver_preload(["together"])
     torch_multiprocessing.start_processes(
-        together.process, (size, folder), size, start_method="forkserver"
+        together.process, (size, folder, dtype, gpus), size, start_method="forkserver"
     )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 def test_what_is_found_is_what_one_process_finds(found, alone):
+    compare(found, alone, 1e-9)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gpus_find_what_one_finds(dtype, tmp_path):
+    """Over NCCL: the references, and the kernels, in graphs."""
+    size, gpu = min(4, torch.cuda.device_count()) & ~1, torch.device("cuda", 0)
+    alone = {kind: together.everything(kind, None, gpu, dtype) for kind in together.KINDS}
+    compare(run(size, tmp_path, dtype, gpus=True), alone, 1e-9 if dtype.itemsize == 8 else 1e-3)
+
+
+def compare(found, alone, tolerance):
     for rank, cases in enumerate(found):
         assert cases.keys() == set(together.cases(len(found)))
         for (kind, block, count), results in cases.items():
@@ -56,7 +72,7 @@ def test_what_is_found_is_what_one_process_finds(found, alone):
                 expected, case = alone[kind][name], (rank, kind, block, count, name)
                 if isinstance(expected, torch.Tensor):
                     assert result.shape == expected.shape and expected.std() > 0.1, case
-                    assert (result - expected).abs().max() < 1e-9, case
+                    assert (result - expected).abs().max() < tolerance, case
                 else:
                     assert result == expected, case
 

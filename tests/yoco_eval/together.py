@@ -40,13 +40,14 @@ KINDS = {
     "moving_average": MovingAverageSettings(9),
 }
 VOCABULARY = 50
+CPU = torch.device("cpu")
 # Of a text, fed one after the other: fewer tokens than processes, parts shorter than a window or a
 # convolution, and lengths that no number of processes divides.
 CHUNKS = (3, 1, 9, 2, 23, 40)
 
 
-def model_of(kind: str) -> Yoco:
-    """In float64, with all weights away from what they are made with."""
+def model_of(kind: str, where: torch.device = CPU, dtype: torch.dtype = torch.float64) -> Yoco:
+    """With all weights away from what they are made with."""
     torch.manual_seed(0)
     config = YocoConfig(
         dim=32,
@@ -61,7 +62,7 @@ def model_of(kind: str) -> Yoco:
     model = Yoco(config).double().requires_grad_(False).eval()
     for name, weight in model.named_parameters():
         weight.add_(0.3 * torch.randn_like(weight) - 5 * name.endswith("dt_bias"))
-    return model
+    return model.to(where, dtype)
 
 
 def texts(seed: int = 0) -> list[list[int]]:
@@ -105,7 +106,7 @@ def fed_in_chunks(model: Yoco) -> torch.Tensor:
     length = sum(CHUNKS)
     ids = torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(1))
     cache, logits = model.new_cache(length + 5), []
-    parts = ids.split(CHUNKS)
+    parts = ids.to(model.device).split(CHUNKS)
     for part in parts[:3]:
         logits.append(predictions(model, model.prefill(part, cache), cache))
     snapshot = cache.state
@@ -120,7 +121,7 @@ def fed_in_chunks(model: Yoco) -> torch.Tensor:
 def branched(model: Yoco) -> torch.Tensor:
     """Logits of packed branches behind a text that was fed in parts, the slots out of order."""
     ids = torch.randint(VOCABULARY, (60,), generator=torch.Generator().manual_seed(2))
-    cache = model.new_cache(90)
+    ids, cache = ids.to(model.device), model.new_cache(90)
     cache.room = ((40, 63), (5, 22))
     model.prefill(ids[:40], cache)
     packed = Sequences((9, 1, 10), (40, 40, 40), ids.device, (0, 0, 0))
@@ -138,7 +139,7 @@ def decoded(model: Yoco) -> torch.Tensor:
     for prompt in (0, 31):
         cache = model.new_cache(50)
         if prompt:
-            model.prefill(torch.arange(prompt) % VOCABULARY, cache)
+            model.prefill(torch.arange(prompt, device=model.device) % VOCABULARY, cache)
         decoder = model.decoder(cache)
         decoder.start(3)
         for _ in range(6):
@@ -147,15 +148,20 @@ def decoded(model: Yoco) -> torch.Tensor:
     return torch.stack(logits)
 
 
-def everything(kind: str, group: Group | None) -> dict[str, Any]:
+def everything(
+    kind: str,
+    group: Group | None,
+    where: torch.device = CPU,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
     """All that is compared."""
-    model = model_of(kind)
+    model = model_of(kind, where, dtype)
     model.group = group
     with torch.inference_mode():
         found: dict[str, Any] = {
-            "chunks": fed_in_chunks(model),
-            "branches": branched(model),
-            "decoded": decoded(model),
+            "chunks": fed_in_chunks(model).cpu(),
+            "branches": branched(model).cpu(),
+            "decoded": decoded(model).cpu(),
         }
     asked = prompts()
     found["answers"] = collected(Engine(model, 5, 30).generate, asked)
@@ -183,9 +189,12 @@ def cases(size: int) -> Iterator[tuple[str, int, int]]:
         yield "sliding_window", 16, size
 
 
-def process(rank: int, size: int, folder: Path) -> None:
-    """One of `size`, which leaves what it has found in the folder."""
+def process(rank: int, size: int, folder: Path, dtype: torch.dtype, gpus: bool) -> None:
+    """One of `size`, which leaves what it has found in the folder; on `gpus`, each has its own."""
     torch.set_num_threads(1)
+    where = torch.device("cuda", rank) if gpus else CPU
+    if gpus:
+        torch.cuda.set_device(where)
     meeting, patience = f"file://{folder / 'meeting'}", timedelta(minutes=5)
     dist.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=size, timeout=patience
@@ -194,11 +203,11 @@ def process(rank: int, size: int, folder: Path) -> None:
     found: dict[Any, Any] = {}
     for kind, block, count in cases(size):
         if count > 1:
-            group = own_group(count, ranks, torch.device("cpu"))
+            group = own_group(count, ranks, where)
             assert group is not None and group.size == count
         else:
             group = Group(dist.group.WORLD)
         group.block = block
-        found[kind, block, count] = everything(kind, group)
+        found[kind, block, count] = everything(kind, group, where, dtype)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
