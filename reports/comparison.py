@@ -322,14 +322,14 @@ def _source(checkpoint: Checkpoint, skipped: Sequence[Skipped]) -> Source:
     files = {file.path: file for run in checkpoint.tasks.values() for file in run.files}
     dates = sorted(file.date for file in files.values())
     backends = {str(file.data["config"].get("model")) for file in files.values()}
-    versions = {file.data.get("lm_eval_version") for file in files.values()}
+    versions = [file.data.get("lm_eval_version") for file in files.values()]
     return Source(
         checkpoint.name,
         checkpoint.path,
         tuple(files),
         (dates[0], dates[-1]) if dates else None,
         tuple(sorted(backends)),
-        tuple(sorted(version for version in versions if isinstance(version, str))),
+        tuple(sorted({version for version in versions if isinstance(version, str)})),
         {run.task: dataset(run) for run in checkpoint.tasks.values()},
         tuple(skipped),
     )
