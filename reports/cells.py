@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-CHECKPOINT = "checkpoint"  # heading of a column of their names
 NOTHING = "-"  # where there is no figure
 
 

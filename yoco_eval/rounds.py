@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from yoco_eval.model import Costs
 
-from .prefixes import merge, nest
+from .prefixes import Item, merge, nest
 from .ranks import Lost, Ranks
 from .requests import Progress
 from .sampling import Sampling
@@ -104,6 +104,26 @@ def united(notes: Sequence[Note]) -> list[str]:
         for note in texts.values()
         if note.count
     ]
+
+
+def divided(asks: Sequence[Ask], costs: Costs, count: int) -> list[list[int]]:
+    """Which of all processes' requests, which are distinct, each of `count` is to answer."""
+    items, feeding = forest(asks, costs)
+    return divide(items, count, feeding, lambda index: asks[index].cost)
+
+
+def forest(asks: Sequence[Ask], costs: Costs) -> tuple[list[Item], Callable[[int], float]]:
+    """What is fed for requests, and what feeding the first so many tokens of a text costs, in
+    tokens of a text of typical length."""
+    one = costs.prefill_operations(_TYPICAL) / _TYPICAL
+
+    @lru_cache(maxsize=1 << 16)
+    def feeding(length: int) -> float:
+        return costs.prefill_operations(length) / one
+
+    # Of what is scored, the last token is not fed.
+    fed = [ask.ids[: max(ask.first, len(ask.ids) - 1)] for ask in asks]
+    return nest(merge(fed, [ask.first - 1 for ask in asks])), feeding
 
 
 class _Packed(NamedTuple):
@@ -241,24 +261,12 @@ class Rounds:
                     known.append((rank, index))
         who = list(askers.values())
         shares = []
-        for part in self._divide(asks):
+        groups = self._ranks.size // self._together
+        for part in divided(asks, self._costs, groups):
             packed = _Packed.of([asks[i] for i in part])
             shares.append(_Share(kind, packed, [who[i] for i in part]))
             shares += (self._together - 1) * [_Share(kind, packed, [[] for _ in part])]
         return shares
-
-    def _divide(self, asks: Sequence[Ask]) -> list[list[int]]:
-        one = self._costs.prefill_operations(_TYPICAL) / _TYPICAL
-
-        @lru_cache(maxsize=1 << 16)
-        def feeding(length: int) -> float:
-            return self._costs.prefill_operations(length) / one
-
-        # Of what is scored, the last token is not fed.
-        fed = [ask.ids[: max(ask.first, len(ask.ids) - 1)] for ask in asks]
-        items = nest(merge(fed, [ask.first - 1 for ask in asks]))
-        groups = self._ranks.size // self._together
-        return divide(items, groups, feeding, lambda index: asks[index].cost)
 
 
 class _Part:

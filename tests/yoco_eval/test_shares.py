@@ -101,6 +101,32 @@ def test_a_tree_is_cut_where_it_pays_alone():
     assert sum(loads) == total and {len(share) for share in shares} == {3}
 
 
+@pytest.mark.parametrize("count", [40, 60, 100, 200])
+def test_examples_that_many_questions_share(count):
+    """Each of many processes feeds one text's examples, and about as many questions as others."""
+    rng = np.random.default_rng(0)
+    examples = [rng.integers(0, 1000, rng.integers(60, 240)) for _ in range(7)]
+    texts = [np.append(e, 1000 + rng.integers(0, 1000, 20)) for e in examples for _ in range(200)]
+    _, loads, total = shared_out(texts, [len(text) - 1 for text in texts], count)
+
+    def needed(most):
+        """Processes, if each may have so much."""
+        return sum(-(-200 // ((most - len(e)) // 20)) for e in examples)
+
+    least = next(most for most in range(260, total) if needed(most) <= count)
+    assert max(loads) <= 1.03 * least
+
+
+def test_loads_are_close_where_that_is_free():
+    """Of a few heavy trees, parts go to where there is room."""
+    rng = random.Random(0)
+    trees = [[i] * 40 for i in range(5)]
+    texts = [tree + [rng.randrange(50) for _ in range(200)] for tree in trees for _ in range(60)]
+    for count in (3, 4, 7):
+        _, loads, total = shared_out(texts, [len(text) - 1 for text in texts], count)
+        assert max(loads) <= 1.03 * total / count
+
+
 def test_answers_count():
     """A text that is asked many times goes to many; so do texts with long answers."""
     shares, loads, total = shared_out([[1, 2, 3]] * 64, [2] * 64, 4, [1000] * 64)
