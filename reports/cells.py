@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+CHECKPOINT = "checkpoint"  # heading of a column of their names
 NOTHING = "-"  # where there is no figure
 
 

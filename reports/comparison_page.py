@@ -23,11 +23,10 @@ from yoco_eval import __version__
 from yoco_eval.lengths import format_length
 from yoco_eval.printable import one_line, printable, shortened
 
-from .cells import NOTHING, Cell, Section, Table, transposed
+from .cells import CHECKPOINT, NOTHING, Cell, Section, Table, transposed
 from .comparison import Comparison, NeedleResult, NeedleTask
 from .comparison_figures import curve_panels
 from .comparison_tables import (
-    CHECKPOINT,
     GAPS,
     NEEDLES,
     cut_note,
@@ -110,6 +109,7 @@ def html(comparison: Comparison) -> str:
             }
         ),
         figure=parts["figure"],
+        folded_tables=parts["folded_tables"],
         heatmaps=parts["heatmaps"],
         list=parts["list"],
         table=parts["table"],

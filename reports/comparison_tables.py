@@ -9,7 +9,7 @@ from math import inf
 from yoco_eval.lengths import format_length
 from yoco_eval.printable import VALUE, listed, shortened
 
-from .cells import NOTHING, Cell, Section, Table, transposed
+from .cells import CHECKPOINT, NOTHING, Cell, Section, Table, transposed
 from .comparison import Comparison, LengthCurves, NeedleResult, NeedleTask, p_text
 from .differences import Finding
 from .heatmap import CUT
@@ -21,7 +21,6 @@ from .statistics import prompts_needed
 from .task_scores import Benchmark
 
 NEEDLES, CURVES, COSTS = "Needles", "By context length", "Costs"  # sections that have figures
-CHECKPOINT = "checkpoint"  # heading of a column of their names
 GAPS = "†: shorter context lengths, at which others were evaluated, were left out."
 METRICS = {"acc": "accuracy", "loss": "loss, nats per token", "loss_to": "loss of all up to there"}
 QUANTITIES = {  # of profiles: what a reader calls them, and the unit

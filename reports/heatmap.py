@@ -8,6 +8,7 @@ import logging
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,13 @@ def _label_depths(ax: Axes, depths: list[float], cell_height: float) -> None:
 
 def text_width(texts: Iterable[str], size: float) -> float:
     """The width of the widest text at font size `size`, in points."""
-    return max(TextPath((0, 0), text, size=size).get_extents().width for text in texts)
+    return size * max(map(_width, texts))
+
+
+@lru_cache(1 << 12)
+def _width(text: str) -> float:
+    """Of a text in points of its font's size; long to find, and the same on many heatmaps."""
+    return TextPath((0, 0), text, size=1).get_extents().width
 
 
 def _ink(accuracy: float) -> str:

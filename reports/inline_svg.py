@@ -20,8 +20,10 @@ ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 _PLACES = frozenset({"d", "x", "y", "transform", "width", "height"})  # that hold coordinates
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _BOX = re.compile(r"M(\S+) (\S+)L(\S+) \2L\3 (\S+)L\1 \4(?:L\1 \2)?z?")
+_CELL = re.compile(r"M[^MHVz]+H[^MHVz]+V[^MHVz]+H[^MHVz]+z")
 _FILL = re.compile(r"(?:^|; )fill: ([^;]+)")
-_ALIKE = frozenset({f"{{{SVG}}}{tag}" for tag in ("path", "text", "use")})
+_TEXT = f"{{{SVG}}}text"
+_ALIKE = frozenset({_TEXT, f"{{{SVG}}}path", f"{{{SVG}}}use"})
 
 
 def inline_svg(
@@ -101,23 +103,46 @@ def _flat(element: ET.Element) -> Iterator[ET.Element]:
 
 
 def _grouped(children: Iterator[ET.Element]) -> Iterator[ET.Element]:
-    """Neighbours of one style, but for the colour that fills them, in a group that has it."""
+    """Neighbours of one style in a group that has it, those that one colour fills in one of it."""
     for (tag, style, clip), run in groupby(children, _style):
         alike = list(run)
         if tag not in _ALIKE or len(alike) < 2 or not (style or clip):
             yield from alike
             continue
-        group = ET.Element(f"{{{SVG}}}g")
-        for key, value in (("style", style), ("clip-path", clip)):
-            if value:
-                group.set(key, value)
+        fills: dict[str, list[ET.Element]] = {}
         for one in alike:
             fill = _FILL.search(one.attrib.pop("style", ""))
             one.attrib.pop("clip-path", None)
-            if fill:
-                one.set("style", f"fill:{fill[1]}")
-        group[:] = alike
-        yield group
+            fills.setdefault(fill[1] if fill else "", []).append(one)
+        # Cells and their figures lie side by side, so that it does not matter which comes first.
+        apart = tag == _TEXT or all(_CELL.fullmatch(one.get("d", "")) for one in alike)
+        if len(fills) > 1 and not apart:
+            for color, members in fills.items():
+                for one in members:
+                    one.set("style", f"fill:{color}" if color else "")
+            yield _group(style, clip, alike)
+            continue
+        yield _group(style, clip, [_filled(fill, members) for fill, members in fills.items()])
+
+
+def _filled(fill: str, alike: list[ET.Element]) -> ET.Element:
+    """Elements in one colour as one: cells as a path, else a group."""
+    one = alike[0]
+    if _CELL.fullmatch(one.get("d", "")):
+        one.set("d", "".join(other.get("d", "") for other in alike))
+        if fill:
+            one.set("style", f"fill:{fill}")
+        return one
+    return _group(f"fill:{fill}" if fill else "", None, alike)
+
+
+def _group(style: str, clip: str | None, members: list[ET.Element]) -> ET.Element:
+    group = ET.Element(f"{{{SVG}}}g")
+    for key, value in (("style", style), ("clip-path", clip)):
+        if value:
+            group.set(key, value)
+    group[:] = members
+    return group
 
 
 def _style(element: ET.Element) -> tuple[str, str, str | None]:

@@ -14,7 +14,7 @@ from itertools import combinations
 from yoco_eval.lengths import format_length
 from yoco_eval.printable import listed
 
-from .cells import NOTHING, Cell, Table
+from .cells import CHECKPOINT, NOTHING, Cell, Table
 from .comparison import Comparison, p_text
 from .differences import Finding
 
@@ -139,7 +139,7 @@ def matrices(comparison: Comparison, pairs: Pairs) -> list[Table]:
         tables.append(
             Table(
                 "Later checkpoints (rows) against earlier ones: in how many tasks",
-                ("", *names[:-1]),
+                (CHECKPOINT, *names[:-1]),
                 tuple(_matrix(names, partial(_count, pairs))),
                 notes=(
                     f"{_BETTER}: tasks in which the row is better somewhere; {_WORSE}: in which it "
@@ -153,8 +153,8 @@ def matrices(comparison: Comparison, pairs: Pairs) -> list[Table]:
         together = f" {_TOGETHER}: over all lengths together;" if by_length else ""
         tables.append(
             Table(
-                f"{task_name(task, pairs.tested)}: rows against columns",
-                ("", *names[:-1]),
+                f"{task_name(task, pairs.tested)}: pairs",
+                (CHECKPOINT, *names[:-1]),
                 tuple(_matrix(names, partial(_of_task, pairs, task))),
                 notes=(
                     f"{_BETTER}: {where} the row is better; {_WORSE}: worse;{together} "

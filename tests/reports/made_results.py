@@ -141,3 +141,39 @@ def write_family(folder):
         data = needle_results(trained_to(limit), f"demo-{name}", draws=name)
         folders.append(write(folder / f"demo-{name}" / "abc", data).parent.parent)
     return folders
+
+
+def write_training_run(folder, needles=4, curves=12, benchmarks=24, checkpoints=12, log=False):
+    """Folders of the checkpoints of one training run, evaluated on tasks of three kinds.
+
+    What a needle task and RULER find grows with the steps, of each task at another pace; benchmarks
+    rise and then stay, but for one that falls. log: samples of the first needle task.
+    """
+    folders = []
+    for k in range(checkpoints):
+        name, draws = f"step-{1000 * (k + 1)}", Random(k)
+        path = folder / name
+        for task in range(needles):
+            limit = 2 ** (12 + min(8, k * (8 - task) // 8))
+            data = needle_results(
+                trained_to(limit), name, draws=k, date=1.7e9 + task,
+                task="yoco_needle" if not task else f"yoco_multi_needle_{2**task}",
+            )  # fmt: skip
+            file = write(path, data, f"results_2025-01-02T03-04-{task:02}.json")
+            if log and not task:
+                log_samples(file)
+        scores = {}
+        for task in range(curves):
+            reached = k * (12 - task) / 12 - 2
+            values = [1 - 0.9 / (1 + 2 ** (reached - i)) for i in range(len(LENGTHS))]
+            scores[f"niah_{task}"] = {
+                f"acc@{n:07},none": value for n, value in zip(LENGTHS, values, strict=True)
+            } | {f"acc@{n:07}_stderr,none": 0.02 for n in LENGTHS}
+        for task in range(benchmarks):
+            gain = 0.02 * min(k, 8) * (-1 if task == 3 else 1) + draws.gauss(0, 0.01)
+            scores[f"benchmark_{task}"] = {
+                "acc,none": 0.3 + 0.015 * task + gain, "acc_stderr,none": 0.01,
+            }  # fmt: skip
+        write(path, results(scores, name, date=1.8e9), "results_2025-02-02T03-04-05.json")
+        folders.append(path)
+    return folders

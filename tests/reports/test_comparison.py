@@ -238,8 +238,9 @@ def test_damaged_results_are_no_traceback(tmp_path, seed):
         try:
             comparison = compare_folders(tmp_path / "a", tmp_path / "b", published=True)
             drawn = (".html", ".svg") if number % 10 == 0 else ()  # they take long
-            for suffix in (".md", ".csv", ".json", ".tex", *drawn):
+            for suffix in (".md", "card.md", ".csv", ".json", ".tex", *drawn):
                 save_comparison(comparison, tmp_path / f"out{suffix}")
+            save_comparison(compare_folders(tmp_path / "a"), tmp_path / "out.md")
             read += 1
         except ResultsError as error:
             assert "\n" not in str(error)

@@ -16,6 +16,7 @@ from made_results import (
     trained_to,
     write,
     write_family,
+    write_training_run,
 )
 
 from yoco_eval.reports.comparison import compare
@@ -313,3 +314,56 @@ def test_figures_with_gaps_and_odd_task_names_are_saved(show, tmp_path):
 
 def test_four_checkpoints_take_few_megabytes(logged):
     assert logged.stat().st_size < 6e6
+
+
+@pytest.fixture(scope="module")
+def largest(tmp_path_factory):
+    """The page of 12 checkpoints and 40 tasks, samples included."""
+    folder = tmp_path_factory.mktemp("run")
+    folders = write_training_run(folder, needles=2, curves=13, benchmarks=25, log=True)
+    comparison = compare(load_checkpoints(folders), order="step")
+    assert len(comparison.names) == 12 and len(comparison.checkpoints[0].datasets) == 40
+    save_comparison(comparison, folder / "page.html")
+    return folder / "page.html"
+
+
+def test_twelve_checkpoints_and_forty_tasks(show, largest):
+    """How soon it is ready is measured by benchmarks/page.py."""
+    assert largest.stat().st_size < 8e6
+    page = show(largest)
+    assert page.locator("h1").inner_text() == "12 checkpoints: step-1000 to step-12000"
+    assert page.evaluate("document.querySelectorAll('*').length") < 30_000
+    assert page.locator(".cell").count() == 0  # they are laid when a task's heatmaps are opened
+    closed = page.locator("details:not([open])").count()
+    assert closed == page.locator("details").count() > 40
+    assert page.locator("#summary figure").count() == 1
+    matrix = page.locator("#differences table").first
+    assert len(rows(page, matrix)) == 12 and matrix.locator("td.better").count() > 30
+    assert page.locator("#differences > ul li").count() < 60
+
+
+def test_what_is_folded_is_reached_by_keyboard_on_a_narrow_screen(show, largest):
+    page = show(largest, width=390, dark=True)
+    focused = page.locator(":focus")
+    summary = page.locator("#needles summary", has_text="yoco_needle").first
+    summary.focus()
+    page.keyboard.press("Enter")
+    page.locator("#needles .cell").first.wait_for()
+    assert page.locator(".cell").count() == 12 * len(LENGTHS) * len(DEPTHS)
+    page.keyboard.press("Tab")
+    assert focused.get_attribute("aria-label").startswith("step-1000, 4K tokens, depth 0 %")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog")
+    assert dialog.locator("h2").inner_text().startswith("step-1000, 8K tokens")
+    assert dialog.locator("article").count() == 5
+    page.keyboard.press("Escape")
+    for one in page.locator("#differences summary").all():
+        one.press("Enter")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    # Names of rows stay where their figures are scrolled.
+    table = page.locator("#differences table").first
+    name = table.locator("tbody th").first
+    before = name.bounding_box()["x"]
+    table.locator("xpath=..").evaluate("scroll => { scroll.scrollLeft = 300; }")
+    assert name.bounding_box()["x"] == before

@@ -78,7 +78,14 @@ def test_words_are_of_the_one_before_and_the_first(many):
 
 def test_pairs_are_a_matrix(many):
     counts, needles, arc = sections(many)[0].tables
-    assert counts.header == ("", "step-1000", "step-2000", "step-3000", "step-4000", "step-5000")
+    assert counts.header == (
+        "checkpoint",
+        "step-1000",
+        "step-2000",
+        "step-3000",
+        "step-4000",
+        "step-5000",
+    )
     assert texts(counts.rows) == [
         ["step-2000", "+1", "", "", "", ""],
         ["step-3000", "+1", "=", "", "", ""],
@@ -87,7 +94,7 @@ def test_pairs_are_a_matrix(many):
         ["step-10000", "+2", "+2", "+2", "+1", "+1"],
     ]
     assert counts.rows[3][4].tone == "worse" and counts.rows[3][3].tone == "better"
-    assert needles.title == "yoco_needle: rows against columns" and needles.folded and arc.folded
+    assert needles.title == "yoco_needle: pairs" and needles.folded and arc.folded
     assert texts(needles.rows)[3] == ["step-5000", "+4K", "=", "=", "−8K–16K", ""]
     assert texts(needles.rows)[4] == ["step-10000", "+4K–16K", "+8K–16K", "+8K–16K", "=", "+8K–16K"]
     assert texts(arc.rows)[3] == ["step-5000", "+0.3", "+0.3", "+0.3", "+0.3", ""]
@@ -122,7 +129,7 @@ def test_pairs_that_are_neither_are_counted_and_those_without_tests_named(tmp_pa
 def test_the_terminal_leaves_out_what_is_folded(many):
     text = terminal(many)
     assert max(map(len, text.splitlines())) <= 80
-    assert "rows against columns" not in text and "95 % intervals" not in text.split("Effective")[0]
+    assert "needle: pairs" not in text and "95 % intervals" not in text.split("Effective")[0]
     told = f"Left out here: all {len(sections(many)[0].folded)} sentences and 2 more tables; -o"
     assert told in " ".join(text.split())
     lines = [line.split() for line in text.splitlines()]
@@ -141,8 +148,8 @@ def test_files_have_all(many, tmp_path):
     assert markdown.startswith("# 6 checkpoints: step-1000 to step-10000\n")
     assert markdown.count("<details>") == markdown.count("</details>") == 4
     folded = markdown.split("<details>")[1].splitlines()
-    assert folded[0] == "<summary>yoco\\_needle: rows against columns</summary>"
-    assert folded[1] == "" and folded[2].startswith("|  | step-1000 |")
+    assert folded[0] == "<summary>yoco\\_needle: pairs</summary>"
+    assert folded[1] == "" and folded[2].startswith("| checkpoint | step-1000 |")
     assert r"$-$8K--16K" in (tmp_path / "c.tex").read_text()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "c.csv").read_text())))
     assert len([row for row in rows if row["kind"] == "test"]) == len(many.tests)
