@@ -1,6 +1,8 @@
 # make demo: evaluate two bundled checkpoints on yoco_needle and compare them on an HTML page.
 # make test: lint, check types, run the tests; make test-fast: without those marked slow, in two
 # minutes.
+# make docs: the site of README.md and docs/, in build/docs; a link that leads nowhere fails, in
+# make test, too.
 # make fuzz CASES=5000 SEED=1: so many damaged files, of which the tests try 600 of seed 0.
 # All create .venv with $(PYTHON), 3.10 or later, and install into it what is missing.
 
@@ -11,7 +13,7 @@ DEMO := results/demo
 CASES ?= 600
 SEED ?= 0
 
-.PHONY: demo test test-fast fuzz
+.PHONY: demo test test-fast docs fuzz
 
 demo: .venv/installed
 	rm -rf $(DEMO)
@@ -23,11 +25,14 @@ demo: .venv/installed
 	$(BIN)/yoco-eval compare $(DEMO)/demo-4k $(DEMO)/demo-1m -o $(DEMO)/comparison.html
 
 # One thread for each of the two processes: more would wait for each other on two cores.
-test test-fast: .venv/installed-test
+test test-fast: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(filter test-fast,$@),-m 'not slow')
+
+docs: .venv/installed-test
+	$(BIN)/sphinx-build -qWEa --keep-going -c docs . build/docs
 
 fuzz: .venv/installed-test
 	$(BIN)/python tests/faults/fuzz.py --cases $(CASES) --seed $(SEED)
@@ -40,5 +45,5 @@ fuzz: .venv/installed-test
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[docs,test]'
 	touch $@
