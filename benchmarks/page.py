@@ -3,10 +3,10 @@
     python benchmarks/page.py extension.html
     python benchmarks/page.py --checkpoints 12 --needles 4 --curves 12 --benchmarks 24
 
-A page that is not given is made of a run that nobody trained, whose results are chosen. It is ready
-when all of its script has run and the first screen has been painted. It is read from disk, without
-a network; the figures are medians of `--repeats` fresh pages in one Chromium, which playwright
-drives.
+A page that is not given is made of a run that nobody trained, whose results are chosen, samples of
+one task included; with `--output` it stays. A page is ready when all of its script has run and the
+first screen has been painted. It is read from disk, without a network; the figures are medians of
+`--repeats` fresh pages in one Chromium, which playwright drives.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def main() -> None:
     parser.add_argument("--curves", type=int, default=12, help="tasks by context length (12)")
     parser.add_argument("--benchmarks", type=int, default=24, help="tasks with one score (24)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where a page that is made stays"
+    )
     args = parser.parse_args()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
@@ -67,12 +70,12 @@ def make(args: argparse.Namespace, folder: Path) -> Path:
     from made_results import write_training_run
 
     folders = write_training_run(
-        folder, args.needles, args.curves, args.benchmarks, args.checkpoints
+        folder, args.needles, args.curves, args.benchmarks, args.checkpoints, log=True
     )
-    begin = perf_counter()
-    save_comparison(compare(load_checkpoints(folders), order="step"), folder / "page.html")
+    begin, page = perf_counter(), args.output or folder / "page.html"
+    save_comparison(compare(load_checkpoints(folders), order="step"), page)
     print(f"made in {perf_counter() - begin:.1f} s")
-    return folder / "page.html"
+    return page
 
 
 def ready(browser: Browser, page: Path, width: int) -> tuple[float, int]:

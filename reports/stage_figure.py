@@ -15,8 +15,10 @@ from yoco_eval.lengths import format_length
 from yoco_eval.printable import one_line, shortened
 
 from .comparison import Comparison
+from .heatmap import text_width
 from .panels import (
     ABOVE,
+    BELOW,
     LEFT,
     PLOT_COLUMNS,
     PLOT_HEIGHT,
@@ -34,7 +36,7 @@ from .style import FONT, GRID, PAGE_WIDTH, SMALL_FONT, series
 EFFECTIVE = "Effective context length"
 FEWEST = 3  # checkpoints that make a curve
 _NAME_LETTERS = 14  # of a checkpoint, at the axis
-_BELOW = 0.75  # inches, for names that stand upright
+_MARGIN = 0.15  # inches, around names that stand upright
 _MOST_LABELS = 16
 _WIDE = 20  # the last step by the first one, from where the axis is logarithmic
 
@@ -56,10 +58,11 @@ def stage_panel(comparison: Comparison) -> Panel | None:
     if comparison.stages is None or not plots:
         return None
     rows = math.ceil(len(plots) / PLOT_COLUMNS)
-    height = TITLE + rows * (ABOVE + PLOT_HEIGHT + _BELOW)
     names = [shortened(name, _NAME_LETTERS) for name in short_names(comparison.names)]
+    below = BELOW if comparison.stages.told else text_width(names, FONT - 1) / 72 + _MARGIN
+    height = TITLE + rows * (ABOVE + PLOT_HEIGHT + below)
     title = f"{EFFECTIVE} by {'training step' if comparison.stages.told else 'stage'}"
-    draw = partial(_draw, title, plots, names, comparison.stages, height)
+    draw = partial(_draw, title, plots, names, comparison.stages, below, height)
     return Panel(EFFECTIVE, "effective-length", title, height, draw)
 
 
@@ -83,14 +86,16 @@ def _draw(
     plots: Sequence[_Plot],
     names: Sequence[str],
     stages: Stages,
+    below: float,
     height: float,
     figure: FigureBase,
 ) -> None:
+    """below: inches, for what stands at the axes of stages."""
     draw_title(figure, title, height)
     whole = (PAGE_WIDTH - RIGHT) / min(len(plots), PLOT_COLUMNS)
     for place, plot in enumerate(plots):
         row, column = divmod(place, PLOT_COLUMNS)
-        top = TITLE + row * (ABOVE + PLOT_HEIGHT + _BELOW) + ABOVE
+        top = TITLE + row * (ABOVE + PLOT_HEIGHT + below) + ABOVE
         left = column * whole + LEFT
         ax = add_axes(figure, left, top, whole - LEFT, PLOT_HEIGHT, height)
         _draw_plot(plot, names, stages, ax)
