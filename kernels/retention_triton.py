@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .common_triton import load_head, silu, softplus
 from .launch import dense_rows, in_units, packed_heads, padded, programs
-from .segments import segments, whole_segments
+from .segments import segments
 from .sequences import Sequences
 
 MIN_SEGMENT = 256  # tokens; shorter ones cost more traffic for states than they save time
@@ -72,8 +72,13 @@ def gated_retention(
         ("retention", heads * tiles, config.chunk),
         lambda: segments(sequences, heads * tiles, config.chunk, MIN_SEGMENT, programs(q.device)),
     )
+    relay = sequences.relay
+    # Of a part, whole chunks, that others follow, all segments are summed: what it does to the
+    # state before it is made of them.
+    summed = inner + (relay is not None and not relay.ends)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    starts = torch.empty(inner, heads, dim, dim, dtype=torch.float32, device=q.device)
+    starts = torch.empty(summed, heads, dim, dim, dtype=torch.float32, device=q.device)
+    decays = starts.new_empty(summed, heads)
     last = None
     if keep:
         last = starts.new_empty(len(sequences.lengths), heads, dim, dim)
@@ -90,20 +95,16 @@ def gated_retention(
         "BLOCK": config.block,
         "TEMPERATURE": temperature,
     }
-    if sequences.relay is not None:
-        state = starts.new_zeros(heads, dim, dim) if states is None else states[0]
-
-        def effect() -> tuple[Tensor, Tensor]:
-            return _effect(k, v, gate, k_row, v_row, sequences, tiles, config, shared)
-
-        states = sequences.relay.decayed(state, effect)[None]
-    total = inner + len(sequences.lengths)
-    if inner:
-        decays = starts.new_empty(inner, heads)
-        _sum_segments[(tiles * heads * inner,)](
+    if summed:
+        _sum_segments[(tiles * heads * summed,)](
             k, v, gate, table, starts, decays, k_row, v_row, gate.stride(0),
             **shared, num_warps=config.sum_warps, num_stages=config.sum_stages,
         )  # fmt: skip
+    if relay is not None:
+        state = starts.new_zeros(heads, dim, dim) if states is None else states[0]
+        states = relay.decayed(state, lambda: _effect(starts, decays))[None]
+    total = inner + len(sequences.lengths)
+    if inner:
         blocks = triton.cdiv(dim * dim, _SCAN_BLOCK)
         _scan_segments[(blocks * heads * scanned,)](
             table, states, starts, decays, total,
@@ -122,35 +123,14 @@ def gated_retention(
     return out, last
 
 
-def _effect(
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    k_row: int,
-    v_row: int,
-    sequences: Sequences,
-    tiles: int,
-    config: _Config,
-    shared: dict,
-) -> tuple[Tensor, Tensor]:
-    """What the only sequence, of whole chunks, does to the state before it: the logarithm of what
-    it is multiplied by, [H], and what is added, [H, D, D]."""
-    _, heads, dim = k.shape
-    count, table = sequences.table(
-        ("retention, its effect", heads * tiles, config.chunk),
-        lambda: whole_segments(
-            sequences, heads * tiles, config.chunk, MIN_SEGMENT, programs(k.device)
-        ),
-    )
-    sums = torch.empty(count, heads, dim, dim, dtype=torch.float32, device=k.device)
-    decays = sums.new_empty(count, heads)
-    _sum_segments[(tiles * heads * count,)](
-        k, v, gate, table, sums, decays, k_row, v_row, gate.stride(0),
-        **shared, num_warps=config.sum_warps, num_stages=config.sum_stages,
-    )  # fmt: skip
-    after = decays.flip(0).cumsum(0).flip(0) - decays
-    added = (after.exp2()[..., None, None] * sums).sum(0)
-    return decays.sum(0) * math.log(2), added
+def _effect(sums: Tensor, decays: Tensor) -> tuple[Tensor, Tensor]:
+    """What segments in a row do to the state before them, by what each adds, [s, H, D, D], and the
+    binary logarithm of what it multiplies by, [s, H]: the natural logarithm of what they multiply
+    by, [H], and what they add, [H, D, D]."""
+    total = decays.sum(0)
+    after = (total - decays.cumsum(0)).exp2()
+    added = after.T[:, None] @ sums.flatten(2).transpose(0, 1)
+    return total * math.log(2), added.view(sums.shape[1:])
 
 
 def gated_retention_step(

@@ -172,12 +172,26 @@ def _attend(
 def _merged(part: Tensor, group: Group, q: Tensor) -> Tensor:
     """The attention of queries [T, Hq, D], of what each process adds."""
     rows = max(1, GATHERED // (group.size * part.shape[1]))
-    outputs = [merged(group.gather(block), q.shape[1]).to(q.dtype) for block in part.split(rows)]
+    blocks = part.split(rows)
+    outputs = [merged(group.gather(block), q.shape[1], q.dtype) for block in blocks]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def merged(every: Tensor, heads: int) -> Tensor:
-    """What all processes add, [n, T, Hq * D + Hq] of `cache_attention_part`, as one [T, Hq, D]."""
+def merged(every: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """What all processes add, [n, T, Hq * D + Hq] of `cache_attention_part`, as one [T, Hq, D];
+    0 where none has read a key."""
+    if use_triton(every):
+        from .striped_attention_triton import merged as fast
+
+        return run_triton(fast, every, heads, dtype)
+    return merged_reference(every, heads, dtype)
+
+
+def merged_reference(every: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """`merged` in PyTorch."""
     outs, norms = every.split((every.shape[2] - heads, heads), 2)
-    weights = (norms - norms.amax(0)).exp()[..., None]
-    return (outs.unflatten(2, (heads, -1)) * weights).sum(0) / weights.sum(0)
+    top = norms.amax(0)
+    weights = (norms - top.masked_fill(top == float("-inf"), 0)).exp()[..., None]
+    total = weights.sum(0)
+    out = (outs.unflatten(2, (heads, -1)) * weights).sum(0) / total.masked_fill(total == 0, 1)
+    return out.to(dtype)

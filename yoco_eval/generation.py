@@ -29,7 +29,8 @@ from .requests import GenerateRequest, Progress, check_number
 from .sampling import draw
 
 # On a GPU, with more texts than this, a step is launched before the tokens of the one before it
-# are read, so that the device does not wait for the host. Answers take a few steps too many, then.
+# are read, so that the device does not wait for the host, nor, in a group of processes, one for the
+# slowest host. Answers take a few steps too many, then.
 _ALONE = 4
 _STOP_EVERY = 8  # tokens of a text, after which it is looked at for stop strings, then
 _CHUNKS = 4  # of short prompts, that are fed between two steps on a GPU
@@ -436,7 +437,7 @@ class Generation:
         live = [text for text in self._flying if text.launched < text.request.max_tokens]
         if live:
             self._launch(live)
-        ahead = self._on_gpu and len(live) > _ALONE
+        ahead = self._on_gpu and (len(live) > _ALONE or self._model.group is not None)
         while len(self._launched) > (1 if live and ahead else 0):
             yield from self._read(self._launched.popleft(), _STOP_EVERY if ahead else 1)
 

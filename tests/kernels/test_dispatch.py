@@ -13,6 +13,7 @@ from yoco_eval.kernels import (
     norm,
     retention,
     rotary,
+    striped_attention,
     swiglu,
 )
 from yoco_eval.kernels.sequences import Readings, Sequences, Span, Spans
@@ -49,6 +50,7 @@ def operands(device):
         (retention, "gated_retention", (*qkv, gate, one)),
         (retention, "gated_retention_step", (*qkv, gate, states, angles, heads)),
         (rotary, "rotate", (heads, angles)),
+        (striped_attention, "merged", (x.view(1, 2, 16), 1, torch.float32)),
         (swiglu, "swiglu", (x,)),
     ]
 

@@ -23,6 +23,7 @@ from yoco_eval.kernels.striped_attention import (
     batch_attention_part_reference,
     cache_attention_part_reference,
     merged,
+    merged_reference,
 )
 from yoco_eval.kernels.stripes import Stripes
 
@@ -87,7 +88,7 @@ def check_cache_attention(part_of, check, spans, heads, dim, dtype, device, size
     assert parts[0].dtype == torch.promote_types(dtype, torch.float32)
     wide = (x.double() for x in (q, *whole))
     expected = cache_attention_reference(*wide, spans, double(angles), 0.3)
-    check(merged(torch.stack(parts), heads[0]), expected)
+    check(merged(torch.stack(parts), heads[0], expected.dtype), expected)
 
 
 def check_batch_attention(part_of, check, tree, heads, dim, dtype, device, size, block):
@@ -103,7 +104,7 @@ def check_batch_attention(part_of, check, tree, heads, dim, dtype, device, size,
     ]
     wide = (x.double() for x in (q, *whole))
     expected = batch_attention_reference(*wide, positions, readings, double(angles), 0.3)
-    check(merged(torch.stack(parts), heads[0]), expected)
+    check(merged(torch.stack(parts), heads[0], expected.dtype), expected)
 
 
 def equal(a, b):
@@ -188,3 +189,20 @@ def test_triton_heads_in_parts(dtype, device, close, few, triton_kernels):
     """Heads so large that programs take their columns in two parts, each with the same norm."""
     part_of = triton_kernels.cache_attention_part
     check_cache_attention(part_of, close, SHARED_PREFIX, (2, 1), 512, dtype, device, 2, 16)
+
+
+@pytest.mark.parametrize(("size", "rows", "heads", "dim"), [(2, 3, 3, 8), (5, 1, 2, 20)])
+def test_triton_merging(size, rows, heads, dim, device, dtype, close):
+    """Of outputs of which some, or all, have read no key."""
+    pytest.importorskip("triton")
+    from yoco_eval.kernels import striped_attention_triton
+
+    every = randn(size, rows, heads * dim + heads, dtype=torch.float32, device=device)
+    every[:, :, -heads:] *= 9
+    every[0, :, -heads:] = float("-inf")
+    every[:, 0, -1] = float("-inf")
+    every[:, 0, (heads - 1) * dim : heads * dim] = 0
+    out = striped_attention_triton.merged(every, heads, dtype)
+    expected = merged_reference(every.double(), heads, torch.float64)
+    assert out.dtype == dtype and not out[0, -1].any() and expected.isfinite().all()
+    close(out, expected)

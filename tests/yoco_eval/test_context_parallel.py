@@ -59,13 +59,15 @@ def test_what_is_found_is_what_one_process_finds(found, alone):
 def test_gpus_find_what_one_finds(dtype, tmp_path):
     """Over NCCL: the references, and the kernels, in graphs."""
     size, gpu = min(4, torch.cuda.device_count()) & ~1, torch.device("cuda", 0)
-    alone = {kind: together.everything(kind, None, gpu, dtype) for kind in together.KINDS}
-    compare(run(size, tmp_path, dtype, gpus=True), alone, 1e-9 if dtype.itemsize == 8 else 1e-3)
+    unit = together.GPU_BLOCK
+    alone = {kind: together.everything(kind, None, gpu, dtype, unit) for kind in together.KINDS}
+    found = run(size, tmp_path, dtype, gpus=True)
+    compare(found, alone, 1e-9 if dtype.itemsize == 8 else 1e-3, gpus=True)
 
 
-def compare(found, alone, tolerance):
+def compare(found, alone, tolerance, gpus=False):
     for rank, cases in enumerate(found):
-        assert cases.keys() == set(together.cases(len(found)))
+        assert cases.keys() == set(together.cases(len(found), gpus))
         for (kind, block, count), results in cases.items():
             assert results.keys() == alone[kind].keys()
             for name, result in results.items():

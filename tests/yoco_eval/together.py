@@ -41,6 +41,7 @@ KINDS = {
 }
 VOCABULARY = 50
 CPU = torch.device("cpu")
+GPU_BLOCK = 64  # which kernels count on
 # Of a text, fed one after the other: fewer tokens than processes, parts shorter than a window or a
 # convolution, and lengths that no number of processes divides.
 CHUNKS = (3, 1, 9, 2, 23, 40)
@@ -65,31 +66,33 @@ def model_of(kind: str, where: torch.device = CPU, dtype: torch.dtype = torch.fl
     return model.to(where, dtype)
 
 
-def texts(seed: int = 0) -> list[list[int]]:
-    """Some share long and short beginnings, as needles in a haystack do; some nothing."""
+def texts(unit: int, seed: int = 0) -> list[list[int]]:
+    """Some share long and short beginnings, as needles in a haystack do; some nothing. Lengths are
+    about so many times a few tokens."""
     rng = random.Random(seed)
 
     def tokens(count: int) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(count)]
 
-    stem, branch = tokens(70), tokens(21)
-    beginnings = [[], [], stem[:18], stem[:50], stem, stem, stem + branch, stem + branch]
-    return [beginning + tokens(rng.choice([1, 2, 5, 33])) for beginning in beginnings]
+    stem, branch = tokens(70 * unit), tokens(21 * unit)
+    beginnings = [[], [], stem[: 18 * unit], stem[: 50 * unit]]
+    beginnings += [stem, stem, stem + branch, stem + branch]
+    return [beginning + tokens(rng.choice([1, 2, 5, 33 * unit])) for beginning in beginnings]
 
 
-def scored() -> list[ScoreRequest]:
+def scored(unit: int) -> list[ScoreRequest]:
     rng = random.Random(1)
     return [
         ScoreRequest(text, [rng.randrange(VOCABULARY) for _ in range(rng.choice([1, 4, 45]))])
-        for text in texts()
+        for text in texts(unit)
     ]
 
 
-def prompts() -> list[GenerateRequest]:
+def prompts(unit: int) -> list[GenerateRequest]:
     """Greedy ones, and some that are drawn; of some an end token shortens the answers."""
     rng = random.Random(2)
     requests = []
-    for i, text in enumerate(texts(3)):
+    for i, text in enumerate(texts(unit, 3)):
         drawn = Sampling(0.8, 0.9, 0, seed=i) if i % 3 == 2 else Sampling()
         ends = {7, 8, 9} if i % 2 else set()
         requests.append(GenerateRequest(text, rng.choice([1, 5, 11]), ends, sampling=drawn))
@@ -101,12 +104,13 @@ def collected(method: Any, requests: Any) -> list[Any]:
     return [found[index] for index in range(len(requests))]
 
 
-def fed_in_chunks(model: Yoco) -> torch.Tensor:
+def fed_in_chunks(model: Yoco, unit: int) -> torch.Tensor:
     """Logits of a text's every token, twice, the second time from a snapshot on."""
-    length = sum(CHUNKS)
+    lengths = [unit * tokens for tokens in CHUNKS]
+    length = sum(lengths)
     ids = torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(1))
     cache, logits = model.new_cache(length + 5), []
-    parts = ids.to(model.device).split(CHUNKS)
+    parts = ids.to(model.device).split(lengths)
     for part in parts[:3]:
         logits.append(predictions(model, model.prefill(part, cache), cache))
     snapshot = cache.state
@@ -133,11 +137,11 @@ def branched(model: Yoco) -> torch.Tensor:
     return model.logits(model.predict(rows, packed.positions, cache, Spans(tuple(spans))))
 
 
-def decoded(model: Yoco) -> torch.Tensor:
+def decoded(model: Yoco, unit: int) -> torch.Tensor:
     """Logits of a text that is decoded alone, from its first token on and from a prompt's end."""
     logits = []
-    for prompt in (0, 31):
-        cache = model.new_cache(50)
+    for prompt in (0, 31 * unit):
+        cache = model.new_cache(prompt + 19)
         if prompt:
             model.prefill(torch.arange(prompt, device=model.device) % VOCABULARY, cache)
         decoder = model.decoder(cache)
@@ -153,18 +157,19 @@ def everything(
     group: Group | None,
     where: torch.device = CPU,
     dtype: torch.dtype = torch.float64,
+    unit: int = 1,
 ) -> dict[str, Any]:
-    """All that is compared."""
+    """All that is compared, of texts of about so many times a few tokens."""
     model = model_of(kind, where, dtype)
     model.group = group
     with torch.inference_mode():
         found: dict[str, Any] = {
-            "chunks": fed_in_chunks(model).cpu(),
+            "chunks": fed_in_chunks(model, unit).cpu(),
             "branches": branched(model).cpu(),
-            "decoded": decoded(model).cpu(),
+            "decoded": decoded(model, unit).cpu(),
         }
-    asked = prompts()
-    found["answers"] = collected(Engine(model, 5, 30).generate, asked)
+    asked = prompts(unit)
+    found["answers"] = collected(Engine(model, 5, 30 * unit).generate, asked)
     # Greedy answers are continuations, too: of which each token is the likeliest.
     greedy = [
         ScoreRequest(prompt.context, answer)
@@ -172,14 +177,18 @@ def everything(
         if answer and not prompt.sampling.temperature
     ]
     for batch, chunk in ((1, 16), (None, 40)):
-        scores = collected(Engine(model, batch, chunk).score, [*scored(), *greedy])
+        engine = Engine(model, batch, chunk * unit)
+        scores = collected(engine.score, [*scored(unit), *greedy])
         found[f"scores, {chunk}"] = torch.tensor([score.logprob for score in scores]).double()
         found[f"greedy, {chunk}"] = [score.greedy for score in scores]
     return found
 
 
-def cases(size: int) -> Iterator[tuple[str, int, int]]:
+def cases(size: int, gpus: bool = False) -> Iterator[tuple[str, int, int]]:
     """Kinds, slots of a block, and how many of `size` processes hold texts together."""
+    if gpus:
+        yield from ((kind, GPU_BLOCK, size) for kind in KINDS)
+        return
     for kind in KINDS if size > 1 else ():
         if size < 4 or kind != "moving_average":
             yield kind, 1, size
@@ -201,13 +210,14 @@ def process(rank: int, size: int, folder: Path, dtype: torch.dtype, gpus: bool) 
     )
     ranks: Any = SimpleNamespace(rank=rank, size=size, unless_lost=lambda call: call())
     found: dict[Any, Any] = {}
-    for kind, block, count in cases(size):
+    unit = GPU_BLOCK if gpus else 1
+    for kind, block, count in cases(size, gpus):
         if count > 1:
             group = own_group(count, ranks, where)
             assert group is not None and group.size == count
         else:
             group = Group(dist.group.WORLD)
         group.block = block
-        found[kind, block, count] = everything(kind, group, where, dtype)
+        found[kind, block, count] = everything(kind, group, where, dtype, unit)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
