@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
@@ -17,6 +18,7 @@ WORTHWHILE = 16
 # Below so many branches on one path, branches close to each other, by this share of the longest
 # sequence, are taken for one.
 _DEPTH = 200
+_SORTABLE = np.dtype(">u4")  # as bytes, these sort as the numbers do
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,12 @@ def merge(sequences: Sequence[Sequence[int] | np.ndarray], firsts: Sequence[int]
     """Items of the distinct (sequence, first) pairs, sorted by what comes before `first`."""
     merged: dict[tuple[bytes, bytes], list[int]] = {}
     for index, (sequence, first) in enumerate(zip(sequences, firsts, strict=True)):
-        tokens = np.asarray(sequence, dtype=">u4")  # big-endian bytes sort as the numbers do
+        tokens = np.asarray(sequence, dtype=_SORTABLE)
         merged.setdefault((tokens[:first].tobytes(), tokens[first:].tobytes()), []).append(index)
     items = []
     for before, after in sorted(merged):
-        tokens = np.frombuffer(before + after, dtype=">u4").astype(np.int64)
-        items.append(Item(tokens, len(before) // 4, tuple(merged[before, after])))
+        tokens = np.frombuffer(before + after, dtype=_SORTABLE).astype(np.int64)
+        items.append(Item(tokens, len(before) // _SORTABLE.itemsize, tuple(merged[before, after])))
     return items
 
 
@@ -139,27 +141,18 @@ def nest(items: Sequence[Item]) -> list[Item]:
     or an earlier one: no position is asked for that was not. The `first` of the two is the lower
     one, from which each request knows its own positions.
     """
-    nested: list[Item] = []
+    nested: list[tuple[bytes, Item]] = []
     # In this order, what an item is the beginning of comes just before it.
-    for item in sorted(items, key=lambda item: _sortable(item.tokens), reverse=True):
-        if nested and _continues(nested[-1], item):
-            longer = nested.pop()
+    keyed = ((item.tokens.astype(_SORTABLE).tobytes(), item) for item in items)
+    for key, item in sorted(keyed, key=itemgetter(0), reverse=True):
+        whole = key
+        if nested and nested[-1][1].first <= len(item.tokens) and nested[-1][0].startswith(key):
+            whole, longer = nested.pop()
             first = min(longer.first, item.first)
             item = Item(longer.tokens, first, item.requests + longer.requests)
-        nested.append(item)
-    return sorted(
-        nested,
-        key=lambda item: (_sortable(item.tokens[: item.first]), _sortable(item.tokens)),
-    )
-
-
-def _continues(longer: Item, item: Item) -> bool:
-    size = len(item.tokens)
-    return longer.first <= size and np.array_equal(longer.tokens[:size], item.tokens)
-
-
-def _sortable(tokens: np.ndarray) -> bytes:
-    return tokens.astype(">u4").tobytes()  # big-endian bytes sort as the numbers do
+        nested.append((whole, item))
+    nested.sort(key=lambda one: (one[0][: _SORTABLE.itemsize * one[1].first], one[0]))
+    return [item for _, item in nested]
 
 
 def plan(items: Sequence[Item], limits: Limits) -> list[Step]:

@@ -28,7 +28,7 @@ from .sampling import Sampling
 from .shares import divide
 
 _EVERY = 1.0  # seconds after which answers that became known are sent, and others' looked for
-_SOON = 0.05  # seconds, where there is nothing else to do
+_SOON = 0.02  # seconds, where there is nothing else to do
 # What a prediction costs, and a generated token, in tokens fed: they go through all layers, and the
 # head; a generated one alone, or with few others. Answers are taken to be as long as they may be.
 _PREDICTED, _GENERATED = 3, 4
