@@ -1,5 +1,6 @@
 """The engine against brute force: one full float64 pass per request."""
 
+import gc
 import random
 from dataclasses import replace
 
@@ -193,6 +194,14 @@ def test_what_is_computed_is_handed_over_when_a_run_breaks(exact, monkeypatch):
         for score in Engine(exact).score(requests, lambda n: None, lambda *n: None):
             scores.append(score)
     assert len(scores) == 2
+
+
+def test_a_run_does_not_wait_for_garbage_from_before_it(exact):
+    requests = [ScoreRequest([1], [2]), ScoreRequest([3], [4])]
+    scores = Engine(exact).score(requests, begin=[].append, progress=[].append)
+    for _ in scores:
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
 
 
 def test_only_asked_positions_enter_the_cross_decoder(exact):
