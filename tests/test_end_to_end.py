@@ -74,23 +74,6 @@ def indexed_once():
         yield
 
 
-def test_demo(tmp_path, capsys):
-    run = lm_eval("--output_path", tmp_path / "results", "--log_samples")
-    assert run.returncode == 0, run.stderr
-    assert "acc@0000512" in run.stdout and "acc@0001024" in run.stdout
-    assert max(map(len, run.stdout.splitlines())) <= 120
-    found = results(tmp_path / "results")
-    assert found["results"]["yoco_needle"]["acc,none"] == 1.0
-    assert found["config"]["pretrained"] == DEFAULT_CHECKPOINT
-    rows = cells(tmp_path / "results", tmp_path, capsys)
-    assert [(row["context_length"], row["depth"], row["accuracy"]) for row in rows] == [
-        (str(length), str(depth), "1.0") for length in (512, 1024) for depth in (0.0, 0.5, 1.0)
-    ]
-    assert {row["model"] for row in rows} == {DEFAULT_CHECKPOINT}
-    assert main(["heatmap", str(tmp_path / "results"), "-o", str(tmp_path / "needle.png")]) == 0
-    assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_killed_run_resumes(tmp_path, monkeypatch, indexed_once, capfd):
     """Killed in the middle, a run goes on where its cache ends, to the same figures."""
 
