@@ -8,6 +8,7 @@ from math import inf
 
 from yoco_eval.lengths import format_length
 from yoco_eval.printable import VALUE, listed, shortened
+from yoco_eval.tasks.settings import REFUSED
 
 from .cells import CHECKPOINT, NOTHING, Cell, Section, Table, transposed
 from .comparison import Comparison, LengthCurves, NeedleResult, NeedleTask, p_text
@@ -15,7 +16,7 @@ from .differences import Finding
 from .heatmap import CUT
 from .pairs import advances, matrices, regressions, sort_pairs, task_name
 from .profile import GIB
-from .setups import REFUSED, SetupDifference
+from .setups import SetupDifference
 from .single_model import beside, downwards
 from .statistics import prompts_needed
 from .task_scores import Benchmark

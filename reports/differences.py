@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from yoco_eval.lengths import format_length
+from yoco_eval.tasks.settings import MARKED, REFUSED, STATED
 
 from .heatmap import format_depths
 from .results import NeedleCell, NeedleRun, mapping
 from .runs import Checkpoint
 from .samples import Answer, Answers, Cell, clusters
-from .setups import MARKED, PROMPTS, REFUSED, STATED, differing
+from .setups import PROMPTS, differing
 from .statistics import LEVEL, fisher, holm, mcnemar, paired_test, unpaired_test, z_test
 from .task_runs import Score, TaskRun
 from .task_scores import Benchmark, higher_is_better

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from yoco_eval.lengths import format_length
+from yoco_eval.tasks.settings import MARKED, REFUSED, SETTINGS, STATED
 
 from .heatmap import format_depths
 from .models import model_args
 from .results import ResultsFile, mapping
 from .task_runs import TaskRun
 
-STATED, MARKED, REFUSED = "stated", "marked", "refused"
-
-# A comparison across these would be of different questions, not of different checkpoints.
-_REFUSED = frozenset({"task version", "haystack", "needles", "protocol", "data"})
-# Across these it holds, but for fewer prompts, or for others of the same kind.
-_MARKED = frozenset({"seed", "samples", "depths", "context lengths", "limit", "documents"})
+OF_TASKS = {name.replace("_", " "): effect for name, effect in SETTINGS.items()}
+_EFFECTS = {**OF_TASKS, "task version": REFUSED, "limit": MARKED, "documents": MARKED}
 # Where one of these differs, so may prompts, because of what it tells of.
 PROMPTS = {
     "seed": "seed", "tokenizer": "tokenizer", "special tokens": "tokenizer",
@@ -30,9 +27,6 @@ _ALWAYS = frozenset(
 )
 _NOT_SET = {"tokenizer": "the model's", "chat template": "none", "system instruction": "none"}
 _DIGITS = 12  # of a fingerprint
-_OF_THE_TASK = (
-    "seed", "haystack", "needles", "protocol", "data", "samples", "depths", "context_lengths",
-)  # fmt: skip
 _OF_THE_RUN = ("limit", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 
 
@@ -42,8 +36,7 @@ class SetupDifference:
 
     tasks: those it concerns.
     values: of each checkpoint, in their order; None for one that was not evaluated on the tasks.
-    effect: "stated": it may explain differences of scores. "marked": tests are made, but not prompt
-        by prompt, or on what is common. "refused": checkpoints that differ in it are not compared.
+    effect: `STATED`, `MARKED` or `REFUSED`, see `tasks.settings`.
     """
 
     setting: str
@@ -89,7 +82,7 @@ def differing(first: TaskRun, second: TaskRun, kind: str) -> list[str]:
 
 def effect(setting: str) -> str:
     """What it means for a comparison that a setting differs."""
-    return REFUSED if setting in _REFUSED else MARKED if setting in _MARKED else STATED
+    return _EFFECTS.get(setting, STATED)
 
 
 def setup(run: TaskRun) -> dict[str, str]:
@@ -117,7 +110,7 @@ def _of_file(run: TaskRun, file: ResultsFile) -> dict[str, Any]:
     return {
         "task version": common([mapping(data.get("versions")).get(task) for task in leaves]),
         **{name.replace("_", " "): common([m.get(name) for m in metadata])
-           for name in _OF_THE_TASK},
+           for name in SETTINGS},
         "documents": common(documents),
         **{name.replace("_", " "): config.get(name) for name in _OF_THE_RUN},
         "generation": common([mapping(data["configs"].get(task)).get("generation_kwargs")

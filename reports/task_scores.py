@@ -16,10 +16,11 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 import yoco_eval.tasks
 from yoco_eval.tasks.published import published_rows
+from yoco_eval.tasks.settings import REFUSED
 
 from .results import mapping
 from .runs import Checkpoint
-from .setups import REFUSED, differing
+from .setups import differing
 from .task_runs import Score, TaskRun
 
 GROUPS = ("yoco_zero_shot", "yoco_few_shot")  # their members are shown, and their mean

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import datasets
@@ -28,7 +27,7 @@ from .by_length import (
 from .evaluated_model import check_positions
 from .generated import GeneratedTask
 from .members import Member, load_members
-from .settings import read_settings
+from .settings import read_settings, told
 
 
 class LongContextTask(GeneratedTask):
@@ -46,8 +45,7 @@ class LongContextTask(GeneratedTask):
         self._thinking = False  # whether the assistant's turn begins with thoughts
         self.settings = read_settings(self.Settings, metadata)
         own = {
-            # For the results file.
-            "metadata": {**metadata, **asdict(self.settings), BY_LENGTH: ["acc"]},
+            "metadata": {**told(metadata, self.settings), BY_LENGTH: ["acc"]},
             "metric_list": metric_list("acc", self.settings.context_lengths, acc="mean"),
         }
         super().__init__(config={k: v for k, v in config.items() if k != "class"} | own)

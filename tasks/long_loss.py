@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from . import documents
 from .by_length import BY_LENGTH, digest, digests_by_length, metric_at
 from .evaluated_model import check_positions, max_positions, token_counter
 from .prompts import TokenCounter
-from .settings import count, lengths, read_settings, setting, text
+from .settings import count, lengths, read_settings, setting, text, told
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,7 @@ class LongLoss(ConfigurableTask):
         losses = ["loss", *(metric_at(name, end) for name in ("loss", "loss_to") for end in ends)]
         aggregations = {**dict.fromkeys(losses, nats_per_token), "bits_per_byte": "bits_per_byte"}
         own = {
-            # For the results file.
-            "metadata": {**metadata, **asdict(self.settings), BY_LENGTH: ["loss", "loss_to"]},
+            "metadata": {**told(metadata, self.settings), BY_LENGTH: ["loss", "loss_to"]},
             "metric_list": [
                 {"metric": metric, "aggregation": aggregation, "higher_is_better": False}
                 for metric, aggregation in aggregations.items()

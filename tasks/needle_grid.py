@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from .evaluated_model import check_positions, token_counter
 from .generated import GeneratedTask, context_text
 from .haystack import sentence_starts
 from .prompts import Notes, Prompt
-from .settings import count, depths, evenly_spaced, lengths, read_settings, setting, whole
+from .settings import count, depths, evenly_spaced, lengths, read_settings, setting, told, whole
 from .wording import NUMBER_DIGITS
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class NeedleGrid(GeneratedTask):
     def __init__(self, config: Mapping[str, Any]) -> None:
         metadata = dict(config.get("metadata") or {})
         self.settings = read_settings(self.settings_class, metadata)
-        metadata |= {**asdict(self.settings), BY_LENGTH: ["acc"]}  # for the results file
+        metadata = {**told(metadata, self.settings), BY_LENGTH: ["acc"]}
         self._answer_begun = False  # whether the answer's beginning is the assistant's
         own = {
             "metadata": metadata,

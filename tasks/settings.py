@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from functools import cache
 from reprlib import repr as short_repr
@@ -20,12 +20,24 @@ logger = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
+# What it means for comparing two runs of a task that they differ in a setting: they asked other
+# questions, and are not compared; they are, but not prompt by prompt, or on what is common to both;
+# or it is told, as it may explain other scores.
+REFUSED, MARKED, STATED = "refused", "marked", "stated"
 # All settings of all tasks. The tasks of a run share one --metadata, so that each must know the
 # others' names to tell them from slips.
-NAMES = frozenset(
-    "context_lengths max_seq_lengths depths samples haystack seed needles ask_all protocol "
-    "data".split()
-)
+SETTINGS = {
+    "haystack": REFUSED,
+    "needles": REFUSED,
+    "protocol": REFUSED,
+    "data": REFUSED,
+    "ask_all": STATED,
+    "samples": MARKED,
+    "depths": MARKED,
+    "context_lengths": MARKED,
+    "seed": MARKED,
+}
+NAMES = frozenset({*SETTINGS, "max_seq_lengths"})  # which stands for context_lengths
 # Which model is evaluated and how its tokens are counted: read by `evaluated_model` and lm-eval.
 _OF_THE_MODEL = frozenset(
     "model pretrained tokenizer revision subfolder trust_remote_code add_bos_token max_length "
@@ -73,8 +85,14 @@ def read_settings(kind: type[Settings], metadata: Mapping[str, Any]) -> Settings
     return kind(**{name: readers[name](named[name], value) for name, value in given.items()})
 
 
+def told(metadata: Mapping[str, Any], settings: DataclassInstance) -> dict[str, Any]:
+    """For the results file: a task's metadata with its settings, without those of other tasks."""
+    return {k: v for k, v in metadata.items() if k not in NAMES} | asdict(settings)
+
+
 def _refuse_unknown(own: Sequence[str], metadata: Mapping[str, Any]) -> None:
-    for key in sorted(metadata.keys() - NAMES - _OF_THE_MODEL - registration.given_model_args):
+    known = NAMES.union(_OF_THE_MODEL, own)
+    for key in sorted(metadata.keys() - known - registration.given_model_args):
         # What did not come from the command line may be any backend's argument: only what looks
         # like a slip is taken for one.
         if close := get_close_matches(key, NAMES, n=1, cutoff=0.85):

@@ -128,6 +128,12 @@ def test_unknown_keys_of_metadata_are_refused(monkeypatch):
         read(colour="blue")
 
 
+def test_a_task_knows_its_own_settings(monkeypatch):
+    monkeypatch.setattr(settings, "NAMES", frozenset())
+    monkeypatch.setattr(registration, "given_metadata", frozenset({"seed"}))
+    assert read(seed=3).seed == 3
+
+
 def test_arguments_of_the_model_are_not_taken_for_settings(monkeypatch):
     """`seed` is one of vLLM's, `context_length` one of SGLang's."""
     monkeypatch.setattr(registration, "given_model_args", frozenset({"seed", "context_length"}))
@@ -155,3 +161,10 @@ def test_the_names_are_those_of_all_tasks():
             if isinstance(kind, type) and is_dataclass(kind):
                 names |= {field.name for field in fields(kind) if "read" in field.metadata}
     assert names == NAMES
+
+
+def test_the_results_file_tells_what_the_task_takes():
+    given = {"version": 2, "needles": 3, "max_seq_lengths": "2k", "pretrained": "x"}
+    told = settings.told(given, read(**given))
+    assert told["context_lengths"] == [2048] and told["seed"] == 0
+    assert told.keys() == {"version", "pretrained", *(field.name for field in fields(Example))}
