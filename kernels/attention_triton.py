@@ -614,15 +614,16 @@ def _power(number: int) -> int:
 
 
 class _Task(NamedTuple):
-    """Rows first .. end - 1 over key ranges (first key, end key, shift)."""
+    """Rows first .. end - 1 over key ranges (first key, end key, shift), so many keys in all."""
 
     first: int
     end: int
     ranges: list[tuple[int, int, int]]
+    keys: int
 
-    @property
-    def keys(self) -> int:
-        return sum(end - first for first, end, _ in self.ranges)
+    @classmethod
+    def over(cls, first: int, end: int, ranges: list[tuple[int, int, int]]) -> _Task:
+        return cls(first, end, ranges, sum([stop - start for start, stop, _ in ranges]))
 
 
 def _plan(
@@ -658,16 +659,19 @@ def _plan(
     # All pieces should take about as long as each other, and be as many as fit on the GPU at once;
     # rounding down, since one more would wait for all the others. Where that rounds too coarsely,
     # they are as many as fit four times, if merging a piece costs little beside walking it.
-    share = max(1, sum(walk.keys for walk in walks)) * heads / at_once
+    share = max(1, sum([walk.keys for walk in walks])) * heads / at_once
     coarse = 4 * len(walks) * heads > at_once
     tasks = []
     for walk in walks:
         pieces = int(min(walk.keys / share + 0.01, walk.keys / (4 * block_n)))
         if coarse:
             pieces = max(pieces, round(min(4 * walk.keys / share, walk.keys / (32 * block_m))))
-        pieces = max(1, pieces)
+        if pieces <= 1:
+            tasks.append(walk)
+            continue
         size = -(-walk.keys // (pieces * block_n)) * block_n
-        tasks += [_Task(walk.first, walk.end, ranges) for ranges in _cut(walk.ranges, size)]
+        cut = _cut(walk.ranges, size)
+        tasks += [_Task.over(walk.first, walk.end, ranges) for ranges in cut]
     # The longest first, and neighbours read the same keys.
     tasks.sort(key=lambda task: (-task.keys, task.ranges[:1]))
 
@@ -791,14 +795,15 @@ def _row_blocks(
                 shift = span.end_key - span.end_query + 1
                 end_key = min(span.end_key, (end_row - 1) // group + shift)
             ranges.append((span.first_key, end_key, shift))
-        blocks.append(_Task(row, end_row, ranges))
+        blocks.append(_Task.over(row, end_row, ranges))
     return blocks
 
 
 def _held_by(stripes: Stripes, walk: _Task) -> _Task:
     """Over the keys that a process holds, where they lie with it; shifts count all."""
     ranges = [(stripes.held(first), stripes.held(end), shift) for first, end, shift in walk.ranges]
-    return walk._replace(ranges=[part for part in ranges if part[0] < part[1]])
+    ranges = [part for part in ranges if part[0] < part[1]]
+    return _Task.over(walk.first, walk.end, ranges)
 
 
 def _window_blocks(
@@ -816,7 +821,7 @@ def _window_blocks(
             end_key = min(span.end_key, queries[1] + shift)
             if first_key < end_key:
                 ranges.append((first_key, end_key, shift))
-        blocks.append(_Task(row, end_row, ranges))
+        blocks.append(_Task.over(row, end_row, ranges))
     return blocks
 
 
