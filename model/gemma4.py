@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yoco_eval.kernels.dispatch import use_triton
+from yoco_eval.kernels.logits import soft_cap
 from yoco_eval.kernels.matvec import norm_linear
 from yoco_eval.kernels.norm import rms_norm, rms_norm_add
 from yoco_eval.kernels.sequences import Sequences, Spans, Step
@@ -30,7 +31,7 @@ from .decoder import Decoder
 from .gemma4_config import Gemma4Config
 from .gemma4_costs import Gemma4Costs
 from .gemma_folder import text_weights
-from .gemma_parts import gelu, layer_inputs, rounded, soft_cap
+from .gemma_parts import gelu, layer_inputs, rounded
 from .kv_sharing import (
     Decoding,
     Feeding,

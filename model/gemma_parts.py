@@ -51,8 +51,3 @@ def rounded(constant: float, dtype: torch.dtype) -> float:
 
 def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
-
-
-def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """cap * tanh(logits / cap), in place."""
-    return logits.div_(cap).tanh_().mul_(cap)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yoco_eval.kernels.logits import normaliser
 from yoco_eval.model import Model, Rows, Sequences, Span, Spans, State, to_device
 from yoco_eval.model.interface import concatenate, split, take
 
@@ -385,13 +386,13 @@ def _gather(
     for output in outputs:
         for block in output.split(rows):
             logits = model.logits(block)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            norms, likeliest = normaliser(logits)
             begin, end = np.searchsorted(positions, (start, start + len(block)))
             row, token = pairs[0, begin:end] - start, pairs[1, begin:end]
-            total = logits.logsumexp(-1)[row]
+            total = norms[row]
             total.masked_fill_(total.isinf(), math.nan)  # beside infinity, others are no numbers
             logprobs = logits[row, token] - total
-            missed = logits.argmax(-1)[row] != token
+            missed = likeliest[row] != token
             found.append(torch.stack((logprobs.double(), missed.double()), -1))
             start += len(block)
     return torch.cat(found)
