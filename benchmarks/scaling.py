@@ -443,19 +443,20 @@ def answer_one(worker: Worker, length: int) -> dict[str, Any]:
     model = worker.lm.model
     times: list[float] = []
 
-    def stop(tokens: list[int], seen: int) -> None:
+    def progress(done: int, spared: int = 0) -> None:
         times.append(time.perf_counter())
 
     model.group = worker.group
     worker.clear()
     context = np.random.default_rng(0).integers(worker.vocabulary, size=length)
-    request = GenerateRequest(context, STEPS, stop=stop)
+    request = GenerateRequest(context, STEPS)
     worker.everyones(None)
     begin = time.perf_counter()
-    run = worker.engine._generation([request], lambda done, spared=0: None)
+    run = worker.engine._generation([request], progress)
     planned = model.costs.weight_bytes(model.dtype) + run.batch.need
     [(_, answer)] = run.answers()
     del run
+    del times[:-STEPS]  # those of the prompt
     decoding = times[-1] - times[STEPS_BEFORE]
     model.group = None
     own = (worker.peak(), taken(worker), answer)
