@@ -182,6 +182,7 @@ class Comparison:
     setup_differences: what else than the checkpoint differs.
     stages: where the checkpoints stand in training; None of a few whose order nobody asked about.
     setup: of one that stands alone, how it was evaluated.
+    runs: what was read of each checkpoint, for sections that want what no other one does.
     """
 
     checkpoints: tuple[Source, ...]
@@ -197,6 +198,7 @@ class Comparison:
     setup_differences: tuple[SetupDifference, ...]
     stages: Stages | None
     setup: tuple[str, ...]
+    runs: tuple[Checkpoint, ...]
 
     @property
     def many(self) -> bool:
@@ -296,6 +298,7 @@ def compare(
         tuple(find_differences([c.tasks for c in checkpoints], list(keys))),
         stages if order or len(checkpoints) > FEW else None,
         tuple(evaluated([*checkpoints[0].tasks.values()])) if len(checkpoints) == 1 else (),
+        tuple(checkpoints),
     )
 
 

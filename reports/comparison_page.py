@@ -25,20 +25,13 @@ from yoco_eval.printable import one_line, printable, shortened
 
 from .cells import CHECKPOINT, NOTHING, Cell, Section, Table, transposed
 from .comparison import Comparison, NeedleResult, NeedleTask
-from .comparison_figures import curve_panels
-from .comparison_tables import (
-    GAPS,
-    NEEDLES,
-    cut_note,
-    effective_cell,
-    effective_note,
-    incomparable,
-    sections,
-)
 from .files import to_json
 from .heatmap import HATCH, MISSING, format_depths, heatmap_figure
 from .inline_svg import SVG, inline_svg
+from .needles_section import GAPS, NEEDLES, effective_cell, effective_note
 from .panels import Panel, file_name
+from .section_notes import cut_note, incomparable
+from .sections import panels, sections
 from .stage_figure import EFFECTIVE
 from .style import GRID, color, figure_style
 
@@ -87,7 +80,7 @@ def html(comparison: Comparison) -> str:
     environment.filters["key"] = _sort_key
     parts = vars(environment.get_template("parts.html").module)
     with figure_style(**{"axes.facecolor": "none"}, **dict.fromkeys(_INKED, _INK)):
-        curves = curve_panels(comparison)
+        curves = [panel for panel in panels(comparison) if not panel.heatmap]
         shown = [_show(comparison, section, curves) for section in sections(comparison)]
         stages = [_draw(panel) for panel in curves if panel.section == EFFECTIVE]
     return environment.get_template("page.html").render(

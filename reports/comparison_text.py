@@ -14,7 +14,7 @@ from yoco_eval.printable import printable
 
 from .cells import Cell, Section, Table
 from .comparison import Comparison
-from .comparison_tables import sections
+from .sections import sections
 
 _PAPER_COLUMNS = 9  # of a LaTeX table or a Markdown table, besides the labels
 _NARROW_COLUMNS = 14  # if there is nothing in the cells but figures

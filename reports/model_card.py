@@ -17,17 +17,21 @@ from yoco_eval import __version__
 from yoco_eval.lengths import format_length
 from yoco_eval.printable import VALUE, one_line
 
+from .benchmarks_section import BENCHMARKS
 from .comparison import Comparison
-from .comparison_tables import CURVES, METRICS, NEEDLES, sections
 from .comparison_text import escaped, markdown_table
+from .curves_section import CURVES
 from .datasets import Dataset
+from .needles_section import NEEDLES
+from .section_notes import METRICS
+from .sections import sections
 
 _TASK = {"task_type": "text-generation", "task_name": "Text Generation"}
 _HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 _EFFECTIVE = "effective_context_length"
 _LONGEST = "effective context length in tokens"
 _DIGITS = 6
-_SECTIONS = (NEEDLES, "Benchmarks", CURVES)  # that a card has
+_SECTIONS = (NEEDLES, BENCHMARKS, CURVES)  # that a card has
 _NAMES = {"acc": "accuracy", "acc_norm": "normalized accuracy", "loss": "nats per token"}
 
 

@@ -33,6 +33,7 @@ class Panel:
     name: for files: letters, digits, dots, dashes and underscores.
     height: in inches; it is `PAGE_WIDTH` wide.
     draw: into a figure, or part of one, of that size.
+    heatmap: whether it shows cells, which the page has ones to choose instead of.
     """
 
     section: str
@@ -40,6 +41,7 @@ class Panel:
     title: str
     height: float
     draw: Callable[[FigureBase], None]
+    heatmap: bool = False
 
     def figure(self) -> Figure:
         return stack([self])

@@ -30,6 +30,7 @@ from .panels import (
     draw_title,
     short_names,
 )
+from .part import Part
 from .stages import Stages
 from .style import FONT, GRID, PAGE_WIDTH, SMALL_FONT, series
 
@@ -52,18 +53,18 @@ class _Plot:
     lengths: Sequence[int]
 
 
-def stage_panel(comparison: Comparison) -> Panel | None:
-    """A plot for each task that has effective lengths; None where they are of few checkpoints."""
+def _panels(comparison: Comparison) -> list[Panel]:
+    """A plot for each task that has effective lengths; none where they are of few checkpoints."""
     plots = [plot for plot in _find_plots(comparison) if _count(plot) >= FEWEST]
     if comparison.stages is None or not plots:
-        return None
+        return []
     rows = math.ceil(len(plots) / PLOT_COLUMNS)
     names = [shortened(name, _NAME_LETTERS) for name in short_names(comparison.names)]
     below = BELOW if comparison.stages.told else text_width(names, FONT - 1) / 72 + _MARGIN
     height = TITLE + rows * (ABOVE + PLOT_HEIGHT + below)
     title = f"{EFFECTIVE} by {'training step' if comparison.stages.told else 'stage'}"
     draw = partial(_draw, title, plots, names, comparison.stages, below, height)
-    return Panel(EFFECTIVE, "effective-length", title, height, draw)
+    return [Panel(EFFECTIVE, "effective-length", title, height, draw)]
 
 
 def _find_plots(comparison: Comparison) -> list[_Plot]:
@@ -143,3 +144,6 @@ def _step_text(step: float, _: object) -> str:
         if step >= unit:
             return f"{step / unit:g}{letter}"
     return f"{step:g}"
+
+
+PART = Part(panels=_panels)

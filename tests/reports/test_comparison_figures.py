@@ -11,13 +11,13 @@ from matplotlib.colors import same_color, to_hex
 from matplotlib.image import imread
 
 from yoco_eval.reports.comparison import compare
-from yoco_eval.reports.comparison_figures import panels
 from yoco_eval.reports.comparison_files import save_comparison
 from yoco_eval.reports.panels import stack
 from yoco_eval.reports.profile import Profile, ProfileRow
 from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.reports.results import ResultsError
 from yoco_eval.reports.runs import load_checkpoints
+from yoco_eval.reports.sections import panels
 from yoco_eval.reports.style import PAGE_WIDTH, color, figure_style, series, spacing
 
 

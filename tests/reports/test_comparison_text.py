@@ -11,13 +11,13 @@ from rich.console import Console
 
 from yoco_eval.printable import one_line
 from yoco_eval.reports.comparison import compare
-from yoco_eval.reports.comparison_figures import panels
 from yoco_eval.reports.comparison_files import save_comparison
 from yoco_eval.reports.comparison_text import print_comparison
 from yoco_eval.reports.profile import Profile, ProfileRow
 from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.reports.results import ResultsError
 from yoco_eval.reports.runs import load_checkpoints
+from yoco_eval.reports.sections import panels
 
 HOSTILE = "<script>alert(1)</script>|**x**_y_[bold]\x1b[31m\n\\input{/etc/passwd}$%&#"
 

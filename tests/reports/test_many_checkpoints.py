@@ -10,12 +10,11 @@ from made_results import needle_results, results, write
 from rich.console import Console
 
 from yoco_eval.reports.comparison import compare
-from yoco_eval.reports.comparison_figures import panels
 from yoco_eval.reports.comparison_files import save_comparison
-from yoco_eval.reports.comparison_tables import sections
 from yoco_eval.reports.comparison_text import print_comparison
 from yoco_eval.reports.results import ResultsError
 from yoco_eval.reports.runs import load_checkpoints
+from yoco_eval.reports.sections import panels, sections
 from yoco_eval.reports.stages import step_in
 
 STEPS = [1000, 2000, 3000, 4000, 5000, 10000]

@@ -7,9 +7,9 @@ from rich.console import Console
 
 from yoco_eval.reports.comparison import compare
 from yoco_eval.reports.comparison_files import save_comparison
-from yoco_eval.reports.comparison_tables import sections
 from yoco_eval.reports.comparison_text import print_comparison
 from yoco_eval.reports.runs import load_checkpoints
+from yoco_eval.reports.sections import sections
 
 
 def write_model(folder):

@@ -4,9 +4,8 @@ import pytest
 from made_results import log_samples, needle_results, results, trained_to, write
 
 from yoco_eval.reports.comparison import compare
-from yoco_eval.reports.comparison_figures import panels
-from yoco_eval.reports.comparison_tables import sections
 from yoco_eval.reports.runs import load_checkpoints, load_needle_run
+from yoco_eval.reports.sections import panels, sections
 from yoco_eval.reports.setups import setup
 
 SHORT, LONG = [2**12, 2**13, 2**14, 2**15], [2**16]
