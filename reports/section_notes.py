@@ -27,7 +27,7 @@ def figure_cell(value: float, mark: str = "") -> Cell:
 
 
 def effective_told(effective: int | None, lengths: Iterable[int], cut: dict[int, int]) -> str:
-    """With a mark where it would perhaps be longer, had longer prompts not been cut."""
+    """An effective context length, marked where it might be longer, had no prompts been cut."""
     whole = [length for length in lengths if length < min(cut, default=inf)]
     ends = bool(cut) and (effective or 0) == max(whole, default=0)
     return (format_length(effective) if effective else "none") + CUT * ends
@@ -43,6 +43,11 @@ def cut_note(comparison: Comparison, cut: Iterable[dict[int, int] | None]) -> It
     if told:
         mark = f"{CUT}: prompts cut to the backend's max_length"
         yield f"{mark} ({', '.join(told)}); effective lengths end before."
+
+
+def noted_cut(tokens: int | None) -> str:
+    """What a row of numbers says of prompts that were cut to so many tokens."""
+    return "" if tokens is None else f"prompts cut to {tokens} tokens"
 
 
 def _span(numbers: Iterable[int]) -> str:
@@ -68,8 +73,3 @@ def values_told(comparison: Comparison, difference: SetupDifference) -> str:
     told = {value: shortened(listed(value.split(", "), _ENTRIES), VALUE) for _, value in there}
     alike = " (not the same further on)" if len(set(told.values())) < len(told) else ""
     return ", ".join(f"{name} {told[value]}" for name, value in there) + alike
-
-
-def noted_cut(tokens: int | None) -> str:
-    """The same for programs, of one figure."""
-    return "" if tokens is None else f"prompts cut to {tokens} tokens"
