@@ -51,7 +51,7 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         ValueError: nothing tells which it is; it cannot be loaded; or it cannot tell where its
             tokens are in the text.
     """
-    own = getattr(_evaluated(), "tokenizer", None)
+    own = getattr(evaluated(), "tokenizer", None)
     for_tasks = metadata.get("tokenizer") and "tokenizer" not in registration.given_model_args
     if not for_tasks and isinstance(own, PreTrainedTokenizerBase) and own.is_fast:
         return own
@@ -104,7 +104,7 @@ def token_counter(metadata: Mapping[str, Any]) -> TokenCounter:
     Raises:
         ValueError: as `load_tokenizer`.
     """
-    add_bos_token = getattr(_evaluated(), "add_bos_token", metadata.get("add_bos_token"))
+    add_bos_token = getattr(evaluated(), "add_bos_token", metadata.get("add_bos_token"))
     return TokenCounter(load_tokenizer(metadata), bool(add_bos_token))
 
 
@@ -121,7 +121,7 @@ def max_positions(metadata: Mapping[str, Any], scored: bool = False) -> int | No
     Raises:
         ValueError: the user's is not a length.
     """
-    if (kept := _kept_whole(_evaluated(), scored)) is not None:
+    if (kept := _kept_whole(evaluated(), scored)) is not None:
         return None if kept == sys.maxsize else kept
     for key in _ARGUMENTS:
         if metadata.get(key):
@@ -141,7 +141,7 @@ def check_positions(
     if positions is None or longest <= positions:
         return
     beyond, mend = f"the model's {positions} positions", f"max_length={longest}"
-    model = _evaluated()
+    model = evaluated()
     if _kept_whole(model, scored) is not None:
         beyond = f"{positions} tokens, beyond which the backend cuts prompts"
         known = inspect.signature(type(model)).parameters
@@ -154,7 +154,7 @@ def check_positions(
     )
 
 
-def _evaluated() -> LM | None:
+def evaluated() -> LM | None:
     """The model that lm-eval evaluates, where it is known."""
     [model] = registration.evaluated or [None]
     return model.lm if isinstance(model, CachingLM) else model

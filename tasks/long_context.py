@@ -16,6 +16,7 @@ from lm_eval.api.utils import maybe_delimit
 from lm_eval.config.group import AggMetricConfig
 
 from .answers import after_thinking
+from .building import dealt
 from .by_length import (
     BY_LENGTH,
     digest,
@@ -94,16 +95,21 @@ class LongContextTask(GeneratedTask):
         in_chats = options.get("apply_chat_template", False)
         self._thinking = in_chats and self._thinks(options.get("chat_template"))
         super().build_all_requests(**{**options, "cache_requests": False})
-        # Of the whole run, of which this process may have a share only.
-        asked = self.doc_iterator(limit=options.get("limit"), samples=options.get("samples"))
+        asked = {name: options.get(name) for name in ("limit", "samples")}
         shots = self.config.num_fewshot or 0
-        self.config.metadata["prompts"] = digests_by_length(
-            (
-                doc["context_length"],
-                digest(self.fewshot_context(doc, shots, gen_prefix=self.doc_to_prefix(doc))),
-            )
-            for _, doc in asked
-        )
+
+        def digests(rank: int, size: int) -> dict[int, tuple[int, str]]:
+            return {
+                number: (
+                    doc["context_length"],
+                    digest(self.fewshot_context(doc, shots, gen_prefix=self.doc_to_prefix(doc))),
+                )
+                for number, doc in self.doc_iterator(rank=rank, world_size=size, **asked)
+            }
+
+        # Of the whole run, of which this process may have a share only.
+        found = dealt(options.get("rank", 0), options.get("world_size", 1), digests)
+        self.config.metadata["prompts"] = digests_by_length(found.values())
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
         if "bypass" in self._metric_fn_list:  # --predict_only

@@ -6,11 +6,13 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
 from tqdm import tqdm
 
+from .building import build, count_builders
 from .conversations import (
     DOUBLED,
     NEEDLES,
@@ -63,19 +65,21 @@ class Mrcr(ConversationTask):
             self._rows = self._load()
         wanted, bins = self.settings.samples or len(self._rows), self.settings.context_lengths
         found: dict[int, list[dict[str, Any]]] = {length: [] for length in bins}
-        name = f"{self.config.task}: counting tokens"
-        for index in tqdm(range(len(self._rows)), name, leave=False, delay=1):
+        rows, name = range(len(self._rows)), f"{self.config.task}: counting tokens"
+        # Where some suffice, as many at a time as there are processes that count them.
+        some = self.settings.samples is not None
+        step = count_builders() if some else len(rows)
+        for begin in tqdm(rows[::step], name, leave=False, delay=1, disable=not some):
             missing = [length for length in bins if len(found[length]) < wanted]
             if not missing:
                 break
-            messages = self._messages(index)
-            if not self._may_be_in(messages, missing):
-                continue
-            doc = self._document(index, messages)
-            tokens = doc["prompt_tokens"] + doc["answer_tokens"]
-            length = next((length for length in bins if length / 2 < tokens <= length), None)
-            if length is not None and length in missing:
-                found[length].append({"context_length": length, **doc})
+            make = partial(self._counted, bins=missing)
+            counted, _ = build(rows[begin : begin + step], make, None if some else name)
+            for doc in filter(None, counted):
+                tokens = doc["prompt_tokens"] + doc["answer_tokens"]
+                length = next((length for length in bins if length / 2 < tokens <= length), None)
+                if length is not None and len(found[length]) < wanted:
+                    found[length].append({"context_length": length, **doc})
         documents = [doc for docs in found.values() for doc in docs]
         if not documents:
             raise ValueError(
@@ -121,6 +125,13 @@ class Mrcr(ConversationTask):
         if not len(rows):
             raise ValueError(f"data: mrcr: no sample has {self.needles} needles")
         return rows
+
+    def _counted(
+        self, index: int, bins: Sequence[int]
+    ) -> tuple[dict[str, Any] | None, dict[Any, Any]]:
+        """A sample's document if it may be in one of the bins; its text stays where it is."""
+        messages = self._messages(index)
+        return (self._document(index, messages) if self._may_be_in(messages, bins) else None), {}
 
     def _may_be_in(self, messages: Sequence[Message], bins: Sequence[int]) -> bool:
         """Whether, by an estimate, a conversation may be in one of the bins."""

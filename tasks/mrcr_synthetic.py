@@ -13,8 +13,8 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from .building import build
 from .conversations import (
     DOUBLED,
     NEEDLES,
@@ -182,29 +182,35 @@ class SyntheticMrcr(ConversationTask):
         Raises:
             ValueError: a context length is too short for one.
         """
-        self._messages: dict[tuple[int, int], list[Message]] = {}
-        documents = []
-        for length in self.settings.context_lengths:
-            conversations = self._conversations(length)
-            answers = [self._counter.count(one.answer) for one in conversations]
-            room = self._answer_tokens() if self.budget_given else DOUBLED * max(answers)
-            name = f"{self.config.task}: {length} tokens"
-            for sample, one in enumerate(tqdm(conversations, name, leave=False, delay=1)):
-                messages, tokens = self._fitted(one, length, room)
-                self._messages[length, sample] = messages
-                documents.append(
-                    {
-                        "context_length": length,
-                        "sample": sample,
-                        "needles": self.needles,
-                        "question": one.question,
-                        "random_string": one.string,
-                        "answer": one.answer,
-                        "prompt_tokens": tokens,
-                        "answer_tokens": answers[sample],
-                        "max_gen_toks": room,
-                    }
-                )
+        lengths, samples = self.settings.context_lengths, range(self.settings.samples)
+        drawn = {length: self._conversations(length) for length in lengths}
+        answers = {
+            length: [self._counter.count(one.answer) for one in conversations]
+            for length, conversations in drawn.items()
+        }
+
+        def make(
+            unit: tuple[int, int],
+        ) -> tuple[dict[str, Any], dict[tuple[int, int], list[Message]]]:
+            length, sample = unit
+            one = drawn[length][sample]
+            room = self._answer_tokens() if self.budget_given else DOUBLED * max(answers[length])
+            messages, tokens = self._fitted(one, length, room)
+            document = {
+                "context_length": length,
+                "sample": sample,
+                "needles": self.needles,
+                "question": one.question,
+                "random_string": one.string,
+                "answer": one.answer,
+                "prompt_tokens": tokens,
+                "answer_tokens": answers[length][sample],
+                "max_gen_toks": room,
+            }
+            return document, {unit: messages}
+
+        units = [(length, sample) for length in lengths for sample in samples]
+        documents, self._messages = build(units, make, f"{self.config.task}: making")
         return documents
 
     def messages(self, doc: Mapping[str, Any]) -> Sequence[Message]:

@@ -15,9 +15,9 @@ from math import prod
 from typing import Any, Protocol
 
 import datasets
-from tqdm import tqdm
 
 from .answers import after_thinking, first_number
+from .building import build
 from .by_length import BY_LENGTH, digest, metric_list, values_at
 from .evaluated_model import check_positions, token_counter
 from .generated import GeneratedTask, context_text
@@ -150,22 +150,11 @@ class NeedleGrid(GeneratedTask):
         check_positions(settings.context_lengths, metadata)
         self._haystack = self.haystack()
         self._counter = token_counter(metadata)
-        task = self.config.task
-        self._notes = [
-            Notes(
-                self._counter,
-                self.introduction,
-                partial(self._haystack.text, sample),
-                longest,
-                self.starts,
-                self.own_lines,
-            )
-            for sample in tqdm(range(settings.samples), f"{task}: tokenising", leave=False, delay=1)
-        ]
+        self._notes: dict[int, Notes] = {}
         self._build_documents()
         logger.info(
             "%s: %d prompts, %d context lengths up to %d x %d depths x %d samples",
-            task,
+            self.config.task,
             len(self._prompts),
             len(settings.context_lengths),
             longest,
@@ -268,46 +257,70 @@ class NeedleGrid(GeneratedTask):
         # As many needles as in any other prompt.
         number = len(self.hidden(settings.context_lengths[0], settings.depths[0], 0))
         reserve, shortest = self._most_tokens(number)
-        self._prompts: dict[tuple[int, float, int], str] = {}
-        documents = []
-        for length in settings.context_lengths:
-            size = length - answer - wrapping
-            if size < shortest:
-                needles = "needle" if number == 1 else f"{number} needles"
-                raise ValueError(
-                    f"context_lengths: {length} is too short for introduction, {needles}, question "
-                    f"and answer; give at least {shortest + answer + wrapping}"
-                )
-            for sample, notes in enumerate(self._notes):
-                if notes.tokens < size:
-                    raise ValueError(
-                        f"haystack: {self._haystack.name} has {notes.tokens} tokens, too few for "
-                        f"the context length {length}; give more text, or shorter context_lengths"
-                    )
-                for depth in settings.depths:
-                    hidden = asked, *others = self.hidden(length, depth, sample)
-                    prompt = notes.prompt(
-                        size,
-                        [(needle.depth, needle.sentence) for needle in hidden],
-                        [needle.question for needle in hidden],
-                        reserve,
-                    )
-                    self._prompts[length, depth, sample] = prompt.text
-                    documents.append(
-                        {
-                            "context_length": length,
-                            "depth": depth,
-                            "sample": sample,
-                            **asked.facts,
-                            "question": asked.question.strip(),
-                            "needle": asked.sentence,
-                            "needle_position": prompt.needle_position,
-                            "prompt_tokens": prompt.tokens + wrapping,
-                            "excerpt": _excerpt(prompt, asked.sentence),
-                        }
-                        | self.tell_of_others(others)
-                    )
+        least = shortest + answer + wrapping
+        if (length := min(settings.context_lengths)) < least:
+            needles = "needle" if number == 1 else f"{number} needles"
+            raise ValueError(
+                f"context_lengths: {length} is too short for introduction, {needles}, question "
+                f"and answer; give at least {least}"
+            )
+        make = partial(self._build_sample, wrapping=wrapping, reserve=reserve)
+        bar = f"{self.config.task}: tokenising"
+        by_sample, self._prompts = build(range(settings.samples), make, bar)
+        documents = [
+            doc for samples in zip(*by_sample, strict=True) for docs in samples for doc in docs
+        ]
         self.dataset = {"test": datasets.Dataset.from_list(documents)}
+
+    def _build_sample(
+        self, sample: int, wrapping: int, reserve: int
+    ) -> tuple[list[list[dict[str, Any]]], dict[tuple[int, float, int], str]]:
+        """A sample's documents by context length, and its prompts."""
+        settings = self.settings
+        if sample not in self._notes:
+            self._notes[sample] = Notes(
+                self._counter,
+                self.introduction,
+                partial(self._haystack.text, sample),
+                max(settings.context_lengths),
+                self.starts,
+                self.own_lines,
+            )
+        notes = self._notes[sample]
+        prompts: dict[tuple[int, float, int], str] = {}
+        documents: list[list[dict[str, Any]]] = []
+        for length in settings.context_lengths:
+            size = length - self._answer - wrapping
+            if notes.tokens < size:
+                raise ValueError(
+                    f"haystack: {self._haystack.name} has {notes.tokens} tokens, too few for the "
+                    f"context length {length}; give more text, or shorter context_lengths"
+                )
+            documents.append([])
+            for depth in settings.depths:
+                hidden = asked, *others = self.hidden(length, depth, sample)
+                prompt = notes.prompt(
+                    size,
+                    [(needle.depth, needle.sentence) for needle in hidden],
+                    [needle.question for needle in hidden],
+                    reserve,
+                )
+                prompts[length, depth, sample] = prompt.text
+                documents[-1].append(
+                    {
+                        "context_length": length,
+                        "depth": depth,
+                        "sample": sample,
+                        **asked.facts,
+                        "question": asked.question.strip(),
+                        "needle": asked.sentence,
+                        "needle_position": prompt.needle_position,
+                        "prompt_tokens": prompt.tokens + wrapping,
+                        "excerpt": _excerpt(prompt, asked.sentence),
+                    }
+                    | self.tell_of_others(others)
+                )
+        return documents, prompts
 
     def tell_of_others(self, others: Sequence[Hidden]) -> dict[str, Any]:
         """What a document says of the needles that it does not ask for."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple, TypeAlias
 
+from .building import build, count_builders
 from .by_length import effective_length, metric_at
 from .evaluated_model import token_counter
 from .long_context import LongContextGroup, LongContextTask
+from .members import Member, load_members
 from .ruler_prompts import generate
 from .settings import count, lengths, setting, text, whole
 
@@ -18,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Tasks that differ from lm-eval's in prompts or scores: what to add to their versions there.
 _REVISIONS = {"ruler_cwe": 1, "ruler_qa_squad": 1, "ruler_qa_hotpot": 1}
+_Place: TypeAlias = tuple[str, int, int]  # of a text: its task, context length and number
 _FAR = 0.5  # share of a context length below which its prompts are said to be far shorter
 
 
@@ -38,10 +42,37 @@ class Settings:
     data: str | None = setting(text, None)
 
 
+class _Made(NamedTuple):
+    """What a task's generator made, without the long texts, and what the user should know."""
+
+    documents: list[dict[str, Any]]
+    warnings: list[str]
+
+    @classmethod
+    def united(cls, parts: Sequence[_Made]) -> _Made:
+        """Those of several context lengths each, shorter ones first."""
+        documents = sorted(
+            chain.from_iterable(part.documents for part in parts),
+            key=lambda doc: doc["context_length"],
+        )
+        return cls(documents, [warning for part in parts for warning in part.warnings])
+
+
 class Ruler(LongContextTask):
+    """A configuration may have a key `given`: `made` and `inputs` of another process's task.
+
+    Attributes:
+        made: what the task's generator made.
+        inputs: the long texts, by task, context length and number; perhaps those of other tasks.
+    """
+
     Settings = Settings
+    made: _Made
+    inputs: Mapping[_Place, str]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        config = dict(config)
+        self._given: tuple[_Made, Mapping[_Place, str]] | None = config.pop("given", None)
         metadata = dict(config["metadata"])
         metadata["version"] += _REVISIONS.get(config["task"], 0)
         super().__init__({**config, "metadata": metadata})
@@ -52,34 +83,51 @@ class Ruler(LongContextTask):
         Raises:
             ValueError: a context length is too short, or texts are missing; the error tells which.
         """
-        config, settings = self.config, self.settings
         self._answer = self._answer_tokens()
-        counter = token_counter(config.metadata)
-        self._inputs: dict[tuple[int, int], str] = {}
-        documents = []
-        for sample in generate(
+        if self._given is None:
+            lengths, count = self.settings.context_lengths, count_builders()
+            parts = [part for first in range(count) if (part := lengths[first::count])]
+            made, self.inputs = build(parts, self._generate)
+            self.made = _Made.united(made)
+        else:
+            self.made, self.inputs = self._given
+            self._given = None  # when this is called again, it is for another budget
+        for warning in self.made.warnings:
+            logger.warning(warning)
+        return self.made.documents
+
+    def _generate(self, lengths: Sequence[int]) -> tuple[_Made, dict[_Place, str]]:
+        config, settings = self.config, self.settings
+        warnings: list[str] = []
+        documents = generate(
             config.task,
             config.custom_dataset,
-            counter,
-            settings.context_lengths,
+            token_counter(config.metadata),
+            lengths,
             samples=settings.samples,
             seed=settings.seed,
             answer=self._answer,
             delimiter=config.target_delimiter,
             data=settings.data,
-        ):
+            words=max(settings.context_lengths),
+            warn=warnings.append,
+        )
+        inputs = {}
+        for sample in documents:
             sample.pop("input_example", None)
-            length = sample["context_length"] = sample["max_length"]
-            self._inputs[length, sample["index"]] = sample.pop("input")
-            documents.append(sample)
-        for length in settings.context_lengths:
+            sample["context_length"] = sample["max_length"]
+            inputs[self._place(sample)] = sample.pop("input")
+        for length in lengths:
             longest = max(doc["length"] for doc in documents if doc["context_length"] == length)
             if longest < _FAR * length:
-                logger.warning(
-                    "%s: the prompts of context length %d have %d tokens at most, as the words or "
-                    "texts that they are made of end there", config.task, length, longest,
-                )  # fmt: skip
-        return documents
+                warnings.append(
+                    f"{config.task}: the prompts of context length {length} have {longest} tokens "
+                    "at most, as the words or texts that they are made of end there"
+                )
+        return _Made(documents, warnings), inputs
+
+    def _place(self, doc: Mapping[str, Any]) -> _Place:
+        return self.config.task, doc["context_length"], doc["index"]
 
     def build_all_requests(self, **options: Any) -> None:
         if self._answer_tokens() != self._answer:  # --gen_kwargs come after loading
@@ -87,7 +135,7 @@ class Ruler(LongContextTask):
         super().build_all_requests(**options)
 
     def input(self, doc: Mapping[str, Any]) -> str:
-        return self._inputs[doc["context_length"], doc["index"]]
+        return self.inputs[self._place(doc)]
 
     def score(self, doc: Mapping[str, Any], results: Sequence[str]) -> float:
         """lm-eval's, but for questions with several answers: one suffices, as to RULER's authors.
@@ -111,6 +159,27 @@ class RulerGroup(LongContextGroup):
                 "pip install 'yoco-eval[ruler]'"
             )
         super().__init__(config)
+
+    def tasks(self, config: Mapping[str, Any]) -> Iterable[Member]:
+        """The members, each made with its texts by one process of a machine."""
+        own: dict[str, Ruler] = {}
+
+        def load(name: str, **given: Any) -> Ruler:
+            member = {"name": name, "class": self.Task, **given}
+            [task] = load_members([config["folder"]], [member], config["metadata"])
+            assert isinstance(task, Ruler)
+            return task
+
+        def make(name: str) -> tuple[_Made, Mapping[_Place, str]]:
+            own[name] = load(name)
+            return own[name].made, own[name].inputs
+
+        names = config["members"]
+        everything, inputs = build(names, make)
+        for name, made in zip(names, everything, strict=True):
+            task = own[name] if name in own else load(name, given=(made, inputs))
+            task.inputs = inputs
+            yield task
 
     def aggregate(self, task_metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         summary = super().aggregate(task_metrics)

@@ -8,7 +8,6 @@ their searches for the largest prompt that fits.
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +23,6 @@ from tqdm import tqdm
 from .haystack import ESSAYS
 from .hub_data import load
 from .prompts import TokenCounter
-
-logger = logging.getLogger(__name__)
 
 # By module of lm-eval: the function that makes the samples of one context length; and which
 # argument of its `generate_input_output` is the size that it searches for, if it does.
@@ -151,6 +148,8 @@ def generate(
     answer: int,
     delimiter: str,
     data: str | None,
+    words: int,
+    warn: Callable[[str], object],
 ) -> list[dict[str, Any]]:
     """The samples of a task as its generator makes them, shorter context lengths first.
 
@@ -166,6 +165,8 @@ def generate(
         answer: tokens to generate.
         delimiter: what stands between the sample's `input` and its `gen_prefix` in the prompt.
         data: folder of the texts, None to download them.
+        words: that essays have at least: no fewer than tokens in the longest context of all calls.
+        warn: is told what the user should know.
 
     Raises:
         ValueError: a context length is too short, or texts are missing.
@@ -229,17 +230,17 @@ def generate(
             excess = max(one["length"] for one in made) - length
             if excess <= 0:
                 if not kept:
-                    logger.warning(
-                        "%s: its example takes more tokens than context length %d has room for; "
-                        "prompts of this length are without it", task, length,
-                    )  # fmt: skip
+                    warn(
+                        f"{task}: its example takes more tokens than context length {length} has "
+                        "room for; prompts of this length are without it"
+                    )
                 collected.extend(made)
                 return []
             tokenizer.beyond += excess  # which the generator has not counted
 
     replaced = {name: sample, "get_tokenizer": lambda *_, **__: tokenizer}
     if "get_haystack" in names:
-        replaced["get_haystack"] = _haystacks(names["get_haystack"], data, max(context_lengths))
+        replaced["get_haystack"] = _haystacks(names["get_haystack"], data, words)
     if "download_json" in names:
         replaced["download_json"] = _downloads(names["download_json"], data)
         for reader in ("read_squad", "read_hotpotqa"):  # without their memory of other folders

@@ -32,6 +32,7 @@ from yoco_eval.model.families import check_together, join_group
 from yoco_eval.model.folder import end_tokens
 from yoco_eval.model.hub import hub_commit
 
+from .building import Builders
 from .chat import ChatTemplate
 from .context_parallel import check_divides, own_group
 from .dealing import deal, each_task, put_together
@@ -112,6 +113,9 @@ class YocoLM(TemplateLM):
             begin behind it. Needed where `enable_thinking` is true.
         chat_template_args: variables for the chat template, by name.
         trust_remote_code: accepted because other backends take it; no code is ever executed.
+
+    Attributes:
+        builders: the processes that make prompts together, for tasks to ask; None: this one alone.
     """
 
     def __init__(
@@ -136,8 +140,10 @@ class YocoLM(TemplateLM):
     ) -> None:
         super().__init__()
         self._ranks = join()
+        self.builders: Builders | None = None
         if self._ranks is not None:
             self._rank, self._world_size = self._ranks.rank, self._ranks.size
+            self.builders = Builders(self._ranks)
         if unknown:
             raise ValueError(
                 f"unknown model argument {', '.join(sorted(unknown))}; --model yoco takes "

@@ -109,7 +109,8 @@ class Ranks:
 
     Attributes:
         rank, size: of this process, and how many there are.
-        local_rank, local_size: among those of the same machine.
+        neighbours: the ranks of those on the same machine, this one's own among them.
+        local_rank, local_size: among those.
         working: whether others count on this process, so that it must not just leave.
 
     Raises:
@@ -142,8 +143,9 @@ class Ranks:
         self._sign(self._store, 0)
         self._collect(None)
         hosts = [host for host, _, _ in self._names]
-        self.local_size = hosts.count(own[0])
-        among = hosts[: self.rank].count(own[0])
+        self.neighbours = [rank for rank, host in enumerate(hosts) if host == own[0]]
+        self.local_size = len(self.neighbours)
+        among = self.neighbours.index(self.rank)
         self.local_rank = int(os.environ.get("LOCAL_RANK", among))
         self._alive = time.monotonic()
         self._threads = [

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 import yoco_eval.tasks
+from yoco_eval import registration
 from yoco_eval.lm import YocoLM
 from yoco_eval.tasks.by_length import effective_length
 from yoco_eval.tasks.evaluated_model import load_tokenizer
@@ -257,11 +258,52 @@ def test_common_words_are_shown_by_an_example(data, caplog):
     assert "example takes more tokens than context length 4096" in caplog.text
 
 
+def test_a_group_takes_what_other_processes_have_made(data, monkeypatch, caplog):
+    names, settings = ALL[3:6], {"context_lengths": [2048, 4096], "samples": 2, "data": data}
+    names.append("ruler_cwe")  # which warns
+    alone = {task.task_name: task for task in group(*names, **settings)}
+    warned, made = [record.message for record in caplog.records], []
+    caplog.clear()
+
+    class Second:
+        """Of two processes."""
+
+        busy, count = False, 2
+
+        def build(self, units, make, bar=None):
+            self.busy, found, texts = True, [], {}
+            for index, unit in enumerate(units):
+                if index % 2:
+                    made.append(unit)
+                    everyones, inputs = make(unit)
+                else:
+                    everyones, inputs = alone[unit].made, alone[unit].inputs
+                found.append(everyones)
+                texts |= inputs
+            self.busy = False
+            return found, texts
+
+        def collect(self, own):
+            raise AssertionError
+
+    model = type("Model", (), {"builders": Second()})()
+    monkeypatch.setattr(registration, "evaluated", [model])
+    shared = list(group(*names, **settings))
+    assert made == names[1::2] and [task.task_name for task in shared] == names
+    for task in shared:
+        reference = alone[task.task_name]
+        assert list(task.eval_docs) == list(reference.eval_docs)
+        texts = [task.doc_to_text(doc) for doc in task.eval_docs]
+        assert texts == [reference.doc_to_text(doc) for doc in reference.eval_docs]
+    assert warned and [record.message for record in caplog.records] == warned
+
+
 def test_others_draw_as_before(tokenizers):
     from lm_eval.tasks.ruler.vt_utils import get_vt_dataset
 
     states = random.getstate(), np.random.get_state()[1].tolist()
     options = {"samples": 1, "seed": 0, "answer": 30, "delimiter": " ", "data": None}
+    options |= {"words": 2048, "warn": print}
     assert generate("x", get_vt_dataset, TokenCounter(tokenizers["demo"]), [2048], **options)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
 

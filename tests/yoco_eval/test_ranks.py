@@ -243,6 +243,8 @@ def test_all_is_as_of_one_process(launcher, tasks, alone, tmp_path):
     loads = [count.get("generate", 0) for count in counts]
     assert 0 <= sum(loads) - fed["generate"] <= INTRODUCTION * (len(loads) - 1)
     assert max(loads) <= 1.15 * sum(loads) / len(loads)
+    haystacks = [count["haystacks"] for count in counts]  # all processes are on one machine
+    assert haystacks == [fed["haystacks"] // len(counts)] * len(counts) and sum(haystacks) == 12
     for line in ("Running loglikelihood requests", "Selected Tasks", "Setting random seed"):
         assert done.stderr.count(line) == 1
     assert done.stderr.count("yoco loglikelihood_rolling: 0") == 1
@@ -338,6 +340,7 @@ def alive(process):
 MEMBER = """
 import os, signal, sys, time
 from yoco_eval import ranks
+from yoco_eval.building import Builders
 ranks._BEAT, ranks._PATIENCE, ranks._HURRY, ranks._GRACE = 0.1, 1.5, 0.7, 2.0
 own = ranks.join()
 fault, _, rank = sys.argv[1].partition(":")
@@ -351,6 +354,13 @@ assert mail == [((own.rank - 1) % 3, "x" * (5 << 20)), (own.rank - 1) % 3]
 assert own.gather("abc"[own.rank]) == (None if own.rank else ["a", "b", "c"])
 assert own.scatter(None if own.rank else "xyz") == "xyz"[own.rank]
 own.add("done", 1)
+def make(unit):
+    if fault == "unmade" and unit == int(rank):
+        raise ZeroDivisionError("by a process")
+    return own.rank, {unit: "abcde"[unit]}
+made, texts = Builders(own).build(range(5), make)
+assert made == [0, 1, 2, 0, 1] and texts == dict(enumerate("abcde")) and not own.working
+own.working = True
 if fault and own.rank == int(rank):
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -399,6 +409,7 @@ def members(fault=""):
         ("killed:0", "rank 0 of 3 (process "),
         ("killed:1", "rank 1 of 3 (process "),
         ("left:2", "before the others were done: the run ends"),
+        ("unmade:1", "ZeroDivisionError: by a process"),
     ],
 )
 def test_all_end_where_one_does(fault, message):
@@ -410,7 +421,7 @@ def test_all_end_where_one_does(fault, message):
     assert all(code != 0 for other, code in enumerate(codes) if other != rank)
     (text,) = said
     assert message in text
-    if fault.startswith("raised"):
+    if "ZeroDivisionError" in message:
         assert text.splitlines()[0] == "yoco-eval: rank 1 of 3 fails, and the run ends:"
     else:
         assert len(text.splitlines()) == 1

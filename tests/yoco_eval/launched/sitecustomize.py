@@ -2,9 +2,9 @@
 has launched.
 
 lm-eval then reads this project's tasks alone, not its own thousands of files, and does not ask pip
-what is installed, which takes it seconds; the tokens that a process feeds are counted, and written
-where COUNTS says; and generation is slowed down by SLOW seconds an answer, so that there is time to
-end it.
+what is installed, which takes it seconds; the tokens that a process feeds and the haystacks that it
+makes are counted, and written where COUNTS says; and generation is slowed down by SLOW seconds an
+answer, so that there is time to end it.
 """
 
 import atexit
@@ -35,6 +35,7 @@ def be_quick():
 def count(folder):
     from yoco_eval.engine import Engine
     from yoco_eval.model import Yoco
+    from yoco_eval.tasks import prompts
 
     fed, kind = Counter(), [""]
 
@@ -54,6 +55,12 @@ def count(folder):
 
         return run
 
+    class Notes(prompts.Notes):
+        def __init__(self, *args, **options):
+            fed["haystacks"] += 1
+            super().__init__(*args, **options)
+
+    prompts.Notes = Notes
     Yoco.prefill, Yoco.feed = counting(Yoco.prefill), counting(Yoco.feed)
     Engine.generate, Engine.score = naming(Engine.generate), naming(Engine.score)
     rank = os.environ.get("RANK") or os.environ["SLURM_PROCID"]
