@@ -148,6 +148,8 @@ def _text(name: str, value: Any) -> str:
             return ", ".join(format_length(length) for length in value)
         if name == "depths":
             return ", ".join(format_depths(value)) + " %"
+        if name == "samples" and isinstance(value, dict):
+            return ", ".join(f"{count} at {format_length(int(n))}" for n, count in value.items())
         if name == "max_length":
             return format_length(value)
     except (TypeError, ValueError):  # a file may hold anything

@@ -5,6 +5,7 @@ Each source gives names and texts one after the other, so that no more is read t
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from . import hub_data, repositories
 BOOKS = "emozilla/pg19-test"  # PG-19's test split, as parquet
 REPOSITORIES = "JetBrains-Research/lca-project-level-code-completion"  # Long Code Arena
 _TEXTS = {".txt", ".md", ".rst", ".text"}
+# Folders of Python's library that are no part of it, or not written by hand.
+_BESIDES = set(
+    "site-packages dist-packages test tests idlelib lib2to3 encodings pydoc_data".split()
+)
+_MOST_LOCAL = 64  # documents of one text
 
 
 def books(task: str, data: str | None, longest: int) -> Iterator[tuple[str, str]]:
@@ -68,6 +74,55 @@ def code(task: str, data: str | None, longest: int) -> Iterator[tuple[str, str]]
         yield folder.name, repositories.join(contents)
 
 
+def local(task: str, data: str | None, longest: int) -> Iterator[tuple[str, str]]:
+    """One long text from local files, read from several places on, without a network.
+
+    The files are joined in the order of their paths. The first document begins with them, the
+    second in their middle, the others between, at the beginning of a line each; where the text
+    ends, it begins anew. So a document begins alike however long it is to be, and whatever the
+    number of others.
+
+    Args:
+        task, longest: of no matter here.
+        data: a folder of text files, or of source code where there are none, or one file; None:
+            the library of the Python that runs.
+
+    Raises:
+        ValueError: there is no such source; the error names it.
+    """
+    name, text = local_text(data)
+    for index in range(_MOST_LOCAL):
+        share = int(f"{index:b}"[::-1], 2) / (1 << index.bit_length())
+        begin = text.find("\n", int(share * len(text))) + 1 if share else 0
+        yield f"{name}, from {share:.1%} on", text[begin:] + text[:begin]
+
+
+def local_text(data: str | None) -> tuple[str, str]:
+    """What `local` reads, with a name.
+
+    Raises:
+        ValueError: as `local`.
+    """
+    if data is None:
+        folder, name = Path(sysconfig.get_path("stdlib")), "Python's library"
+        places = (file.relative_to(folder) for file in folder.rglob("*.py"))
+        chosen = (place for place in places if not _BESIDES.intersection(place.parts))
+        files = [folder / place for place in sorted(chosen)]
+    else:
+        folder, name = _existing(data), data
+        found = [folder] if folder.is_file() else _files(folder)
+        files = [file for file in found if file.suffix in _TEXTS] or [
+            file for file in found if repositories.is_source(file.name)
+        ]
+    texts = [text for file in files if (text := _read(file).strip())]
+    if not texts:
+        raise ValueError(
+            f"data: {data or folder} holds no texts ({', '.join(sorted(_TEXTS))}, or source code); "
+            "name a folder that does with --metadata data=FOLDER"
+        )
+    return str(name), "\n\n".join(texts) + "\n"
+
+
 def _holds_data_set(data: str, task: str) -> bool:
     return Path(data, task).expanduser().is_dir()
 
@@ -103,7 +158,7 @@ def _sources(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> str:
-    """A file's text; none if it is not UTF-8, as some file of a repository may well be."""
+    """A file's text; none if it is not UTF-8, as some file of many may well be."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:

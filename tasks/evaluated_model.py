@@ -154,6 +154,16 @@ def check_positions(
     )
 
 
+def hidden_size(metadata: Mapping[str, Any]) -> int | None:
+    """The channels between the model's layers, where its configuration tells them."""
+    name = metadata.get("pretrained")
+    config = _config(name, metadata) if name else {}
+    for part in [*(config.get(key) for key in _NESTED), config]:
+        if isinstance(part, dict) and isinstance(size := part.get("hidden_size"), int) and size > 0:
+            return size
+    return None
+
+
 def evaluated() -> LM | None:
     """The model that lm-eval evaluates, where it is known."""
     [model] = registration.evaluated or [None]

@@ -1,4 +1,4 @@
-"""The tasks yoco_long_loss_book and yoco_long_loss_code: loss by position in long documents.
+"""The tasks yoco_long_loss_*: loss by position in long documents.
 
 A document is cut into buckets of positions. Each is asked for as the continuation of what is before
 it, which any backend can score; where prefixes are shared, it costs one pass over the document.
@@ -193,6 +193,12 @@ class CodeLoss(LongLoss):
     """Of repositories."""
 
     source = staticmethod(documents.code)
+
+
+class LocalLoss(LongLoss):
+    """Of texts that are there, without a network."""
+
+    source = staticmethod(documents.local)
 
 
 def nats_per_token(pairs: Iterable[tuple[float, int]]) -> float:

@@ -25,7 +25,7 @@ from .conversations import (
 )
 from .haystack import MATTERS, QUALITIES, THINGS, paragraph
 from .prompts import SLACK
-from .settings import count, lengths, setting, whole
+from .settings import counts, lengths, samples_at, setting, whole
 
 _VERSE = ("ballad", "hymn", "lullaby", "poem", "riddle", "song")  # a line for each sentence
 _PROSE = ("diary entry", "fable", "letter", "news report", "short scene", "speech")
@@ -37,6 +37,7 @@ _STRING = 10  # letters of the random string
 # The shortest context length holds the largest number of needles so many times over.
 _SHARE = 3
 _PROBED = 16  # turns whose mean tokens tell how many there are room for
+_ROOMED = 20  # conversations, at least, whose right answers tell the room that an answer has
 _TRIES = 20  # of another number of turns or words
 _ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
 
@@ -51,13 +52,14 @@ class Settings:
         context_lengths: tokens of a prompt and the room for its answer, counted with the model's
             own tokenizer.
         needles: of 2, 4 and 8, those that are evaluated.
-        samples: conversations per context length and number of needles.
+        samples: conversations per context length and number of needles; one number, or one by
+            context length.
         seed: of all that is drawn.
     """
 
     context_lengths: list[int] = setting(lengths, [4096, 8192, 16384, 32768])
     needles: list[int] = setting(needle_counts, list(NEEDLES))
-    samples: int = setting(count, 10)
+    samples: int | dict[int, int] = setting(counts, 10)
     seed: int = setting(whole, 0)
 
 
@@ -182,7 +184,7 @@ class SyntheticMrcr(ConversationTask):
         Raises:
             ValueError: a context length is too short for one.
         """
-        lengths, samples = self.settings.context_lengths, range(self.settings.samples)
+        lengths, samples = self.settings.context_lengths, self.settings.samples
         drawn = {length: self._conversations(length) for length in lengths}
         answers = {
             length: [self._counter.count(one.answer) for one in conversations]
@@ -209,7 +211,7 @@ class SyntheticMrcr(ConversationTask):
             }
             return document, {unit: messages}
 
-        units = [(length, sample) for length in lengths for sample in samples]
+        units = [(n, sample) for n in lengths for sample in range(samples_at(samples, n))]
         documents, self._messages = build(units, make, f"{self.config.task}: making")
         return documents
 
@@ -217,7 +219,10 @@ class SyntheticMrcr(ConversationTask):
         return self._messages[doc["context_length"], doc["sample"]]
 
     def _conversations(self, length: int) -> list[Conversation]:
-        """Those of a context length: samples ask for the first needle, the second, ... in turn."""
+        """Those of a context length: samples ask for the first needle, the second, ... in turn.
+
+        There are some more where samples are few, so that answers have the same room then.
+        """
         settings = self.settings
         probe = paragraph(Random("sentences").random, 64)
         texts = _SHARE * max(NEEDLES) * self._counter.count(probe) / 64
@@ -229,7 +234,7 @@ class SyntheticMrcr(ConversationTask):
                 1 + sample % self.needles,
                 sentences,
             )
-            for sample in range(settings.samples)
+            for sample in range(max(_ROOMED, samples_at(settings.samples, length)))
         ]
 
     def _fitted(self, one: Conversation, length: int, room: int) -> tuple[list[Message], int]:

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from .answers import after_thinking
 from .needle import Needle, Settings, draw_cities, hide
 from .needle_grid import Hidden
-from .settings import count, depths, flag, lengths, setting
+from .settings import count, counts, depths, flag, lengths, setting
 from .wording import CITIES, QUESTION
 
 _PROTOCOLS = ("default", "paper")
@@ -39,7 +39,7 @@ class MultiSettings(Settings):
 
     context_lengths: list[int] = setting(lengths, [1 << 17])
     depths: list[float] = setting(depths, [i / 11 for i in range(1, 11)])  # as the paper's code
-    samples: int = setting(count, 5)
+    samples: int | dict[int, int] = setting(counts, 5)
     needles: int = setting(count, 16)
     ask_all: bool = setting(flag, True)
     protocol: str = setting(_protocol, "default")

@@ -23,7 +23,17 @@ from .evaluated_model import check_positions, token_counter
 from .generated import GeneratedTask, context_text
 from .haystack import sentence_starts
 from .prompts import Notes, Prompt
-from .settings import count, depths, evenly_spaced, lengths, read_settings, setting, told, whole
+from .settings import (
+    counts,
+    depths,
+    evenly_spaced,
+    lengths,
+    read_settings,
+    samples_at,
+    setting,
+    told,
+    whole,
+)
 from .wording import NUMBER_DIGITS
 
 logger = logging.getLogger(__name__)
@@ -43,13 +53,13 @@ class GridSettings:
         context_lengths: tokens of a prompt and its answer, counted with the model's own tokenizer;
             numbers, or texts such as "64k" (65536) and "1m". Given also as `max_seq_lengths`.
         depths: shares of the haystack before the needle, 0 to 1; or how many, evenly spaced.
-        samples: prompts per context length and depth.
+        samples: prompts per context length and depth; one number, or one by context length.
         seed: of all that is drawn.
     """
 
     context_lengths: list[int] = setting(lengths, [1024, 2048, 4096, 8192, 16384])
     depths: list[float] = setting(depths, evenly_spaced(11))
-    samples: int = setting(count, 2)
+    samples: int | dict[int, int] = setting(counts, 2)
     seed: int = setting(whole, 0)
 
 
@@ -141,7 +151,7 @@ class NeedleGrid(GeneratedTask):
         """
         settings, metadata = self.settings, self.config.metadata
         longest = max(settings.context_lengths)
-        grid = [len(settings.context_lengths), len(settings.depths), settings.samples]
+        grid = [len(settings.context_lengths), len(settings.depths), self._most_samples()]
         if (prompts := prod(grid)) > _MOST_PROMPTS:
             raise ValueError(
                 f"samples: {' x '.join(map(str, grid))} context lengths, depths and samples are "
@@ -159,7 +169,7 @@ class NeedleGrid(GeneratedTask):
             len(settings.context_lengths),
             longest,
             len(settings.depths),
-            settings.samples,
+            self._most_samples(),
         )
 
     def whole_prompt(self, doc: Mapping[str, Any]) -> str:
@@ -266,7 +276,7 @@ class NeedleGrid(GeneratedTask):
             )
         make = partial(self._build_sample, wrapping=wrapping, reserve=reserve)
         bar = f"{self.config.task}: tokenising"
-        by_sample, self._prompts = build(range(settings.samples), make, bar)
+        by_sample, self._prompts = build(range(self._most_samples()), make, bar)
         documents = [
             doc for samples in zip(*by_sample, strict=True) for docs in samples for doc in docs
         ]
@@ -277,12 +287,13 @@ class NeedleGrid(GeneratedTask):
     ) -> tuple[list[list[dict[str, Any]]], dict[tuple[int, float, int], str]]:
         """A sample's documents by context length, and its prompts."""
         settings = self.settings
+        there = [n for n in settings.context_lengths if sample < samples_at(settings.samples, n)]
         if sample not in self._notes:
             self._notes[sample] = Notes(
                 self._counter,
                 self.introduction,
                 partial(self._haystack.text, sample),
-                max(settings.context_lengths),
+                max(there),
                 self.starts,
                 self.own_lines,
             )
@@ -290,13 +301,15 @@ class NeedleGrid(GeneratedTask):
         prompts: dict[tuple[int, float, int], str] = {}
         documents: list[list[dict[str, Any]]] = []
         for length in settings.context_lengths:
+            documents.append([])
+            if length not in there:
+                continue
             size = length - self._answer - wrapping
             if notes.tokens < size:
                 raise ValueError(
                     f"haystack: {self._haystack.name} has {notes.tokens} tokens, too few for the "
                     f"context length {length}; give more text, or shorter context_lengths"
                 )
-            documents.append([])
             for depth in settings.depths:
                 hidden = asked, *others = self.hidden(length, depth, sample)
                 prompt = notes.prompt(
@@ -321,6 +334,11 @@ class NeedleGrid(GeneratedTask):
                     | self.tell_of_others(others)
                 )
         return documents, prompts
+
+    def _most_samples(self) -> int:
+        """Of any context length."""
+        settings = self.settings
+        return max(samples_at(settings.samples, length) for length in settings.context_lengths)
 
     def tell_of_others(self, others: Sequence[Hidden]) -> dict[str, Any]:
         """What a document says of the needles that it does not ask for."""

@@ -36,6 +36,7 @@ SETTINGS = {
     "depths": MARKED,
     "context_lengths": MARKED,
     "seed": MARKED,
+    "minutes": STATED,
 }
 NAMES = frozenset({*SETTINGS, "max_seq_lengths"})  # which stands for context_lengths
 # Which model is evaluated and how its tokens are counted: read by `evaluated_model` and lm-eval.
@@ -145,6 +146,35 @@ def whole(name: str, value: Any) -> int:
 def count(name: str, value: Any) -> int:
     """A whole number, 1 or more."""
     return _within(f"{name}:", whole(name, value))
+
+
+def counts(name: str, value: Any) -> int | dict[int, int]:
+    """A whole number, 1 or more; or such numbers by context length."""
+    if not isinstance(value, Mapping):
+        return count(name, value)
+    found = {}
+    for length, number in value.items():
+        try:
+            found[parse_length(length)] = count(name, number)
+        except ValueError as error:
+            raise ValueError(error if name in str(error) else f"{name}: {error}") from None
+    return found
+
+
+def samples_at(samples: int | Mapping[int, int], context_length: int) -> int:
+    """The samples of a context length, where `counts` read how many there are.
+
+    Raises:
+        ValueError: they are told by context length, and not of this one.
+    """
+    if isinstance(samples, int):
+        return samples
+    if context_length not in samples:
+        raise ValueError(
+            f"samples: there is no number for the context length {context_length}; give one, or "
+            "one number for all"
+        )
+    return samples[context_length]
 
 
 def _within(what: str, given: int) -> int:

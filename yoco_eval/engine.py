@@ -115,6 +115,10 @@ class Engine:
                 for i, tokens in run.answers():
                     yield indices[i], tokens
 
+    def longest(self) -> int:
+        """The longest text, in tokens, that the memory takes which is free now."""
+        return self._fit(1).longest
+
     def _generation(self, requests: Sequence[GenerateRequest], progress: Progress) -> Generation:
         """Refuses what does not fit, one text at a time at the least."""
         model, costs, dtype = self.model, self.model.costs, self.model.dtype

@@ -354,6 +354,18 @@ class YocoLM(TemplateLM):
     ) -> str:
         return self._chats.render(chat_history, add_generation_prompt)
 
+    def longest_context(self) -> int:
+        """The longest text, in tokens, that the memory takes which is free now."""
+        return self.engine.longest()
+
+    def prefill_operations(self, length: int) -> int:
+        """Floating-point operations that feed so many tokens."""
+        return self.model.costs.prefill_operations(length)
+
+    def agree(self, own: Any) -> Any:
+        """What the first process of the run says, where each says something of its own."""
+        return own if self._ranks is None else self._ranks.collect(own)[0]
+
     def prepare(self, tasks: Mapping[Any, Any]) -> None:
         """Is told all tasks of a run before any is computed.
 

@@ -6,12 +6,14 @@ site-packages imports this package when Python starts, which calls `install()`: 
 its command line, makes models and runs its evaluations, and adds ours after each has run.
 Later releases read the entry point `lm_eval.models`, and for them only the tasks are added.
 
-This module is imported whenever Python starts, so it imports nothing but `sys`. By
+This module is imported whenever Python starts, so it imports nothing but `sys` and `time`, which
+are there by then. By
 `python -X importtime`, on a machine where Python starts in 10 ms, it costs 0.4 ms, its package
 included; importing wrapt, which offers post-import hooks ready-made, costs 60 ms there.
 """
 
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ given_model_args: frozenset[str] = frozenset()
 # While `simple_evaluate` or `evaluate` runs: a list of the model that it evaluates, empty until
 # lm-eval has made it. Tasks size their prompts by it.
 evaluated: "list[Any] | None" = None
+# What that function was told of the run, by name; and when, by `time.monotonic`, the run began: on
+# the command line with Python itself.
+options: "Mapping[str, Any]" = {}
+began = time.monotonic()
 
 # The command line's metadata, in which lm-eval has put the model's arguments, too.
 _mixed: object = None
@@ -84,24 +90,25 @@ def _watch_runs(evaluator: "Any") -> None:
         parameters = signature(evaluate)
 
         @wraps(evaluate)
-        def evaluate_watched(*args: "Any", **options: "Any") -> "Any":
-            global given_metadata, given_model_args, evaluated
-            before = given_metadata, given_model_args, evaluated
-            given = parameters.bind_partial(*args, **options).arguments
+        def evaluate_watched(*args: "Any", **named: "Any") -> "Any":
+            global given_metadata, given_model_args, evaluated, options, began
+            before = given_metadata, given_model_args, evaluated, options, began
+            given = parameters.bind_partial(*args, **named).arguments
             model = given.get("model", given.get("lm"))
             try:
                 if evaluated is None:
-                    evaluated = []
+                    evaluated, options = [], given
                     if given.get("metadata") is not _mixed or _mixed is None:
+                        began = time.monotonic()
                         given_metadata, given_model_args = _names(given, simple_parse_args_string)
                 if not evaluated and not isinstance(model, str):
                     evaluated.append(model)
                 prepare = getattr(given.get("lm"), "prepare", None)
                 if prepare is not None:
                     prepare(given.get("task_dict", {}))
-                return evaluate(*args, **options)
+                return evaluate(*args, **named)
             finally:
-                given_metadata, given_model_args, evaluated = before
+                given_metadata, given_model_args, evaluated, options, began = before
 
         return evaluate_watched
 
