@@ -64,6 +64,7 @@ class Ruler(LongContextTask):
     Attributes:
         made: what the task's generator made.
         inputs: the long texts, by task, context length and number; perhaps those of other tasks.
+        group: the tasks that are evaluated with this one, itself among them.
     """
 
     Settings = Settings
@@ -72,6 +73,7 @@ class Ruler(LongContextTask):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         config = dict(config)
+        self.group = [self]
         self._given: tuple[_Made, Mapping[_Place, str]] | None = config.pop("given", None)
         metadata = dict(config["metadata"])
         metadata["version"] += _REVISIONS.get(config["task"], 0)
@@ -91,7 +93,7 @@ class Ruler(LongContextTask):
             self.made = _Made.united(made)
         else:
             self.made, self.inputs = self._given
-            self._given = None  # when this is called again, it is for another budget
+            self._given = None
         for warning in self.made.warnings:
             logger.warning(warning)
         return self.made.documents
@@ -131,8 +133,26 @@ class Ruler(LongContextTask):
 
     def build_all_requests(self, **options: Any) -> None:
         if self._answer_tokens() != self._answer:  # --gen_kwargs come after loading
-            self.download()
+            self._make_again()
         super().build_all_requests(**options)
+
+    def _make_again(self) -> None:
+        """Makes the prompts of all tasks of the group whose budget is another one now."""
+        tasks = [task for task in self.group if task._answer_tokens() != task._answer]
+        own = []
+
+        def make(index: int) -> tuple[_Made, Mapping[_Place, str]]:
+            own.append(index)
+            tasks[index].download()
+            return tasks[index].made, tasks[index].inputs
+
+        everything, inputs = build(range(len(tasks)), make)
+        for index, made in enumerate(everything):
+            if index in own:
+                tasks[index].inputs = inputs
+            else:
+                tasks[index]._given = made, inputs
+                tasks[index].download()
 
     def input(self, doc: Mapping[str, Any]) -> str:
         return self.inputs[self._place(doc)]
@@ -159,6 +179,9 @@ class RulerGroup(LongContextGroup):
                 "pip install 'yoco-eval[ruler]'"
             )
         super().__init__(config)
+        tasks = [task for task in self if isinstance(task, Ruler)]
+        for task in tasks:
+            task.group = tasks
 
     def tasks(self, config: Mapping[str, Any]) -> Iterable[Member]:
         """The members, each made with its texts by one process of a machine."""

@@ -259,43 +259,59 @@ def test_common_words_are_shown_by_an_example(data, caplog):
 
 
 def test_a_group_takes_what_other_processes_have_made(data, monkeypatch, caplog):
-    names, settings = ALL[3:6], {"context_lengths": [2048, 4096], "samples": 2, "data": data}
-    names.append("ruler_cwe")  # which warns
-    alone = {task.task_name: task for task in group(*names, **settings)}
-    warned, made = [record.message for record in caplog.records], []
-    caplog.clear()
+    """Also where all is made again for a budget that --gen_kwargs give."""
+    names, settings = ["niah_single_1", "ruler_cwe", "ruler_fwe"], {"samples": 2, "data": data}
+    settings["context_lengths"] = [2048, 4096]
+
+    def all_of(tasks):
+        texts = {name: [t.doc_to_text(doc) for doc in t.eval_docs] for name, t in tasks.items()}
+        documents = {name: list(t.eval_docs) for name, t in tasks.items()}
+        warnings = [record.message for record in caplog.records if "example" in record.message]
+        caplog.clear()
+        return texts, documents, warnings
 
     class Second:
         """Of two processes."""
 
-        busy, count = False, 2
+        busy, count, made = False, 2, []
 
         def build(self, units, make, bar=None):
             self.busy, found, texts = True, [], {}
             for index, unit in enumerate(units):
+                name = unit if isinstance(unit, str) else names[unit]
                 if index % 2:
-                    made.append(unit)
-                    everyones, inputs = make(unit)
-                else:
-                    everyones, inputs = alone[unit].made, alone[unit].inputs
+                    self.made.append(name)
+                everyones, inputs = (
+                    make(unit) if index % 2 else (alone[name].made, alone[name].inputs)
+                )
                 found.append(everyones)
                 texts |= inputs
             self.busy = False
             return found, texts
 
         def collect(self, own):
-            raise AssertionError
+            return [own]
 
     model = type("Model", (), {"builders": Second()})()
+    alone = {task.task_name: task for task in group(*names, **settings)}
+    expected = all_of(alone)
+    with monkeypatch.context() as patch:
+        patch.setattr(registration, "evaluated", [model])
+        shared = {task.task_name: task for task in group(*names, **settings)}
+    assert list(shared) == names and Second.made == ["ruler_cwe"]
+    assert all_of(shared) == expected and expected[-1]
+    for tasks in (alone, shared):
+        for task in tasks.values():
+            budget = {**task.config.generation_kwargs, "max_gen_toks": 200}
+            task.set_config(key="generation_kwargs", value=budget)
+    for task in alone.values():
+        task.build_all_requests()
+    again = all_of(alone)
     monkeypatch.setattr(registration, "evaluated", [model])
-    shared = list(group(*names, **settings))
-    assert made == names[1::2] and [task.task_name for task in shared] == names
-    for task in shared:
-        reference = alone[task.task_name]
-        assert list(task.eval_docs) == list(reference.eval_docs)
-        texts = [task.doc_to_text(doc) for doc in task.eval_docs]
-        assert texts == [reference.doc_to_text(doc) for doc in reference.eval_docs]
-    assert warned and [record.message for record in caplog.records] == warned
+    for task in shared.values():
+        task.build_all_requests()
+    assert all_of(shared) == again and again[0] != expected[0]
+    assert Second.made == ["ruler_cwe"] * 2
 
 
 def test_others_draw_as_before(tokenizers):
