@@ -11,14 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks._index import TaskIndex
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from torch.utils import collect_env
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import yoco_eval.tasks
 from yoco_eval.cli import main
 from yoco_eval.model import Yoco
 from yoco_eval.model.checkpoint import BUNDLED, DEFAULT_CHECKPOINT
@@ -38,10 +41,11 @@ def command(*arguments, grid=GRID, model="yoco", tasks="yoco_needle"):
 
 
 def environment():
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    quick = {"PYTHONPATH": str(Path(__file__).parent / "yoco_eval" / "launched"), "ALONE": "1"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **quick}
 
 
-def lm_eval(*arguments, **settings):
+def run_lm_eval(*arguments, **settings):
     return subprocess.run(
         command(*arguments, **settings), env=environment(), capture_output=True, text=True
     )
@@ -59,22 +63,22 @@ def cells(folder, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def indexed_once():
-    """Has lm-eval read its thousands of task files once for all tests, which takes it seconds."""
-    build, built = TaskIndex.build, {}
+def quick():
+    """lm-eval reads two folders of tasks instead of all, and does not ask pip what is installed."""
+    ours, theirs = (Path(module.__file__).parent for module in (yoco_eval.tasks, lm_eval.tasks))
+    build = TaskIndex.build
 
-    def build_once(paths, **options):
-        key = (*map(str, paths), *sorted(options.items()))
-        if key not in built:
-            built[key] = build(paths, **options)
-        return dict(built[key])
+    def build_few(paths, **options):
+        assert paths == [theirs]
+        return build([ours, theirs / "ruler"], **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", staticmethod(build_once))
+        patch.setattr(TaskIndex, "build", staticmethod(build_few))
+        patch.setattr(collect_env, "get_pip_packages", lambda *_: ("pip", ""))
         yield
 
 
-def test_killed_run_resumes(tmp_path, monkeypatch, indexed_once, capfd):
+def test_killed_run_resumes(tmp_path, monkeypatch, quick, capfd):
     """Killed in the middle, a run goes on where its cache ends, to the same figures."""
 
     def run(*arguments):
@@ -122,7 +126,7 @@ def stored(database: Path) -> int:
         connection.close()
 
 
-def test_hugging_face_model(tmp_path, capsys, monkeypatch, indexed_once):
+def test_hugging_face_model(tmp_path, capsys, monkeypatch, quick):
     """Another backend, on this project's task and on one of lm-eval's own RULER tasks."""
     load_tokenizer(BUNDLED / DEFAULT_CHECKPOINT).save_pretrained(tmp_path / "llama")
     LlamaForCausalLM(
@@ -154,7 +158,7 @@ def test_hugging_face_model(tmp_path, capsys, monkeypatch, indexed_once):
 
 
 def test_errors_are_the_last_line():
-    run = lm_eval(grid={**GRID, "colour": "blue"})
+    run = run_lm_eval(grid={**GRID, "colour": "blue"})
     assert run.returncode != 0
     assert "metadata 'colour' is unknown; this task's" in run.stderr.splitlines()[-1]
 
@@ -207,7 +211,7 @@ class Bomb:
         ("", {"sample": 3}, "'sample' is unknown; did you mean 'samples'?"),
     ],
 )  # fmt: skip
-def test_bad_input(bad, indexed_once, monkeypatch, arguments, grid, message):
+def test_bad_input(bad, quick, monkeypatch, arguments, grid, message):
     """Refused in one line, before anything is computed."""
     grid = {k: v.format(bad=bad) if isinstance(v, str) else v for k, v in {**GRID, **grid}.items()}
     given = ["--model_args", arguments.format(bad=bad)] if arguments else []

@@ -1,10 +1,9 @@
-"""Python imports this first where it finds it: `test_ranks.py` puts it before the processes that it
-has launched.
+"""Python imports this first where it finds it: tests put it before processes that they launch.
 
 lm-eval then reads this project's tasks alone, not its own thousands of files, and does not ask pip
-what is installed, which takes it seconds; the tokens that a process feeds and the haystacks that it
-makes are counted, and written where COUNTS says; and generation is slowed down by SLOW seconds an
-answer, so that there is time to end it.
+what is installed, which takes it seconds. Where processes are several (`test_ranks.py`), the tokens
+that one feeds and the haystacks that it makes are counted, and written where COUNTS says; and
+generation is slowed down by SLOW seconds an answer, so that there is time to end it.
 """
 
 import atexit
@@ -68,6 +67,7 @@ def count(folder):
     atexit.register(lambda: file.write_text(json.dumps(fed)))
 
 
-if {"RANK", "SLURM_PROCID"} & set(os.environ):  # not in a launcher's own process
+if {"RANK", "SLURM_PROCID", "ALONE"} & set(os.environ):  # not in a launcher's own process
     be_quick()
-    count(os.environ["COUNTS"])
+    if "COUNTS" in os.environ:
+        count(os.environ["COUNTS"])
