@@ -7,7 +7,7 @@ entry for each, in that order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import inf
@@ -27,18 +27,21 @@ from .differences import (
     find,
     needle_tests,
 )
+from .document_scores import Logged, is_long, logged_scores, united
+from .document_tests import Curve, document_tests
 from .profile import Profile
-from .results import NeedleRun, ResultsError, common_grid
+from .results import NeedleRun, ResultsError, common_grid, mapping
 from .runs import Checkpoint, Skipped
 from .samples import Answers, NeedleSample, answers, clusters, read_samples
 from .setups import SetupDifference, find_differences
 from .single_model import evaluated
 from .stages import GIVEN, Stages, in_order
 from .statistics import Interval, effective_length, interval, wilson
-from .task_runs import BUCKETS, TaskRun
+from .task_runs import BUCKETS, TaskRun, members_below
 from .task_scores import (
     Benchmark,
     PublishedModel,
+    benchmark_keys,
     compare_benchmarks,
     published_models,
 )
@@ -132,7 +135,8 @@ class LengthCurves:
     metric: "acc" (share of right answers), "loss" (nats per token, of the tokens from the length
         before up to this one) or "loss_to" (of all tokens up to it).
     n_shot: examples in each prompt; None for a group of tasks with different numbers.
-    member: whether it is a part of a group that is there, too.
+    group: of which it is a part, if that is there, too; else empty.
+    binned: whether context lengths are bins, by the characters of logged prompts.
     values: by context length in tokens; None for checkpoints that were not evaluated.
     effective_lengths: of RULER, by its authors' rule, in tokens (0: none); else None.
     cut: of each checkpoint, the lengths at which the backend cut prompts, with the tokens that were
@@ -144,11 +148,17 @@ class LengthCurves:
     task: str
     n_shot: int | None
     metric: str
-    member: bool
+    group: str
+    binned: bool
     values: tuple[dict[int, float] | None, ...]
     effective_lengths: tuple[int | None, ...] | None
     cut: tuple[dict[int, int], ...]
     left_out: tuple[tuple[int, ...], ...]
+
+    @property
+    def member(self) -> bool:
+        """Whether it is a part of a group."""
+        return bool(self.group)
 
     @property
     def context_lengths(self) -> list[int]:
@@ -181,6 +191,7 @@ class Comparison:
     caveats: pairs that are not tested, or not prompt by prompt.
     setup_differences: what else than the checkpoint differs.
     stages: where the checkpoints stand in training; None of a few whose order nobody asked about.
+    members: by group, lm-eval's long-context tasks that are not among the benchmarks.
     setup: of one that stands alone, how it was evaluated.
     runs: what was read of each checkpoint, for sections that want what no other one does.
     """
@@ -189,6 +200,7 @@ class Comparison:
     threshold: float
     benchmarks: tuple[Benchmark, ...]
     published: tuple[PublishedModel, ...]
+    members: dict[str, tuple[Benchmark, ...]]
     needles: tuple[NeedleTask, ...]
     curves: tuple[LengthCurves, ...]
     profiles: tuple[Profile | None, ...]
@@ -226,6 +238,12 @@ class Comparison:
     def has_published(self) -> bool:
         """Whether there is any row of the literature."""
         return bool(self.published) or any(task.published for task in self.needles)
+
+    @property
+    def member_tasks(self) -> set[str]:
+        """Tasks of groups that are there, too."""
+        found = {curves.task for curves in self.curves if curves.member}
+        return found | {one.task for members in self.members.values() for one in members}
 
     @property
     def regressions(self) -> list[Finding]:
@@ -277,18 +295,33 @@ def compare(
         for checkpoint, logged in zip(checkpoints, samples, strict=True)
     ]
     of_needles, caveats = needle_tests(checkpoints, told)
-    of_benchmarks, more = benchmark_tests(checkpoints, benchmarks)
-    curves = _curves(checkpoints)
-    of_curves, at_lengths = curve_tests(
-        checkpoints, [(c.task, c.n_shot, c.metric) for c in curves if not c.member]
+    logged = [_logged(one, found) for one, found in zip(checkpoints, skipped, strict=True)]
+    groups = _groups(checkpoints)
+    members = _long_members(checkpoints, groups)
+    of_benchmarks, more = benchmark_tests(
+        checkpoints, [*benchmarks, *(one for of_group in members.values() for one in of_group)]
     )
-    tests = correct([*of_needles, *of_benchmarks, *of_curves])
+    curves = [*_curves(checkpoints), *_binned_curves(checkpoints, logged, groups)]
+    of_documents = document_tests(
+        checkpoints,
+        logged,
+        [Curve(c.task, c.n_shot, c.metric, c.member, c.binned) for c in curves],
+    )
+    of_curves, at_lengths = curve_tests(
+        checkpoints,
+        [(c.task, c.n_shot, c.metric) for c in curves if not (c.member or c.binned)],
+        {(t.task, t.n_shot, t.first, t.second, t.context_length) for t in of_documents},
+    )
+    once = {(t.task, t.first, t.second) for t in of_documents if t.task in groups}
+    of_benchmarks = [t for t in of_benchmarks if (t.task, t.first, t.second) not in once]
+    tests = correct([*of_needles, *of_benchmarks, *of_curves, *of_documents])
     keys = dict.fromkeys(key for checkpoint in checkpoints for key in checkpoint.tasks)
     return Comparison(
         tuple(_source(c, found) for c, found in zip(checkpoints, skipped, strict=True)),
         threshold,
         tuple(benchmarks),
         tuple(published_models(benchmarks)) if published else (),
+        members,
         tuple(_needle_tasks(checkpoints, samples, told, threshold, published)),
         tuple(curves),
         tuple(checkpoint.profile for checkpoint in checkpoints),
@@ -416,11 +449,8 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
     curves = []
     for task, n_shot in keys:
         runs = [checkpoint.tasks.get((task, n_shot)) for checkpoint in checkpoints]
-        member = any(
-            task in other.members and other.by_length
-            for checkpoint in checkpoints
-            for other in checkpoint.tasks.values()
-        )
+        others = [run for one in checkpoints for run in one.tasks.values() if run.by_length]
+        group = next((other.task for other in others if task in other.members), "")
         for metric in dict.fromkeys(metric for run in runs if run for metric in run.by_length):
             values = _values_by_length(metric, runs)
             cut = tuple(_cut(metric, run) for run in runs)
@@ -437,7 +467,8 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
                     task,
                     n_shot,
                     metric,
-                    member,
+                    group,
+                    False,
                     values,
                     effective if task in _RULER else None,
                     cut,
@@ -446,6 +477,80 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
             )
     order = {task: len(r.members) for c in checkpoints for (task, _), r in c.tasks.items()}
     return sorted(curves, key=lambda curve: (curve.member, not order[curve.task]))
+
+
+def _logged(checkpoint: Checkpoint, skipped: list[Skipped]) -> dict[str, Logged]:
+    """What was logged of tasks by context length; what cannot be read is added to `skipped`."""
+    found = {}
+    for run in checkpoint.tasks.values():
+        logged, unread = logged_scores(run)
+        skipped += [Skipped(path, reason) for path, reason in unread]
+        if logged is not None:
+            found[run.task] = logged
+    return found
+
+
+def _groups(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
+    """The largest group of each of lm-eval's long-context tasks that were evaluated in one."""
+    groups: dict[str, tuple[int, str]] = {}
+    files = {f.path: f for c in checkpoints for run in c.tasks.values() for f in run.files}
+    for file in files.values():
+        below = mapping(file.data.get("group_subtasks"))
+        for group in below:
+            members = members_below(group, below)
+            for task in filter(is_long, members):  # sub-groups, too, which are not shown
+                groups[task] = max(groups.get(task, (0, "")), (len(members), group))
+    return {task: group for task, (_, group) in groups.items()}
+
+
+def _long_members(
+    checkpoints: Sequence[Checkpoint], groups: Mapping[str, str]
+) -> dict[str, tuple[Benchmark, ...]]:
+    """By group, lm-eval's long-context tasks, but those that stand among the benchmarks."""
+    shown = benchmark_keys(checkpoints)
+    keys = dict.fromkeys(key for one in checkpoints for key in one.tasks if key[0] in groups)
+    found: dict[str, tuple[Benchmark, ...]] = {}
+    for one in compare_benchmarks(checkpoints, [key for key in keys if key not in shown]):
+        found[groups[one.task]] = (*found.get(groups[one.task], ()), one)
+    return found
+
+
+def _binned_curves(
+    checkpoints: Sequence[Checkpoint],
+    logged: Sequence[Mapping[str, Logged]],
+    groups: Mapping[str, str],
+) -> list[LengthCurves]:
+    """Of lm-eval's long-context tasks whose documents were logged, and of groups of them."""
+    keys = dict.fromkeys(key for one in checkpoints for key in one.tasks if is_long(key[0]))
+    found = []
+    for task, n_shot in keys:
+        runs = [one.tasks.get((task, n_shot)) for one in checkpoints]
+        told = [_binned(run, of) for run, of in zip(runs, logged, strict=True)]
+        if not any(told):
+            continue
+        metric = next(one.metric for one in told if one)
+        values = tuple(one.means() if one and one.metric == metric else None for one in told)
+        cut = tuple(
+            {n: to for n in means or () if (to := run.file.cut(n)) is not None} if run else {}
+            for run, means in zip(runs, values, strict=True)
+        )
+        nothing_left_out: tuple[tuple[int, ...], ...] = ((),) * len(checkpoints)
+        group = groups.get(task, "")
+        found.append(
+            LengthCurves(task, n_shot, metric, group, True, values, None, cut, nothing_left_out)
+        )
+    return sorted(found, key=lambda curves: curves.member)
+
+
+def _binned(run: TaskRun | None, logged: Mapping[str, Logged]) -> Logged | None:
+    """What was logged of a task, or of all tasks of a group; None if they have several metrics."""
+    found = [logged.get(leaf) for leaf in run.leaves(run.file)] if run else []
+    there = [one for one in found if one is not None and one.binned]
+    if not there or len(there) < len(found) or len({one.metric for one in there}) > 1:
+        return None
+    lengths = {length for one in there for length in one.scores}
+    scores = {n: united([one.scores.get(n, {}) for one in there]) for n in lengths}
+    return Logged(there[0].metric, True, scores)
 
 
 def _cut(metric: str, run: TaskRun | None) -> dict[int, int]:

@@ -25,8 +25,13 @@ from .section_notes import (
     noted_cut,
 )
 from .single_model import beside
+from .task_runs import BUCKETS
 
 CURVES = "By context length"
+BINS = (
+    "Lengths are bins of logged prompts, which have as many tokens or fewer, and more than half of "
+    "that, with 4 characters for a token."
+)
 
 
 def _sections(comparison: Comparison) -> Iterator[Section]:
@@ -39,13 +44,38 @@ def _panels(comparison: Comparison) -> list[Panel]:
 
 def _by_length(comparison: Comparison) -> Section:
     if comparison.single:
-        return Section(CURVES, tables=tuple(_by_metric(comparison)))
-    tables = tuple(_curves(comparison, c) for c in comparison.curves if not c.member)
+        return Section(CURVES, tables=(*_by_metric(comparison), *_members(comparison)))
+    tables = [_curves(comparison, c) for c in comparison.curves if not c.member]
+    tables += _members(comparison)
     text = "Means alone; whether they differ significantly is not tested." if tables else ""
-    shown = {curves.task for curves in comparison.curves}
+    shown = {curves.task for curves in comparison.curves} | comparison.member_tasks
     if any(test.task in shown for test in comparison.tests):
-        text = "Means; whether they differ is tested where lm-eval tells standard errors."
-    return Section(CURVES, text, tables=tables)
+        text = (
+            "Means; whether they differ is tested where samples were logged (--log_samples), or "
+            "lm-eval tells standard errors."
+        )
+    return Section(CURVES, text, tables=tuple(tables))
+
+
+def _members(comparison: Comparison) -> Iterable[Table]:
+    """Of each group, folded, its tasks at each context length, and over all of them."""
+    rows: dict[str, dict[str, list[tuple[Cell, ...]]]] = {}
+    for curves in comparison.curves:
+        if curves.member and curves.metric not in BUCKETS:
+            of_task = rows.setdefault(curves.group, {}).setdefault(curves.task, [])
+            of_task += [(Cell(curves.task), *row) for row in _rows_of(curves)]
+    for group, members in comparison.members.items():
+        for member in members:
+            cells = (figure_cell(s.value) if s else Cell(NOTHING) for s in member.scores)
+            of_task = rows.setdefault(group, {}).setdefault(member.task, [])
+            of_task.append((Cell(member.task), Cell("all"), *cells))
+    for group, tasks in rows.items():
+        table = [row for of_task in tasks.values() for row in of_task]
+        binned = any(curves.binned and curves.group == group for curves in comparison.curves)
+        yield Table(
+            f"{group}: its tasks", ("task", "context", *comparison.names), tuple(table),
+            notes=(BINS,) * binned, folded=True,
+        )  # fmt: skip
 
 
 def _by_metric(comparison: Comparison) -> Iterable[Table]:
@@ -60,8 +90,9 @@ def _by_metric(comparison: Comparison) -> Iterable[Table]:
         yield beside(METRICS.get(metric, metric), tables)
 
 
-def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
-    rows = [
+def _rows_of(curves: LengthCurves) -> list[tuple[Cell, ...]]:
+    """A row for each context length."""
+    return [
         (
             length_cell(n),
             *(
@@ -73,6 +104,10 @@ def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
         )
         for n in curves.context_lengths
     ]
+
+
+def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
+    rows = _rows_of(curves)
     foot: tuple[Cell, ...] = ()
     if curves.effective_lengths:
         shown = [
@@ -84,6 +119,7 @@ def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
         foot = (Cell("effective"), *map(Cell, shown))
     title = f"{curves.task}: {METRICS.get(curves.metric, curves.metric)}"
     notes = [*incomparable(comparison, curves.task), *cut_note(comparison, curves.cut)]
+    notes += [BINS] * curves.binned
     left_out = [
         f"{name} {listed(map(format_length, lengths))}"
         for name, lengths in zip(comparison.names, curves.left_out, strict=True)

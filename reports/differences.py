@@ -11,7 +11,7 @@ it states holds at once at the level of 5 %.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -190,11 +190,14 @@ def benchmark_tests(
 
 
 def curve_tests(
-    checkpoints: Sequence[Checkpoint], curves: Iterable[tuple[str, int | None, str]]
+    checkpoints: Sequence[Checkpoint],
+    curves: Iterable[tuple[str, int | None, str]],
+    tested: Collection[tuple[str, int | None, int, int, int | None]] = (),
 ) -> tuple[list[PairTest], list[Caveat]]:
     """Tests, not yet corrected, of all pairs at each context length at which both tell errors.
 
     curves: task, number of examples and metric; see `task_runs.TaskRun.by_length`.
+    tested: task, number of examples, first and second, context length of those that are already.
     As of benchmarks, they are not paired.
     """
     tests, caveats = [], []
@@ -207,6 +210,7 @@ def curve_tests(
             lengths = [
                 n for n in evaluated
                 if all(n in one and one[n].error is not None for one in scores)
+                and (task, n_shot, i, j, n) not in tested
             ]  # fmt: skip
             if not lengths:
                 continue
@@ -269,6 +273,7 @@ def find(tests: Sequence[PairTest], checkpoints: Sequence[Checkpoint]) -> list[F
     for (task, _, first, second), group in groups.items():
         runs = [*checkpoints[first].tasks.values(), *checkpoints[second].tasks.values()]
         evaluated = {n for run in runs if run.task == task for n in run.context_lengths}
+        evaluated |= {n for test in group for n in test.context_lengths}  # bins
         findings += _find_in(group, sorted(evaluated))
     return findings
 

@@ -50,12 +50,14 @@ def _differences(comparison: Comparison) -> Section:
 
 
 def _told(comparison: Comparison, findings: Sequence[Finding]) -> Iterable[str]:
-    """The findings as sentences, one for all benchmarks in which the same one is better."""
-    yield from (comparison.sentence(finding) for finding in findings if finding.where)
+    """The findings as sentences, one for all benchmarks in which the same one is better, and one
+    for all tasks of groups."""
+    members = comparison.member_tasks
+    together = [one for one in findings if not one.where or one.task in members]
+    yield from (comparison.sentence(one) for one in findings if one not in together)
     benchmarks: dict[str, list[Finding]] = {}
-    for finding in findings:
-        if not finding.where:
-            benchmarks.setdefault(comparison.claim(finding), []).append(finding)
+    for finding in together:
+        benchmarks.setdefault(comparison.claim(finding), []).append(finding)
     for claim, alike in benchmarks.items():
         tasks = ", ".join(
             f"{_benchmark_name(comparison, one)} ({one.scores[0]:.3g} against {one.scores[1]:.3g})"

@@ -90,7 +90,7 @@ def task_runs(file: ResultsFile) -> tuple[list[TaskRun], dict[str, str]]:
         except ResultsError as error:
             damaged[task] = str(error)
             continue
-        members = tuple(_members(task, mapping(file.data.get("group_subtasks"))))
+        members = tuple(members_below(task, mapping(file.data.get("group_subtasks"))))
         scores = _scores(mapping(results.get(task)))
         shots = _shots(task, members, file.data)
         runs.append(TaskRun(task, shots, (file,), scores, cells=cells, members=members))
@@ -192,13 +192,13 @@ def _with_sources(values: dict[int, Score], file: ResultsFile) -> dict[int, Scor
     }
 
 
-def _members(group: str, subtasks: dict[str, Any], seen: tuple[str, ...] = ()) -> list[str]:
+def members_below(group: str, subtasks: dict[str, Any], seen: tuple[str, ...] = ()) -> list[str]:
     """The tasks and groups below a group, at any depth, each once."""
     found: list[str] = []
     direct = subtasks.get(group)
     for member in direct if isinstance(direct, list) else []:
         if isinstance(member, str) and member not in (group, *seen):
-            found += [member, *_members(member, subtasks, (*seen, group))]
+            found += [member, *members_below(member, subtasks, (*seen, group))]
     return list(dict.fromkeys(found))
 
 

@@ -7,7 +7,7 @@ the order of its results file, that all checkpoints have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -83,11 +83,13 @@ def benchmark_keys(checkpoints: Sequence[Checkpoint]) -> list[tuple[str, int | N
     return sorted(keys, key=_place)
 
 
-def compare_benchmarks(checkpoints: Sequence[Checkpoint]) -> list[Benchmark]:
-    """A benchmark for every task in the table; see `benchmark_keys`."""
+def compare_benchmarks(
+    checkpoints: Sequence[Checkpoint], keys: Iterable[tuple[str, int | None]] | None = None
+) -> list[Benchmark]:
+    """A benchmark for every task by name and examples; of None for those of `benchmark_keys`."""
     counting = _counting_metrics()
     benchmarks = []
-    for task, n_shot in benchmark_keys(checkpoints):
+    for task, n_shot in benchmark_keys(checkpoints) if keys is None else keys:
         runs = [checkpoint.tasks.get((task, n_shot)) for checkpoint in checkpoints]
         there = [run for run in runs if run]
         metric = counting.get((task, n_shot))
