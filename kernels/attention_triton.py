@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from .dispatch import on_hopper
 from .group import Group
 from .launch import multiprocessors, packed_heads, padded, programs
 from .rotary import Angles, rotate
@@ -710,8 +711,7 @@ def _at_once(block_m: int, dim: int, dtype: torch.dtype, device: torch.device) -
     fewer tasks than it has room for, some stay empty. So they are as many as fit, by the registers
     and shared memory that the kernel is compiled to on Hopper; elsewhere about as many.
     """
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    if not hopper or dtype == torch.float32:
+    if dtype == torch.float32 or device.type != "cuda" or not on_hopper(device):
         return programs(device) // (2 if block_m >= 128 or dim > 256 else 1)
     fit = {16: 3, 32: 2, 64: 2, 128: 1}
     if dim <= 64:

@@ -127,10 +127,12 @@ def _effect(sums: Tensor, decays: Tensor) -> tuple[Tensor, Tensor]:
     """What segments in a row do to the state before them, by what each adds, [s, H, D, D], and the
     binary logarithm of what it multiplies by, [s, H]: the natural logarithm of what they multiply
     by, [H], and what they add, [H, D, D]."""
-    total = decays.sum(0)
-    after = (total - decays.cumsum(0)).exp2()
+    # Summed from the end: what is left of a difference of large sums would be wrong just for the
+    # last segments, which count most.
+    onwards = decays.flip(0).cumsum(0).flip(0)
+    after = (onwards - decays).exp2()
     added = after.T[:, None] @ sums.flatten(2).transpose(0, 1)
-    return total * math.log(2), added.view(sums.shape[1:])
+    return onwards[0] * math.log(2), added.view(sums.shape[1:])
 
 
 def gated_retention_step(

@@ -1,6 +1,8 @@
 """Gated retention: its three forms against the definition, packed sequences against the recurrence,
 and the Triton kernels against the reference in float64."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -329,6 +331,19 @@ def test_triton_sums_leave_out_what_has_decayed(triton_version, close, dtype, de
     out, _ = triton_version.gated_retention(**args)
     assert out[:1200].isnan().all()  # in its own segment, all outputs see it
     close(out[1216:], expected[1216:])
+
+
+def test_triton_effect_is_right_to_the_last_segment(triton_version, device):
+    """Of segments in a row that let little through, and some at the end that let much."""
+    sums = torch.randn(48, 2, 8, 8, device=device)
+    decays = -500 * torch.rand(48, 2, device=device)
+    decays[-3:] /= 500
+    decay, added = triton_version._effect(sums, decays)
+    expected = torch.zeros(2, 8, 8, dtype=torch.float64, device=device)
+    for more, log_decay in zip(sums.double(), decays.double(), strict=True):
+        expected = log_decay.exp2()[:, None, None] * expected + more
+    torch.testing.assert_close(added.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(decay, (decays.double().sum(0) * math.log(2)).float())
 
 
 @pytest.mark.slow
