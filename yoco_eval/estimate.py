@@ -170,4 +170,4 @@ def duration(seconds: float) -> str:
 
 
 def three_digits(number: float) -> str:
-    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
+    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"

@@ -218,9 +218,11 @@ def _mends(layouts: Layouts) -> str:
             "or cards with more memory may help."
         )
     up_to = f"texts of up to {most.longest} tokens" if most.longest else "no text"
+    there = f"With context_parallel={most.parts}, {up_to}" if most.parts > 1 else up_to.capitalize()
+    more = ", more cards" if layouts.refusal is None else ""
     return (
-        f"It does not fit. With context_parallel={most.parts}, {up_to} would. Shorter texts, a "
-        "smaller chunk or dtype, more cards, or cards with more memory may help."
+        f"It does not fit. {there} would. Shorter texts, a smaller chunk or dtype{more}, or cards "
+        "with more memory may help."
     )
 
 
@@ -273,7 +275,7 @@ def _explained(layouts: Layouts) -> str:
         stepped = grouped[0].stepping.calls
         text += (
             f" What a card receives of others comes in {fed} exchanges for each "
-            f"chunk, and {stepped} for each token that is decoded or asked for."
+            f"chunk, and {stepped} for each step of decoding."
         )
         if card.speeds is None:
             text += " --speeds turns this into times, and tells where passing rules."

@@ -9,7 +9,7 @@ from rich.console import Console
 from yoco_eval import estimate as module
 from yoco_eval import speeds
 from yoco_eval.cli import main
-from yoco_eval.estimate import absent_card, estimate, present_card, print_estimate
+from yoco_eval.estimate import absent_card, estimate, present_card, print_estimate, three_digits
 from yoco_eval.model.checkpoint import BUNDLED
 from yoco_eval.model.costs import YocoCosts
 from yoco_eval.model.shapes import SHAPES
@@ -69,6 +69,11 @@ def test_what_fits_with_a_chunk_of_the_users(free):
     assert not refused.fits and 0 < refused.longest < 2**22
     assert on_the_cpu(refused.longest, 2**16).fit.fits
     assert not on_the_cpu(refused.longest + 1, 2**16).fit.fits
+
+
+def test_three_digits():
+    numbers = (0.01234, 99.96, 999.4, 999.6, 12345.6)
+    assert [three_digits(x) for x in numbers] == ["0.0123", "100", "999", "1000", "12346"]
 
 
 @pytest.mark.parametrize(("length", "told"), [("4k", False), ("8k", True)])

@@ -123,7 +123,7 @@ def test_times_and_where_passing_rules(capsys):
     chunk, told = 12672 * 2 * 1.6e9 / 1e14, laid_out(2**20, gpus=2).every[1].feeding.received / 1e9
     assert row.split() == ["2", "25344", "16.8", "s", "58.4", "66.8", "0.165", "0.161", "1223"]
     assert told / chunk == pytest.approx(0.165, rel=0.02)
-    assert "in 27 exchanges for each chunk, and 14 for each token" in text
+    assert "in 27 exchanges for each chunk, and 14 for each step of decoding." in text
     assert "at 100 TFLOP/s and 2000 GB/s" in text and "Passing rules" in text
     # Without speeds, what they would be divided by.
     shown, text = plan(capsys, *argv)
@@ -143,6 +143,11 @@ def test_a_family_that_cannot_is_told_of_by_name(capsys):
     print_layouts(layouts, "phi", BF16, Console(width=80))
     text = " ".join(capsys.readouterr().out.split())
     assert f"quickest for many. {refusal.value}" in text and "exchanges" not in text
+    layouts = lay_out(with_random_weights(config), BF16, cluster, 2**30, None)
+    print_layouts(layouts, "phi", BF16, Console(width=80))
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"It does not fit. Texts of up to {layouts.every[0].longest} tokens would." in text
+    assert "chunk or dtype, or cards with more memory may help." in text
 
 
 def test_cards_like_the_one_that_is_there(monkeypatch, capsys):
