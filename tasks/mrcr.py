@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 DATA = "openai/mrcr"
 _FIELDS = ("prompt", "answer", "random_string_to_prepend", "n_needles")
 _ROLES = {"system", "user", "assistant"}
-# A sample's tokens are first estimated from so many characters in its middle, and counted if so
-# many times as many, or as few, could be in a bin.
-_EXCERPT, _SPREAD = 1 << 12, 1.5
+# A sample's tokens are first estimated from so many characters in its middle. It is taken for bins
+# alone that so many times as many, or as few, could be in.
+_EXCERPT, _SPREAD = 1 << 12, 2.0
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Mrcr(ConversationTask):
                 break
             make = partial(self._counted, bins=missing)
             counted, _ = build(rows[begin : begin + step], make, None if some else name)
-            for doc in filter(None, counted):
+            for doc, likely in filter(None, counted):
                 tokens = doc["prompt_tokens"] + doc["answer_tokens"]
-                length = next((length for length in bins if length / 2 < tokens <= length), None)
+                length = next((length for length in likely if length / 2 < tokens <= length), None)
                 if length is not None and len(found[length]) < wanted:
                     found[length].append({"context_length": length, **doc})
         documents = [doc for docs in found.values() for doc in docs]
@@ -128,17 +128,19 @@ class Mrcr(ConversationTask):
 
     def _counted(
         self, index: int, bins: Sequence[int]
-    ) -> tuple[dict[str, Any] | None, dict[Any, Any]]:
-        """A sample's document if it may be in one of the bins; its text stays where it is."""
+    ) -> tuple[tuple[dict[str, Any], list[int]] | None, dict[Any, Any]]:
+        """A sample's document and the bins that it may be in, if any; its text stays where it
+        is."""
         messages = self._messages(index)
-        return (self._document(index, messages) if self._may_be_in(messages, bins) else None), {}
+        likely = self._likely(messages, bins)
+        return ((self._document(index, messages), likely) if likely else None), {}
 
-    def _may_be_in(self, messages: Sequence[Message], bins: Sequence[int]) -> bool:
-        """Whether, by an estimate, a conversation may be in one of the bins."""
+    def _likely(self, messages: Sequence[Message], bins: Sequence[int]) -> list[int]:
+        """Those bins that, by an estimate, a conversation may be in."""
         texts = [message["content"] for message in messages]
         middle = "\n".join(texts[len(texts) // 2 : len(texts) // 2 + _EXCERPT])[:_EXCERPT]
         estimate = self._counter.count(middle) * sum(map(len, texts)) / max(1, len(middle))
-        return any(n / 2 / _SPREAD < estimate < n * _SPREAD for n in bins)
+        return [n for n in bins if n / 2 / _SPREAD < estimate < n * _SPREAD]
 
     def _document(self, index: int, messages: Sequence[Message]) -> dict[str, Any]:
         """What is told of a sample, without its bin."""

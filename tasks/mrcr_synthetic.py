@@ -244,7 +244,8 @@ class SyntheticMrcr(ConversationTask):
         is estimated, tried and mended: tokens of texts add up but for those around their ends.
         """
         size, ends = length - room, self._counter.ends(one.elastic)
-        shortest = self.tokens(one.messages(0, _cut(one.elastic, ends, 1)))
+        least = one.messages(0, _cut(one.elastic, ends, 1))
+        shortest = self.tokens(least)
         if shortest > size:
             raise ValueError(
                 f"context_lengths: {length} is too short for {self.needles} needles, the question "
@@ -252,11 +253,11 @@ class SyntheticMrcr(ConversationTask):
             )
         turn = (self.tokens(one.messages(_PROBED, _cut(one.elastic, ends, 1))) - shortest) / _PROBED
         others, kept = int((size - shortest) / turn), len(ends) // 2
-        best: tuple[int, list[Message]] | None = None
+        best = shortest, least
         for _ in range(_TRIES):
             messages = one.messages(others, _cut(one.elastic, ends, kept))
             tokens = self.tokens(messages)
-            if tokens <= size and (best is None or tokens > best[0]):
+            if best[0] < tokens <= size:
                 best = tokens, messages
             if size - SLACK <= tokens <= size:
                 break
@@ -266,8 +267,8 @@ class SyntheticMrcr(ConversationTask):
                 more = max(more, -others)
                 others, kept = others + more, kept - round(more * turn)
                 kept = min(max(kept, 1), len(ends))
-        assert best is not None
-        return best[1], best[0]
+        tokens, messages = best
+        return messages, tokens
 
 
 def _cut(text: str, ends: np.ndarray, tokens: int) -> str:

@@ -18,6 +18,7 @@ import yoco_eval.tasks
 from yoco_eval.lm import YocoLM
 from yoco_eval.reports.comparison import compare
 from yoco_eval.reports.runs import load_checkpoints
+from yoco_eval.tasks import mrcr
 from yoco_eval.tasks.conversations import grade, transcript
 from yoco_eval.tasks.mrcr_synthetic import Conversation
 from yoco_eval.tasks.prompts import SLACK
@@ -209,6 +210,23 @@ def test_samples_are_the_first_ones_and_missing_ones_are_told_once(data, caplog,
     # lm-eval gives no mean of none; the others' are the group's.
     assert results["results"]["yoco_mrcr"]["acc@0004096,none"] == 0
     assert "acc@0016384,none" not in results["results"]["yoco_mrcr"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_samples_are_the_same_however_many_processes_count(tmp_path, rows, processes, monkeypatch):
+    """Though several count a sample, beside the last one of a bin, that one would leave out."""
+    string, text = rows[2][0]["random_string_to_prepend"], "the " * 1024  # a token for each word
+    messages = [
+        {"role": role, "content": content}
+        for role, content in (("user", "\N{OWL}" * 1200), ("assistant", text), ("user", "Repeat."))
+    ]
+    other = {"prompt": json.dumps(messages), "answer": string, "random_string_to_prepend": string}
+    (tmp_path / "mrcr").mkdir()
+    made = rows[2][0], {**rows[2][0], **other}, row(2, 80)
+    (tmp_path / "mrcr" / "own.jsonl").write_text("\n".join(map(json.dumps, made)))
+    monkeypatch.setattr(mrcr, "count_builders", lambda: processes)
+    settings = {"data": str(tmp_path), "context_lengths": [1024, 8192], "samples": 1}
+    assert [doc["index"] for doc in load("yoco_mrcr_2", **settings).eval_docs] == [0, 2]
 
 
 @pytest.mark.parametrize(
