@@ -64,7 +64,8 @@ def build(
 
 
 def count_builders() -> int:
-    """How many processes have a share each of what is built: 1 where each builds all."""
+    """How many processes have a share each of what is built, on the machine that has most: all of a
+    run are told the same, 1 where each builds all."""
     builders = _builders()
     return 1 if builders is None else builders.count
 

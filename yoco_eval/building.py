@@ -56,13 +56,15 @@ class Builders:
         self._ranks = ranks
         self._neighbours = ranks.neighbours
         self._files: list[IO[bytes]] = []  # of each neighbour, opened when first needed
+        self._most = 0
         self.busy = False
 
     @property
     def count(self) -> int:
-        """How many processes make a share each."""
+        """How many processes make a share each, on the machine that has most: all of the run are
+        told the same."""
         self._open()
-        return len(self._neighbours)
+        return self._most
 
     def collect(self, own: T) -> list[T]:
         """What each process of the run has."""
@@ -88,7 +90,8 @@ class Builders:
         Raises:
             ValueError: that of the first unit that could not be made, in all processes.
         """
-        count, place = self.count, self._place
+        self._open()
+        count, place = len(self._neighbours), self._place
         shares = [range(first, len(units), count) for first in range(count)]
         told: _Stretch | _Failure
         self._ranks.working = self.busy = True
@@ -159,7 +162,7 @@ class Builders:
                     file if rank == ranks.rank else open(folder / str(rank), "rb")
                     for rank in self._neighbours
                 ]
-            ranks.wait()
+            self._most = max(ranks.collect(len(self._neighbours)))  # and all have opened theirs
         finally:
             if own is not None:
                 shutil.rmtree(own, ignore_errors=True)
