@@ -10,6 +10,7 @@ import torch
 from yoco_eval.kernels.attention import FEW, KEYS, SCORES
 from yoco_eval.kernels.dispatch import triton_takes
 from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
+from yoco_eval.kernels.sparse_attention import ALWAYS, BLOCK, NUMBERS, SCORED
 from yoco_eval.kernels.striped_attention import GATHERED
 
 from .config import YocoConfig
@@ -26,10 +27,12 @@ OVERHEAD = 64 << 20
 class YocoCosts:
     """`interface.PartCosts` of a YOCO model, as one of `parts` processes has them that hold texts
     together: tokens fed in a row are divided among them, and so is the cache; weights and states
-    are not, nor is what each of several texts takes while they are fed side by side."""
+    are not, nor is what each of several texts takes while they are fed side by side. Where each
+    token chooses `sparse` blocks of the cache, these have summaries."""
 
     config: YocoConfig
     parts: int = 1
+    sparse: int | None = None
 
     @property
     def typical_product(self) -> tuple[int, int]:
@@ -40,7 +43,8 @@ class YocoCosts:
 
     def cache_bytes(self, dtype: torch.dtype, length: int) -> int:
         """One layer's worth, whatever the number of layers."""
-        return -(-2 * self._width * length * dtype.itemsize // self.parts)
+        summaries = 0 if self.sparse is None else 2 * self._width * -(-length // BLOCK)
+        return -(-(2 * self._width * length + summaries) * dtype.itemsize // self.parts)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         return self.config.self_layers * self._layer_state(dtype)
@@ -62,9 +66,35 @@ class YocoCosts:
         attention = Attention(config.n_attn_heads, config.n_attn_kv_heads, config.attn_head_dim)
         mixing = max(mixer, attention.numbers(dtype))
         layers = layer_bytes(config.dim, config.hidden_dim, mixing, angles, dtype, chunk, device)
-        cross = attention.bytes(dtype, length, chunk, fast)
+        if self.sparse is None:
+            cross = attention.bytes(dtype, length, chunk, fast)
+        else:
+            cross = self._sparse_bytes(dtype, length, chunk, fast)
         layers += config.self_decoder.workspace_bytes(config.dim, fast)
         return max(layers + handed, cross + merged, logit_bytes(dtype, logits)) + OVERHEAD
+
+    def _sparse_bytes(self, dtype: torch.dtype, length: int, chunk: int, fast: bool) -> int:
+        """Of a chunk's tokens after a layer's input, while they choose, and read what they have
+        chosen."""
+        assert self.sparse is not None
+        config, wide = self.config, max(dtype.itemsize, 4)
+        heads, dim = config.n_attn_kv_heads, config.attn_head_dim
+        blocks = -(-length // BLOCK)
+        read = min(self.sparse + ALWAYS, blocks)
+        # Queries, outputs; and, of each key-value head, the chosen blocks.
+        total = chunk * (4 * config.n_attn_heads * dim * wide + heads * read * 4)
+        # Scores, and while PyTorch sorts them, the chosen ones.
+        scores = max(SCORED, heads * blocks * BLOCK) if fast else NUMBERS
+        chosen = min(scores, chunk * heads * read) * 3 * torch.int64.itemsize
+        choosing = min(scores, chunk * config.n_attn_heads * blocks) * 3 * wide + chosen
+        if not fast:
+            choosing += 4 * heads * blocks * dim * wide  # a text's summaries, widened
+            # Keys and values of what some queries read, widened, and without what they do not.
+            copied = min(
+                max(NUMBERS, heads * dim * BLOCK * read), chunk * heads * dim * BLOCK * read
+            )
+            choosing = max(choosing, 6 * copied * wide)
+        return total + choosing
 
     def _together_bytes(self, dtype: torch.dtype, chunk: int) -> tuple[int, int]:
         """What goes to other processes and comes from them, while a chunk is fed, and while
@@ -88,10 +118,15 @@ class YocoCosts:
 
     def decode_bytes(self, dtype: torch.dtype, length: int) -> int:
         """Every weight is read once but the embedding, of which one row is unless it is tied; the
-        shared cache is read once for each layer of the cross-decoder; the states are moved."""
+        shared cache is read once for each layer of the cross-decoder; the states are moved. Of a
+        sparse one, all summaries are read once, and so many blocks by each layer."""
         config = self.config
         unread = 0 if config.tied_embeddings else (config.vocab_size - 1) * config.dim
         cache = self.cache_bytes(dtype, length) * config.cross_layers
+        if self.sparse is not None:
+            token = 2 * self._width * dtype.itemsize
+            blocks = min((self.sparse + ALWAYS) * BLOCK, length)
+            cache = (-(-length // BLOCK) + blocks * config.cross_layers) * token
         states = self.state_bytes(dtype) * config.self_decoder.moves
         return self.weight_bytes(dtype) - unread * dtype.itemsize + cache + states
 

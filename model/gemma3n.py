@@ -247,6 +247,11 @@ class Gemma3n(nn.Module):
     def group(self) -> None:
         """Its texts are held by one process each."""
 
+    @property
+    def block(self) -> int:
+        """Each token reads the whole of its text."""
+        return 1
+
     @classmethod
     def empty(cls, config: Gemma3nConfig, device: torch.device, dtype: torch.dtype) -> Gemma3n:
         """A model for evaluation whose weights are allocated but not set."""

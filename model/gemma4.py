@@ -183,6 +183,11 @@ class Gemma4(nn.Module):
     def group(self) -> None:
         """Its texts are held by one process each."""
 
+    @property
+    def block(self) -> int:
+        """Each token reads the whole of its text."""
+        return 1
+
     @classmethod
     def empty(cls, config: Gemma4Config, device: torch.device, dtype: torch.dtype) -> Gemma4:
         """A model for evaluation whose weights are allocated but not set."""

@@ -133,6 +133,14 @@ class Model(Protocol[S, C, R]):
         """The processes that hold texts together with this one, which feed and predict the same in
         lockstep, each of them a part of it. None: this one is alone."""
 
+    @property
+    def block(self) -> int:
+        """So many slots of the cache, from a multiple of it on, are read or not read together.
+
+        A text's tokens lie in blocks of their own, from the first one on, where that is above 1;
+        and spans say their `start`, all of them. What is read is then a matter of the text alone.
+        """
+
     def new_cache(self, capacity: int) -> C:
         """An empty cache for up to `capacity` tokens, in the state before a text's first token."""
 

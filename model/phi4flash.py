@@ -349,6 +349,11 @@ class Phi4Flash(nn.Module):
     def group(self) -> None:
         """Its texts are held by one process each."""
 
+    @property
+    def block(self) -> int:
+        """Each token reads the whole of its text."""
+        return 1
+
     @classmethod
     def empty(cls, config: Phi4FlashConfig, device: torch.device, dtype: torch.dtype) -> Phi4Flash:
         """A model for evaluation whose weights are allocated but not set."""

@@ -195,6 +195,11 @@ class Transformer(nn.Module):
     def group(self) -> None:
         """Its texts are held by one process each."""
 
+    @property
+    def block(self) -> int:
+        """Each token reads the whole of its text."""
+        return 1
+
     @classmethod
     def empty(
         cls, config: TransformerConfig, device: torch.device, dtype: torch.dtype

@@ -24,6 +24,7 @@ from yoco_eval.kernels.norm import rms_norm
 from yoco_eval.kernels.relay import Relay
 from yoco_eval.kernels.rotary import rotate
 from yoco_eval.kernels.sequences import Sequences, Spans, Step, to_device
+from yoco_eval.kernels.sparse_attention import BLOCK
 
 from .cache import SelfState
 from .config import YocoConfig
@@ -35,6 +36,7 @@ from .layers import RMSNorm
 from .linear import Embedding, allocate, linear, set_weights
 from .rotary import Rotary
 from .self_decoder import SelfDecoder
+from .sparse_cache import SparseCache
 from .states import Stretches
 from .yoco_cache import YocoCache as Cache
 
@@ -46,12 +48,15 @@ class Yoco(nn.Module):
     Attributes:
         group: as `interface.Model` has it; caches are held together by the group that is set when
             they are made.
+        sparse: how many blocks of the cache a token chooses to read, beside those that all do;
+            None: it reads all. Texts are not held together, then.
     """
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
         self.config = config
         self.group: Group | None = None
+        self.sparse: int | None = None
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.self_decoder = SelfDecoder(config)
         self.cross_decoder = CrossDecoder(config)
@@ -69,7 +74,12 @@ class Yoco(nn.Module):
 
     @property
     def costs(self) -> YocoCosts:
-        return YocoCosts(self.config, 1 if self.group is None else self.group.size)
+        parts = 1 if self.group is None else self.group.size
+        return YocoCosts(self.config, parts, self.sparse)
+
+    @property
+    def block(self) -> int:
+        return 1 if self.sparse is None else BLOCK
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,6 +164,8 @@ class Yoco(nn.Module):
     def new_cache(self, capacity: int) -> Cache:
         """One layer's worth: 2 * n_attn_kv_heads * head_dim numbers per token."""
         shape = (self.config.n_attn_kv_heads, capacity, self.config.attn_head_dim)
+        if self.sparse is not None:
+            return SparseCache(shape, self._initial, self.dtype, self.device, self.sparse)
         return Cache(shape, self._initial, self.dtype, self.device, self.group)
 
     @property
@@ -243,7 +255,7 @@ class Yoco(nn.Module):
             The normalised output [T, dim], of which `logits` makes predictions.
         """
         angles = self.cross_decoder.angles(positions, x.dtype)
-        x = self.cross_decoder(x, lambda q: cache.attend(q, spans, angles))
+        x = self.cross_decoder(x, cache.attention(spans, positions, angles))
         return self._normed(x)
 
     def logits(self, output: Tensor) -> Tensor:
@@ -281,7 +293,7 @@ class Yoco(nn.Module):
         angles = self.cross_decoder.angles(step.positions, x.dtype)
         keys, values = self.cross_decoder.keys_values(x)
         cache.store_step(keys, values, angles, step)
-        x = self.cross_decoder(x, lambda q: cache.attend_step(q, step, angles))
+        x = self.cross_decoder(x, cache.step_attention(step, angles))
         return norm_linear(
             x, self.layer_norm.weight, self.output_projection.weight, self.config.norm_eps
         )

@@ -7,6 +7,8 @@ same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -102,16 +104,27 @@ class YocoCache(KeyValueCache[SelfState]):
             slots = self._group.stripes.places_or(slots, self.keys.shape[1] - 1)
         store_keys_values(keys, values, angles, self.keys, self.values, slots)
 
-    def attend(self, q: Tensor, spans: Spans, angles: Angles) -> Tensor:
-        """`cache_attention` over it."""
-        if self._group is None:
-            return cache_attention(q, self.keys, self.values, spans, angles)
-        return striped_cache_attention(q, self.keys, self.values, spans, self._group, angles)
+    def attention(
+        self, spans: Spans, positions: Tensor, angles: Angles
+    ) -> Callable[[Tensor], Tensor]:
+        """What takes queries [T, Hq, head_dim] of a layer to its outputs of that shape.
 
-    def attend_step(self, q: Tensor, step: Step, angles: Angles) -> Tensor:
-        """`batch_attention` over it."""
-        if self._group is None:
-            return batch_attention(q, self.keys, self.values, step.positions, step.readings, angles)
-        return striped_batch_attention(
-            q, self.keys, self.values, step.positions, step.readings, self._group, angles
+        Args:
+            spans: which keys each reads.
+            positions: int64 [T], of the queries in their texts.
+            angles: by which they are rotated.
+        """
+        group = self._group
+        if group is None:
+            return lambda q: cache_attention(q, self.keys, self.values, spans, angles)
+        return lambda q: striped_cache_attention(q, self.keys, self.values, spans, group, angles)
+
+    def step_attention(self, step: Step, angles: Angles) -> Callable[[Tensor], Tensor]:
+        """`attention` of one token of each of B texts; in a CUDA graph if need be."""
+        keys, values, group = self.keys, self.values, self._group
+        positions, readings = step.positions, step.readings
+        if group is None:
+            return lambda q: batch_attention(q, keys, values, positions, readings, angles)
+        return lambda q: striped_batch_attention(
+            q, keys, values, positions, readings, group, angles
         )

@@ -12,6 +12,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from yoco_eval.model.interface import concatenate, split, take
 
 from .generation import Generation, stored
 from .memory import Fit, fit, fit_batch, free_bytes
-from .pages import page_size
+from .pages import page_size, rounded
 from .prefixes import Item, Limits, Node, Step, merge, nest, plan
 from .requests import GenerateRequest, Progress, Score, ScoreRequest, TokenIds, check_number
 
@@ -80,10 +81,13 @@ class Engine:
         sequences = [np.concatenate((r.context, r.continuation[:-1])) for _, r in asked]
         items = nest(merge(sequences, [len(request.context) - 1 for _, request in asked]))
         lengths = [len(item.tokens) for item in items]
-        fitted = self._fit(max(lengths, default=0), sum(lengths))
+        block = self.model.block
+        spare = block - 1  # slots behind each text
+        beside = {"spare": spare} if spare else {}
+        fitted = self._fit(max(lengths, default=0), sum(lengths) + spare * len(items), **beside)
         fitted.check()
-        limits = fitted.limits(self.batch_size, self.model.costs, self.model.dtype)
-        steps = plan(items, limits)
+        limits = fitted.limits(self.batch_size, self.model.costs, self.model.dtype, spare)
+        steps = plan(items, limits, block)
         self._check_snapshots(steps, fitted, limits.room)
         begin(sum(step.tokens for step in steps))
         with fitted.watch(), _collecting_new_garbage_only():
@@ -126,8 +130,10 @@ class Engine:
             [request.context for request in requests],
             [len(request.context) - 1 for request in requests],
         )
-        one_by_one = plan(items, Limits())
-        kept = stored(one_by_one, requests, page_size(model.device))
+        if model.block > 1:  # answers to one prompt share its whole blocks alone, too
+            items = [replace(item, requests=(index,)) for item in items for index in item.requests]
+        one_by_one = plan(items, Limits(), model.block)
+        kept = stored(one_by_one, requests, page_size(model.device, model.block))
         lengths = [len(request.context) + request.max_tokens for request in requests]
         longest = max(lengths)
         beside = {"spare": kept.longest + kept.page - longest, "logits": 0}
@@ -140,7 +146,8 @@ class Engine:
             fitted, costs, dtype, model.config.vocab_size, kept, self.batch_size or _MOST
         )
         limits = batch.limits(fitted, costs, dtype)
-        return Generation(model, requests, plan(items, limits), limits, batch, fitted, progress)
+        steps = plan(items, limits, model.block)
+        return Generation(model, requests, steps, limits, batch, fitted, progress)
 
     def _scores(
         self,
@@ -194,7 +201,9 @@ class Engine:
         self, steps: Sequence[Step], fitted: Fit, progress: Progress
     ) -> Iterator[tuple[Step, _Walk]]:
         """Feeds what branches share, and hands over the steps that complete items."""
-        longest = max((step.resume + step.tokens for step in steps), default=0)
+        spare = self.model.block - 1
+        slots = (step.resume + step.tokens + step.leaves * spare for step in steps)
+        longest = max(slots, default=0)
         walk = _Walk(self.model, longest, fitted, progress)
         for step in steps:
             walk.go_back(step.resume, step.last)
@@ -273,8 +282,8 @@ class Engine:
             device=self.model.device,
             sources=sources,
         )
-        for node, offset in zip(nodes, sequences.offsets, strict=False):
-            places[node] = walk.cache.filled + offset
+        for node, place in zip(nodes, walk.claim(sequences.lengths), strict=True):
+            places[node] = place
         ids = np.concatenate([node.item.tokens[node.start : node.end] for node in nodes])
         return self.model.feed(walk.ids(ids), sequences, state, walk.cache, keep)
 
@@ -413,6 +422,18 @@ class _Walk:
 
     def ids(self, tokens: np.ndarray) -> Tensor:
         return to_device(torch.from_numpy(tokens), self._model.device)
+
+    def claim(self, lengths: Sequence[int]) -> list[int]:
+        """The first slots of sequences that are fed next, in blocks of their own."""
+        place, block, places = self.cache.filled, self._model.block, []
+        for length in lengths:
+            places.append(place)
+            place += rounded(length, block)
+        if block > 1:
+            own = zip(places, lengths, strict=True)
+            taken = tuple((first, first + length) for first, length in own)
+            self.cache.room = (*taken, (place, self.cache.capacity))
+        return places
 
     def go_back(self, length: int, last: bool) -> None:
         """Back to the snapshot after `length` tokens, which is dropped if this is the last time."""

@@ -41,10 +41,12 @@ _DRAWN = 64  # texts, at most, whose tokens are drawn at a time
 class _Branch:
     """Tokens that are stored once, for all texts that go on from them.
 
-    `users` are branches and texts that go on from it, and the walk as long as it may come back.
+    `start` is the position of the first one. `users` are branches and texts that go on from it, and
+    the walk as long as it may come back.
     """
 
     parent: _Branch | None
+    start: int
     taken: Stretches
     stretches: Stretches
     users: int = 1
@@ -198,7 +200,7 @@ class Generation:
                   for leaf in node.leaves())  # fmt: skip
         self._places = {leaf: place for place, leaf in enumerate(leaves)}
         self._room = max(budgets)
-        page = page_size(model.device)
+        page = page_size(model.device, model.block)
         self._pages = Pages(batch.slots - page, page)  # the last one is the decoder's
         self._cache: Cache
         self._decoder: Decoder
@@ -363,7 +365,9 @@ class Generation:
             return _Place(parent, (), ())
         taken = self._pages.take(tokens)
         stretches, _ = cut(taken, _fed(node))
-        return _Place(parent if alone else _Branch(parent, taken, stretches), taken, stretches)
+        if alone:
+            return _Place(parent, taken, stretches)
+        return _Place(_Branch(parent, node.start, taken, stretches), taken, stretches)
 
     def _release(self, branch: _Branch | None) -> None:
         """One user less; what has none is given back."""
@@ -464,8 +468,11 @@ class Generation:
                 spans.append(Span(query, query + 1, first, end, causal=False, start=start))
                 start += end - first
         for branch, (query, last) in ranges.items():
+            # All of it is read; kernels that need not know where it lies do less.
+            at = branch.start if self._model.block > 1 else None
             for first, end in branch.stretches:
-                spans.append(Span(query, last + 1, first, end, causal=False))
+                spans.append(Span(query, last + 1, first, end, causal=False, start=at))
+                at = None if at is None else at + end - first
         rows = [text.row for text in flying]
         self._decoder.read(rows, spans)
         self._changed, self._count = False, 1 + max(rows)

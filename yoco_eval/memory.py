@@ -79,14 +79,16 @@ class Fit:
             return False
         return self.parts > 1 or not limits.allow(first.size)
 
-    def limits(self, items: int | None, costs: Costs, dtype: torch.dtype) -> Limits:
-        """Of packed batches of up to `items` sequences: half of what is left is for snapshots."""
+    def limits(self, items: int | None, costs: Costs, dtype: torch.dtype, spare: int = 0) -> Limits:
+        """Of packed batches of up to `items` sequences, behind each of which `spare` slots may be
+        lost: half of what is left is for snapshots."""
         return Limits(
             items=items or self.packed,
             tokens=self.packed,
             room=(self.free - self.need) // 2,
             state=costs.state_bytes(dtype),
             passing=costs.passing_bytes(dtype, self.device),
+            spare=spare,
         )
 
     def check(self) -> None:

@@ -15,10 +15,10 @@ import torch
 from yoco_eval.model import Stretches
 
 
-def page_size(device: torch.device) -> int:
+def page_size(device: torch.device, block: int = 1) -> int:
     """Slots of a page: as many keys as kernels read at a time; one where there are none, so that
-    what is stored one behind the other stays without gaps."""
-    return 64 if device.type == "cuda" else 1
+    what is stored one behind the other stays without gaps. In each case whole blocks of so many."""
+    return rounded(64 if device.type == "cuda" else 1, block)
 
 
 def rounded(tokens: int, page: int) -> int:

@@ -83,7 +83,7 @@ class Limits:
     """Of a packed batch: `items` and `tokens` at most, and `room` bytes.
 
     An inner node takes `state` bytes, since its state is kept; and every node `passing` bytes while
-    it is fed.
+    it is fed. `spare` slots may be lost behind each leaf, and count as tokens.
     """
 
     items: int = 1
@@ -91,10 +91,12 @@ class Limits:
     room: int = 0
     state: int = 0
     passing: int = 0
+    spare: int = 0
 
     def allow(self, size: Size) -> bool:
         kept, fed = size.inner * self.state, (size.inner + size.leaves) * self.passing
-        return size.leaves <= self.items and size.tokens <= self.tokens and kept + fed <= self.room
+        tokens = size.tokens + size.leaves * self.spare
+        return size.leaves <= self.items and tokens <= self.tokens and kept + fed <= self.room
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,11 @@ class Step:
         if self.snapshot:
             return self.nodes[0].end - self.nodes[0].start
         return sum(node.size.tokens for node in self.nodes)
+
+    @property
+    def leaves(self) -> int:
+        """How many sequences it completes."""
+        return 0 if self.snapshot else sum(node.size.leaves for node in self.nodes)
 
 
 def merge(sequences: Sequence[Sequence[int] | np.ndarray], firsts: Sequence[int]) -> list[Item]:
@@ -155,10 +162,11 @@ def nest(items: Sequence[Item]) -> list[Item]:
     return [item for _, item in nested]
 
 
-def plan(items: Sequence[Item], limits: Limits) -> list[Step]:
+def plan(items: Sequence[Item], limits: Limits, block: int = 1) -> list[Step]:
     """Steps that feed all `items` (from `merge`, perhaps `nest`), those that share a prefix one
-    after the other."""
-    return list(_steps(_grow(items, overlaps(items), 0, len(items), 0, 0), 0, 0, limits))
+    after the other. They share whole blocks of so many tokens."""
+    shared = [count // block * block for count in overlaps(items)]
+    return list(_steps(_grow(items, shared, 0, len(items), 0, 0), 0, 0, limits))
 
 
 def overlaps(items: Sequence[Item]) -> list[int]:

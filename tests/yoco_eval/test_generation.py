@@ -51,7 +51,7 @@ class Ahead(Engine):
     def _generation(self, *args):
         with pytest.MonkeyPatch.context() as patch:
             for module in (engine_module, generation):
-                patch.setattr(module, "page_size", lambda device: 64)
+                patch.setattr(module, "page_size", lambda device, block: 64)
             run = super()._generation(*args)
         run._on_gpu = True
         return run

@@ -1,0 +1,326 @@
+"""Sparse attention over a cache: of all blocks of a text, each query reads a few of its choice.
+
+A text's tokens lie in whole blocks of the cache, from its first token on: the 64 positions from
+64 b on are its block b, wherever that lies. Of each block that is full and each key-value head, the
+least and the largest number of its keys in each channel are kept, as in Quest (arXiv:2406.10774),
+of which follows the most that a key of the block may score with a query q:
+
+    sum over channels of max(q * least, q * largest)
+
+A query at position p, in block n = p // 64 of its text, reads that one up to its own position, the
+one before it, the first, and of those between the `most` that may score highest, added up over the
+query heads that share the key-value head. So what it reads depends on its text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dispatch import run_triton, use_triton
+from .rotary import Angles, rotate
+from .sequences import Readings, Span, Spans, query_runs, to_device
+
+BLOCK = 64  # tokens
+ALWAYS = 3  # blocks that are read whatever they score: the first and the two last
+SCORED = 1 << 25  # of blocks that exist at a time
+NUMBERS = 1 << 22  # of keys, or of values, that the reference takes out of the cache at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Where the texts of T queries lie.
+
+    Attributes:
+        places: int32 [n, W], of each of n texts the blocks of the cache that its own are, in order,
+            and anything from 0 on behind.
+        numbers: int32 [T], of each query, which of the n texts it belongs to. Those of a text are
+            neighbours.
+        positions: int64 [T], of the queries in their texts.
+        runs: of each text's queries, the first and their end; None: query i is the only one of text
+            i, as where texts are decoded.
+    """
+
+    places: Tensor
+    numbers: Tensor
+    positions: Tensor
+    runs: tuple[tuple[int, int], ...] | None
+
+
+def block_ends(first: int, end: int) -> np.ndarray:
+    """The last slots of the blocks of a cache that are full once slots `first` .. `end` - 1 are."""
+    return np.arange(first // BLOCK * BLOCK + BLOCK - 1, end, BLOCK)
+
+
+def texts_of(spans: Spans, positions: Tensor) -> Texts:
+    """Of queries that are predicted.
+
+    Args:
+        spans: which keys each reads, all of its text. Each says its `start`.
+        positions: int64 [T].
+
+    Raises:
+        ValueError: a span does not begin with a block.
+    """
+
+    def tables() -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...]]:
+        runs = query_runs(spans)
+        places = _places([members for *_, members in runs])
+        numbers = np.repeat(np.arange(len(runs), dtype=np.int32), [end - i for i, end, _ in runs])
+        on_device = [to_device(torch.from_numpy(x), positions.device) for x in (places, numbers)]
+        return on_device[0], on_device[1], tuple((first, end) for first, end, _ in runs)
+
+    places, numbers, runs = spans.table("sparse", tables)
+    return Texts(places, numbers, positions, runs)
+
+
+def _places(texts: list[list[Span]]) -> np.ndarray:
+    """int32 [n, W], as `Texts` has them, of the spans that each text reads."""
+    found = []
+    for spans in texts:
+        for first, end, start in ((s.first_key, s.end_key, s.start) for s in spans):
+            if start is None or start % BLOCK or first % BLOCK:
+                raise ValueError(f"the span from {start}, at slot {first}, begins with no block")
+            found.append((start // BLOCK, first // BLOCK, -(-(end - first) // BLOCK)))
+    places = np.zeros((len(texts), max(b + count for b, _, count in found)), dtype=np.int32)
+    row = iter(found)
+    for own, spans in zip(places, texts, strict=True):
+        for _ in spans:
+            block, place, count = next(row)
+            own[block : block + count] = np.arange(place, place + count)
+    return places
+
+
+class ReadingsTables:
+    """`Texts` of `Readings`, in memory that stays where it is as long as they have room in it.
+
+    Attributes:
+        places, numbers: as `Texts` has them, of a text for each row.
+        layout: their shape.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.layout: tuple[int, int]
+        self.places: Tensor
+        self.numbers: Tensor
+
+    def fill(self, order: list[int], spans: list[Span]) -> None:
+        texts: list[list[Span]] = [[] for _ in order]
+        for span in spans:
+            for query in range(span.first_query, span.end_query):
+                texts[query].append(span)
+        found = _places(texts)
+        self.layout = rows, width = _roomy(1 + max(order), 1), _roomy(found.shape[1], 8)
+        if self.layout not in self._made:
+            places = torch.zeros(rows, width, dtype=torch.int32, device=self._device)
+            numbers = torch.arange(rows, dtype=torch.int32, device=self._device)
+            self._made[self.layout] = places, numbers
+        self.places, self.numbers = self._made[self.layout]
+        filled = np.zeros((rows, width), dtype=np.int32)
+        filled[list(order), : found.shape[1]] = found
+        self.places.copy_(to_device(torch.from_numpy(filled), self._device))
+
+
+def _roomy(number: int, steps: int) -> int:
+    """The next number, of so many between two powers of two, that is not below: few occur."""
+    unit = max(1, (1 << (number - 1).bit_length()) // (2 * steps))
+    return -(-number // unit) * unit
+
+
+def texts_of_rows(readings: Readings, positions: Tensor) -> Texts:
+    """Of texts that are decoded, a query of each row; in a CUDA graph if need be.
+
+    Args:
+        readings: which keys each reads; all spans say their `start`.
+        positions: int64 [B].
+
+    Raises:
+        ValueError: as `texts_of`.
+    """
+    tables = readings.tables(lambda: ReadingsTables(positions.device))
+    return Texts(tables.places, tables.numbers[: len(positions)], positions, None)
+
+
+# -- summaries -------------------------------------------------------------------------------------
+
+
+def summarise(keys: Tensor, summaries: Tensor, slots: Tensor) -> None:
+    """Sums up the blocks whose last slots are among some that have been written.
+
+    Args:
+        keys: [Hkv, N, D], rotated.
+        summaries: [Hkv, N / 64, 2, D], least and largest; changed in place.
+        slots: integers [T], on the device. What other slots they are does not matter.
+    """
+    if use_triton(keys, summaries):
+        from .sparse_attention_triton import summarise as fast
+
+        run_triton(fast, keys, summaries, slots)
+    else:
+        summarise_reference(keys, summaries, slots)
+
+
+def summarise_reference(keys: Tensor, summaries: Tensor, slots: Tensor) -> None:
+    """`summarise`, all blocks at once."""
+    blocks = slots[slots % BLOCK == BLOCK - 1] // BLOCK
+    own = keys.unflatten(1, (-1, BLOCK))[:, blocks]
+    summaries[:, blocks] = torch.stack((own.amin(2), own.amax(2)), 2)
+
+
+# -- the choice ------------------------------------------------------------------------------------
+
+
+def choose_blocks(
+    q: Tensor, summaries: Tensor, texts: Texts, most: int, angles: Angles | None = None
+) -> Tensor:
+    """Which blocks of the cache each query reads.
+
+    Args:
+        q: [T, Hq, D].
+        summaries: [Hkv, M, 2, D].
+        texts: that they belong to.
+        most: blocks that are chosen by score.
+        angles: cos and sin [T, D / 2] by which q is rotated first; None: it is rotated already.
+
+    Returns:
+        int32 [T, Hkv, C], the last one its own, of the min(p // 64 + 1, C) that a query at position
+        p reads; anything from 0 on behind.
+    """
+    length, heads, width = len(q), summaries.shape[0], texts.places.shape[1]
+    if width <= most + ALWAYS:  # all
+        every = texts.places.index_select(0, texts.numbers)
+        return every[:, None].expand(-1, heads, -1)
+    fast = use_triton(q, summaries)
+    if fast:
+        from .sparse_attention_triton import best_blocks
+
+        return run_triton(best_blocks, q, summaries, texts, most, angles)
+    if angles is not None:
+        q = rotate(q, angles)
+    chosen = torch.empty(length, heads, most + ALWAYS, dtype=torch.int32, device=q.device)
+    for text, first, end in _stretches(texts, max(1, NUMBERS // (width * q.shape[1]))):
+        rows = slice(first, end)
+        places, positions = texts.places[text], texts.positions[rows]
+        scores = block_scores_reference(q[rows], summaries, places, positions)
+        best = scores.topk(most).indices
+        chosen[rows] = places[listed(best, positions)]
+    return chosen
+
+
+def _stretches(texts: Texts, most: int) -> Iterator[tuple[int, int, int]]:
+    """Number of a text, first and end of up to `most` queries of it."""
+    first = 0
+    for text, members in groupby(texts.numbers.tolist()):
+        end = first + len(list(members))
+        for start in range(first, end, most):
+            yield text, start, min(start + most, end)
+        first = end
+
+
+def block_scores_reference(
+    q: Tensor, summaries: Tensor, places: Tensor, positions: Tensor
+) -> Tensor:
+    """What the blocks of a text may score at most with each of some queries of it.
+
+    Args:
+        q: [T, Hq, D], rotated.
+        summaries: [Hkv, M, 2, D].
+        places: integers [W], of the text's blocks.
+        positions: int64 [T].
+
+    Returns:
+        [T, Hkv, W], -inf of blocks that are not to be chosen.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    least, largest = summaries[:, places].to(wide).unbind(2)
+    rows = q.to(wide).unflatten(1, (len(summaries), -1))
+    scores = rows.clamp(min=0) @ largest.mT + rows.clamp(max=0) @ least.mT
+    block = torch.arange(len(places), device=q.device)
+    between = (block > 0) & (block < (positions // BLOCK - 1)[:, None])
+    return scores.sum(2).masked_fill(~between[:, None], float("-inf"))
+
+
+def listed(best: Tensor, positions: Tensor) -> Tensor:
+    """Blocks of their texts that queries read.
+
+    Args:
+        best: integers [T, H, K], the blocks that score highest, in order.
+        positions: int64 [T].
+
+    Returns:
+        [T, H, K + 3], in the order of `choose_blocks`.
+    """
+    own = (positions // BLOCK)[:, None, None]
+    place = torch.arange(best.shape[2] + ALWAYS, device=best.device)
+    behind = own.clamp(max=len(place) - 1) - place  # it in the list
+    always = torch.where(behind < ALWAYS - 1, own - behind, 0).clamp(min=0)
+    padded = torch.nn.functional.pad(best, (0, ALWAYS))
+    return torch.where(behind >= ALWAYS, padded, torch.where(behind < 0, 0, always))
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def listed_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chosen: Tensor,
+    positions: Tensor,
+    angles: Angles | None = None,
+) -> Tensor:
+    """Queries over the blocks that `choose_blocks` has chosen for them.
+
+    Args:
+        q: [T, Hq, D].
+        keys, values: [Hkv, N, D], rotated. What is not read may be uninitialised.
+        chosen: int32 [T, Hkv, C].
+        positions: int64 [T].
+        angles: as in `choose_blocks`.
+
+    Returns:
+        [T, Hq, D].
+    """
+    if use_triton(q, keys, values):
+        from .sparse_attention_triton import listed_attention as fast
+
+        return run_triton(fast, q, keys, values, chosen, positions, angles)
+    return listed_attention_reference(q, keys, values, chosen, positions, angles)
+
+
+def listed_attention_reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chosen: Tensor,
+    positions: Tensor,
+    angles: Angles | None = None,
+) -> Tensor:
+    """`listed_attention`, with copies of what some queries read."""
+    if angles is not None:
+        q = rotate(q, angles)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    heads, _, dim = keys.shape
+    count = chosen.shape[2]
+    block, token = torch.arange(count, device=q.device), torch.arange(BLOCK, device=q.device)
+    head = torch.arange(heads, device=q.device)[:, None]
+    outputs = []
+    for some in torch.arange(len(q), device=q.device).split(
+        max(1, NUMBERS // (heads * count * BLOCK * dim))
+    ):
+        last = (positions[some] // BLOCK).clamp(max=count - 1)[:, None, None]
+        own = (block[:, None] == last) & (token <= (positions[some] % BLOCK)[:, None, None])
+        visible = ((block[:, None] < last) | own).flatten(1)[:, None, :, None]
+        slots = (chosen[some].long()[..., None] * BLOCK + token).flatten(2)
+        k, v = (x[head, slots].to(wide).masked_fill(~visible, 0) for x in (keys, values))
+        rows = q[some].to(wide).unflatten(1, (heads, -1)) * dim**-0.5
+        scores = (rows @ k.mT).masked_fill(~visible.mT, float("-inf"))
+        outputs.append((scores.softmax(-1) @ v).flatten(1, 2))
+    return torch.cat(outputs).to(values.dtype)
