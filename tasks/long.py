@@ -46,7 +46,6 @@ _PROBED = 0.12  # of the time, at most, goes into measuring
 _GROWTH = 2.5  # by which the next sweep, to twice the length, is expected to take longer
 _LEAST = 0.05  # of a sweep, at least, is taken for what its longest prompts take
 _AFTER = 4  # seconds from the last answer to the end
-_MARGIN = 0.95  # of the time that is left is given to samples
 
 
 def _minutes(name: str, value: Any) -> float:
@@ -178,7 +177,7 @@ class LongGroup(Group):
                 break
         sweep_seconds = fitted(sweeps, lambda length: 1, work_of(model, self._metadata))
         loss_seconds = fitted(losses, lambda length: length, lambda length: length**2)
-        left = _MARGIN * (60 * minutes - clock.now() - _AFTER)
+        left = 60 * minutes - clock.now() - _AFTER
         try:
             return choose(
                 {length: sweeps.get(length, sweep_seconds(length)) for length in candidates},
