@@ -6,10 +6,9 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
-from .building import build, count_builders
+from .building import build
 from .by_length import effective_length, metric_at
 from .evaluated_model import token_counter
 from .long_context import LongContextGroup, LongContextTask
@@ -48,15 +47,6 @@ class _Made(NamedTuple):
     documents: list[dict[str, Any]]
     warnings: list[str]
 
-    @classmethod
-    def united(cls, parts: Sequence[_Made]) -> _Made:
-        """Those of several context lengths each, shorter ones first."""
-        documents = sorted(
-            chain.from_iterable(part.documents for part in parts),
-            key=lambda doc: doc["context_length"],
-        )
-        return cls(documents, [warning for part in parts for warning in part.warnings])
-
 
 class Ruler(LongContextTask):
     """A configuration may have a key `given`: `made` and `inputs` of another process's task.
@@ -87,10 +77,7 @@ class Ruler(LongContextTask):
         """
         self._answer = self._answer_tokens()
         if self._given is None:
-            lengths, count = self.settings.context_lengths, count_builders()
-            parts = [part for first in range(count) if (part := lengths[first::count])]
-            made, self.inputs = build(parts, self._generate)
-            self.made = _Made.united(made)
+            self.made, self.inputs = self._generate()
         else:
             self.made, self.inputs = self._given
             self._given = None
@@ -98,20 +85,19 @@ class Ruler(LongContextTask):
             logger.warning(warning)
         return self.made.documents
 
-    def _generate(self, lengths: Sequence[int]) -> tuple[_Made, dict[_Place, str]]:
+    def _generate(self) -> tuple[_Made, dict[_Place, str]]:
         config, settings = self.config, self.settings
         warnings: list[str] = []
         documents = generate(
             config.task,
             config.custom_dataset,
             token_counter(config.metadata),
-            lengths,
+            settings.context_lengths,
             samples=settings.samples,
             seed=settings.seed,
             answer=self._answer,
             delimiter=config.target_delimiter,
             data=settings.data,
-            words=max(settings.context_lengths),
             warn=warnings.append,
         )
         inputs = {}
@@ -119,7 +105,7 @@ class Ruler(LongContextTask):
             sample.pop("input_example", None)
             sample["context_length"] = sample["max_length"]
             inputs[self._place(sample)] = sample.pop("input")
-        for length in lengths:
+        for length in settings.context_lengths:
             longest = max(doc["length"] for doc in documents if doc["context_length"] == length)
             if longest < _FAR * length:
                 warnings.append(

@@ -148,7 +148,6 @@ def generate(
     answer: int,
     delimiter: str,
     data: str | None,
-    words: int,
     warn: Callable[[str], object],
 ) -> list[dict[str, Any]]:
     """The samples of a task as its generator makes them, shorter context lengths first.
@@ -165,7 +164,6 @@ def generate(
         answer: tokens to generate.
         delimiter: what stands between the sample's `input` and its `gen_prefix` in the prompt.
         data: folder of the texts, None to download them.
-        words: that essays have at least: no fewer than tokens in the longest context of all calls.
         warn: is told what the user should know.
 
     Raises:
@@ -240,7 +238,7 @@ def generate(
 
     replaced = {name: sample, "get_tokenizer": lambda *_, **__: tokenizer}
     if "get_haystack" in names:
-        replaced["get_haystack"] = _haystacks(names["get_haystack"], data, words)
+        replaced["get_haystack"] = _haystacks(names["get_haystack"], data, max(context_lengths))
     if "download_json" in names:
         replaced["download_json"] = _downloads(names["download_json"], data)
         for reader in ("read_squad", "read_hotpotqa"):  # without their memory of other folders

@@ -273,7 +273,7 @@ def test_a_group_takes_what_other_processes_have_made(data, monkeypatch, caplog)
     class Second:
         """Of two processes."""
 
-        busy, count, made = False, 2, []
+        busy, made = False, []
 
         def build(self, units, make, bar=None):
             self.busy, found, texts = True, [], {}
@@ -319,7 +319,7 @@ def test_others_draw_as_before(tokenizers):
 
     states = random.getstate(), np.random.get_state()[1].tolist()
     options = {"samples": 1, "seed": 0, "answer": 30, "delimiter": " ", "data": None}
-    options |= {"words": 2048, "warn": print}
+    options["warn"] = print
     assert generate("x", get_vt_dataset, TokenCounter(tokenizers["demo"]), [2048], **options)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
 
