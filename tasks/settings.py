@@ -152,12 +152,15 @@ def counts(name: str, value: Any) -> int | dict[int, int]:
     """A whole number, 1 or more; or such numbers by context length."""
     if not isinstance(value, Mapping):
         return count(name, value)
-    found = {}
-    for length, number in value.items():
+    found: dict[int, int] = {}
+    for written, number in value.items():
         try:
-            found[parse_length(length)] = count(name, number)
+            length = parse_length(written)
         except ValueError as error:
-            raise ValueError(error if name in str(error) else f"{name}: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
+        if length in found:
+            raise ValueError(f"{name}: {length} has two numbers; give one")
+        found[length] = count(name, number)
     return found
 
 

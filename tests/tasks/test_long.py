@@ -123,6 +123,8 @@ def test_samples_by_context_length(name):
         load(name, **settings, samples={"x": 2})
     with pytest.raises(ValueError, match="samples: 0 is below 1"):
         load(name, **settings, samples={"1k": 0})
+    with pytest.raises(ValueError, match="samples: 1024 has two numbers; give one"):
+        load(name, **settings, samples={"1k": 2, "1024": 2, "2k": 1})
 
 
 def test_local_texts(library, tmp_path):
