@@ -16,7 +16,7 @@ It starts its processes itself, for each number of GPUs as torchrun does, and ha
   the engine: seconds to the first new token, new tokens per second after it, and the largest peak
   of memory of any card beside what the engine had planned.
 - single: one process under torchrun against one without: both exist, and take turns.
-- longest: as together, at `--longest`.
+- longest: as together, at `--longest`, on several GPUs alone.
 
 With `--shape tiny`, the default where there is no GPU, processes are the CPU's and talk through
 gloo: that is for trying the script.
