@@ -706,6 +706,19 @@ def test_triton_takes_any_strides(device, dtype, triton_kernels, head_by_head):
         assert torch.equal(run(q, k, v), run(*map(head_by_head, (q, k, v))))
 
 
+def test_on_hopper_work_is_cut_for_one_to_four_programs_a_multiprocessor(
+    triton_kernels, monkeypatch
+):
+    """Of every size of blocks; the larger a program, the fewer."""
+    monkeypatch.setattr(triton_kernels, "on_hopper", lambda device: True)
+    monkeypatch.setattr(triton_kernels, "multiprocessors", lambda device: 132)
+    card, dtype = torch.device("cuda"), torch.bfloat16
+    for dim in (8, 64, 128, 256, 512):
+        sizes = triton_kernels._block_sizes(dtype, dim)
+        fit = [triton_kernels._at_once(size, dim, dtype, card) / 132 for size in sizes]
+        assert fit == sorted(fit, reverse=True) and set(fit) <= {1, 2, 3, 4}
+
+
 @pytest.mark.skipif(not ON_GPU, reason="dispatch to Triton needs a GPU")
 def test_dispatch_runs_triton(device):
     """What the public functions give on a GPU is what the references give."""
