@@ -114,6 +114,12 @@ class Ruler(LongContextTask):
                 )
         return _Made(documents, warnings), inputs
 
+    def handed_over(self) -> tuple[_Made, Mapping[_Place, str]]:
+        """What was made, for all processes. The texts are not kept here: they may be gigabytes, and
+        are read from files if several processes make them."""
+        inputs, self.inputs = self.inputs, {}
+        return self.made, inputs
+
     def _place(self, doc: Mapping[str, Any]) -> _Place:
         return self.config.task, doc["context_length"], doc["index"]
 
@@ -130,7 +136,7 @@ class Ruler(LongContextTask):
         def make(index: int) -> tuple[_Made, Mapping[_Place, str]]:
             own.append(index)
             tasks[index].download()
-            return tasks[index].made, tasks[index].inputs
+            return tasks[index].handed_over()
 
         everything, inputs = build(range(len(tasks)), make)
         for index, made in enumerate(everything):
@@ -181,7 +187,7 @@ class RulerGroup(LongContextGroup):
 
         def make(name: str) -> tuple[_Made, Mapping[_Place, str]]:
             own[name] = load(name)
-            return own[name].made, own[name].inputs
+            return own[name].handed_over()
 
         names = config["members"]
         everything, inputs = build(names, make)
