@@ -120,7 +120,8 @@ class Engine:
                     yield indices[i], tokens
 
     def longest(self) -> int:
-        """The longest text, in tokens, that the memory takes which is free now."""
+        """The longest text, in tokens, that the memory takes which is free now, where it is fed as
+        many at a time as pay: smaller chunks would leave room for more, but for no snapshots."""
         return self._fit(1).longest
 
     def _generation(self, requests: Sequence[GenerateRequest], progress: Progress) -> Generation:
