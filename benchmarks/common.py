@@ -35,6 +35,11 @@ def count(text: str) -> int:
     return int(text)
 
 
+def counts(text: str) -> list[int]:
+    """Positive whole numbers on the command line, such as 4,16,64."""
+    return [count(part) for part in text.split(",")]
+
+
 def require_gpu() -> torch.device:
     """The GPU that the benchmarks run on; ends the program where there is none."""
     if not torch.cuda.is_available():

@@ -30,7 +30,7 @@ from .attention_triton import (
 from .launch import multiprocessors, packed_heads, padded
 from .rotary import Angles
 from .sequences import to_device
-from .sparse_attention import ALWAYS, BLOCK, SCORED, Texts
+from .text_blocks import ALWAYS, BLOCK, SCORED, Texts
 
 _TILE = 1 << 14  # bytes of summaries, and of query heads, that a program of scores multiplies
 _ALONE = 16  # of these where queries are alone, the fewest that are multiplied
@@ -112,13 +112,12 @@ def _tasks(texts: Texts, members: int, rows: int, row: int) -> tuple[Tensor, int
         row: scores of a query.
 
     Returns:
-        On the device, int32 [n, 2], the first query of each task and their end; how many queries a
-        task has at most; and the tasks whose scores exist at a time.
+        On the device, int32 [n, 2], the first query of each task and their end, unless each has one
+        query; how many queries a task has at most; and the tasks whose scores exist at a time.
     """
     length = len(texts.positions)
     if texts.runs is None:
-        first = torch.arange(length, dtype=torch.int32, device=texts.places.device)
-        return torch.stack((first, first + 1), 1), 1, [(0, length, 0, length)]
+        return texts.numbers, 1, [(0, length, 0, length)]  # nothing reads the former
     longest = max(end - first for first, end in texts.runs)
     queries = min(max(1, rows // members), triton.next_power_of_2(longest))
     tasks = [
@@ -148,10 +147,13 @@ def _score_kernel(
 
     Row r is query r // MEMBERS of them and the head's query head r % MEMBERS, if there is one.
     """
-    task = tasks + 2 * tl.program_id(0)
     head = tl.program_id(2)
-    first = tl.load(task)
-    end = tl.load(task + 1)
+    if QUERIES == 1:
+        first = tl.program_id(0) + base
+        end = first + 1
+    else:
+        first = tl.load(tasks + 2 * tl.program_id(0))
+        end = tl.load(tasks + 2 * tl.program_id(0) + 1)
     ROWS: tl.constexpr = QUERIES * MEMBERS
     block = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     query = first + tl.arange(0, QUERIES)
@@ -175,9 +177,10 @@ def _score_kernel(
         above, below = tl.where(x > 0, x, tl.zeros_like(x)), tl.where(x < 0, x, tl.zeros_like(x))
         product = tl.dot(above, tl.trans(largest), input_precision="ieee")
         product = tl.dot(below, tl.trans(least), product, input_precision="ieee")
-        total = tl.sum(tl.reshape(product, (QUERIES, MEMBERS, BLOCK_N)), 1)
+        product = tl.where((member < GROUP)[:, None], product, float("-inf"))
+        highest = tl.max(tl.reshape(product, (QUERIES, MEMBERS, BLOCK_N)), 1)
         between = (block > 0)[None, :] & (block[None, :] < (own - 1)[:, None])
-        out = tl.where(between, total, float("-inf"))
+        out = tl.where(between, highest, float("-inf"))
     at = ((query - base).to(tl.int64) * HEADS + head)[:, None] * width + block[None, :]
     tl.store(scores + at, out, mask=(query < end)[:, None] & (block < width)[None, :])
 

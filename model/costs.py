@@ -10,8 +10,9 @@ import torch
 from yoco_eval.kernels.attention import FEW, KEYS, SCORES
 from yoco_eval.kernels.dispatch import triton_takes
 from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
-from yoco_eval.kernels.sparse_attention import ALWAYS, BLOCK, NUMBERS, SCORED
+from yoco_eval.kernels.sparse_attention import NUMBERS
 from yoco_eval.kernels.striped_attention import GATHERED
+from yoco_eval.kernels.text_blocks import ALWAYS, BLOCK, SCORED
 
 from .config import YocoConfig
 from .cross_decoder import cross_layer

@@ -152,6 +152,32 @@ def join_group(model: Model, group: Group) -> None:
     model.group = group
 
 
+def with_sparse(blueprint: Blueprint, most: int, option: str) -> Blueprint:
+    """The same model, each token of which chooses `most` blocks of the cache to read.
+
+    Args:
+        option: that asks for it, for messages.
+
+    Raises:
+        ValueError: models of this family cannot do that.
+    """
+    config, make = blueprint.config, blueprint.make
+    if family := _family(config):
+        raise ValueError(
+            f"{option} is for {_YOCO} models, whose layers read one cache; of {family.name}, each "
+            "token reads all of its text: leave it out"
+        )
+    assert isinstance(config, YocoConfig)
+
+    def make_sparse(device: torch.device, dtype: torch.dtype) -> Model:
+        model = make(device, dtype)
+        assert isinstance(model, Yoco)
+        model.sparse = most
+        return model
+
+    return Blueprint(config, YocoCosts(config, sparse=most), make_sparse)
+
+
 def _family(config: Config) -> Family | None:
     return next((family for family in _FAMILIES if isinstance(config, family.config)), None)
 

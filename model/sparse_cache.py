@@ -1,7 +1,10 @@
 """YOCO's cache where each token reads but a few blocks of it: see `kernels.sparse_attention`.
 
-The queries of the cross-decoder's first layer choose the blocks that all its layers read: they all
-read one cache, and one choice takes a fraction of the time of one for each.
+The queries of the cross-decoder's first layer choose the blocks that all its layers read: they read
+one cache, and one choice takes a fraction of the time of one for each. A choice for each layer does
+with fewer blocks (on demo-1m, of 4 such layers, of 48 answers in texts of 32K tokens 37, 47, 48 and
+48 are right with 1, 2, 4 and 8 blocks, in place of 13, 33, 42 and 48); but in a model of 13 such
+layers, 13 choices from 1M tokens move more bytes than it takes to read what is chosen.
 """
 
 from __future__ import annotations
@@ -15,16 +18,8 @@ from torch import Tensor
 from yoco_eval.kernels.relay import Relay
 from yoco_eval.kernels.rotary import Angles
 from yoco_eval.kernels.sequences import Spans, Step, to_device
-from yoco_eval.kernels.sparse_attention import (
-    BLOCK,
-    Texts,
-    block_ends,
-    choose_blocks,
-    listed_attention,
-    summarise,
-    texts_of,
-    texts_of_rows,
-)
+from yoco_eval.kernels.sparse_attention import choose_blocks, listed_attention, summarise
+from yoco_eval.kernels.text_blocks import BLOCK, Texts, block_ends, texts_of, texts_of_rows
 
 from .cache import SelfState
 from .states import Stretches

@@ -24,7 +24,7 @@ from yoco_eval.kernels.norm import rms_norm
 from yoco_eval.kernels.relay import Relay
 from yoco_eval.kernels.rotary import rotate
 from yoco_eval.kernels.sequences import Sequences, Spans, Step, to_device
-from yoco_eval.kernels.sparse_attention import BLOCK
+from yoco_eval.kernels.text_blocks import BLOCK
 
 from .cache import SelfState
 from .config import YocoConfig

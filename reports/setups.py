@@ -25,7 +25,12 @@ PROMPTS = {
 _ALWAYS = frozenset(
     {"task version", "documents", "backend", "dtype", "lm-eval", "max_length", "special tokens"}
 )
-_NOT_SET = {"tokenizer": "the model's", "chat template": "none", "system instruction": "none"}
+_NOT_SET = {
+    "tokenizer": "the model's",
+    "chat template": "none",
+    "system instruction": "none",
+    "sparse": "off",
+}
 _DIGITS = 12  # of a fingerprint
 _OF_THE_RUN = ("limit", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 
@@ -122,6 +127,7 @@ def _of_file(run: TaskRun, file: ResultsFile) -> dict[str, Any]:
         "system instruction": data.get("system_instruction"),
         "backend": config.get("model"),
         "dtype": config.get("model_dtype"),
+        "sparse": config.get("sparse"),
         "lm-eval": data.get("lm_eval_version"),
     }  # fmt: skip
 

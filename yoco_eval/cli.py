@@ -254,6 +254,7 @@ def _plan(args: argparse.Namespace) -> int:
     from yoco_eval.estimate import estimate, print_estimate
     from yoco_eval.layouts import Cluster, lay_out, print_layouts
     from yoco_eval.model import open_checkpoint
+    from yoco_eval.model.families import with_sparse
     from yoco_eval.model.shapes import find_shape, with_random_weights
 
     try:
@@ -265,12 +266,18 @@ def _plan(args: argparse.Namespace) -> int:
             if args.shape is not None
             else open_checkpoint(args.pretrained, args.revision)
         )
+        if args.sparse is not None:
+            blueprint = with_sparse(blueprint, args.sparse, f"--sparse {args.sparse}")
+            if args.gpus * args.nodes > 1:
+                raise ValueError("--sparse is for texts that one card holds; plan for one card")
         card = _planned_card(args, blueprint.costs, dtype, device)
     except ValueError as error:
         raise UserError(error) from error
     name = args.pretrained if args.shape is None else args.shape
     if args.revision:
         name += f" revision={args.revision}"
+    if args.sparse is not None:
+        name += f" sparse={args.sparse}"
     positions = blueprint.config.max_position_embeddings
     cluster = Cluster(args.nodes, args.gpus, card)
     if cluster.size == 1:
@@ -350,6 +357,7 @@ def _measure_profile(args: argparse.Namespace) -> tuple[Profile, int]:
             shape=args.shape,
             pretrained=args.pretrained,
             revision=args.revision,
+            sparse=args.sparse,
             against=args.against,
             patience=args.patience,
             dtype=args.dtype,
@@ -555,6 +563,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
         help="of cards that are not there, what they reach: TFLOP/s of matrix products and GB/s "
         "of memory, such as 700,2900 (default: operations and bytes in place of times)",
     )
+    _add_sparse(plan)
     _add_where(plan)
     plan.set_defaults(run=_plan)
 
@@ -599,6 +608,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
         help="give up a length whose prefill takes more seconds than this, and a batch that "
         "decodes for longer (default: 120)",
     )
+    _add_sparse(profile)
     _add_where(profile)
     _add_output(profile, ".json, .png, .svg or .pdf")
     profile.set_defaults(run=_profile)
@@ -622,6 +632,16 @@ def _add_revision(command: argparse.ArgumentParser, of: str) -> None:
         "--revision",
         metavar="NAME",
         help=f"branch, tag or commit of {of} on the hub (default: its main branch)",
+    )
+
+
+def _add_sparse(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--sparse",
+        type=as_argument(parse_count),
+        metavar="K",
+        help="each token chooses K blocks of 64 tokens to read, as with --model_args sparse=K "
+        "(default: it reads all)",
     )
 
 

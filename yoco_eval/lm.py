@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from yoco_eval.model import open_checkpoint
 from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from yoco_eval.model.families import check_together, join_group
+from yoco_eval.model.families import check_together, join_group, with_sparse
 from yoco_eval.model.folder import end_tokens
 from yoco_eval.model.hub import hub_commit
 
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 _ARGUMENTS = (
     "pretrained, revision, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, "
-    "prefill_chunk, context_parallel, add_bos_token, enable_thinking, think_end_token, "
+    "prefill_chunk, context_parallel, sparse, add_bos_token, enable_thinking, think_end_token, "
     "chat_template_args"
 )
 # Settings of other backends that change nothing if they have these values.
@@ -106,6 +106,8 @@ class YocoLM(TemplateLM):
         prefill_chunk: tokens fed at a time; changes memory and speed, not results. Default: as many
             as pay and fit.
         context_parallel: how many of a run's processes hold each text together.
+        sparse: how many blocks of 64 tokens of its text each token chooses to read, beside the
+            first and the last two; default: it reads all.
         add_bos_token: whether a BOS token stands before every text; default: as the tokenizer does.
         enable_thinking: given to the chat template under this name, whether it is to ask for
             thinking; default: as the template does.
@@ -131,6 +133,7 @@ class YocoLM(TemplateLM):
         max_gen_toks: int = 256,
         prefill_chunk: int | str | None = None,
         context_parallel: int | str = 1,
+        sparse: int | str | None = None,
         add_bos_token: bool | None = None,
         enable_thinking: bool | None = None,
         think_end_token: str | int | None = None,
@@ -166,6 +169,12 @@ class YocoLM(TemplateLM):
         kind = find_dtype(dtype, where)
         together = _count("context_parallel", context_parallel)
         check_divides(together, self._ranks)
+        self._sparse = None if sparse is None else _count("sparse", sparse)
+        if self._sparse and together > 1:
+            raise ValueError(
+                f"sparse={self._sparse} is for texts that one process holds, and "
+                f"context_parallel={together} has several hold each; leave one of them out"
+            )
         chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         auto = re.fullmatch(r"auto(:\d+)?", str(batch_size)) is not None
@@ -193,6 +202,8 @@ class YocoLM(TemplateLM):
         blueprint = open_checkpoint(self._name, self._commit)
         if together > 1:
             check_together(blueprint.config, f"context_parallel={together}")
+        if self._sparse:
+            blueprint = with_sparse(blueprint, self._sparse, f"sparse={self._sparse}")
         vocabulary = blueprint.config.vocab_size
         if tokenizer is None:
             self.tokenizer = checkpoint_tokenizer(path, vocabulary)
@@ -288,6 +299,7 @@ class YocoLM(TemplateLM):
         # The tokenizer's own end token is among what follows.
         ends = sorted(self._end_tokens - {self.eot_token_id})
         settings += [one for one in (ends, self.think_end_token) if one]
+        settings += [f"sparse={self._sparse}"] if self._sparse else []
         digest = hashlib.sha256(repr(settings).encode())
         for name, parameter in self.model.state_dict().items():
             few = parameter.flatten()[:: max(1, parameter.numel() // 4096)].double().tolist()
@@ -321,8 +333,9 @@ class YocoLM(TemplateLM):
             "model_dtype": str(self.model.dtype).removeprefix("torch."),
             "max_length": None if self.max_length == sys.maxsize else self.max_length,
         }
-        of_the_hub = {"model_revision": self._revision, "model_sha": self._commit}
-        return info | {name: value for name, value in of_the_hub.items() if value is not None}
+        others: dict[str, Any] = {"model_revision": self._revision, "model_sha": self._commit}
+        others["sparse"] = self._sparse
+        return info | {name: value for name, value in others.items() if value is not None}
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from yoco_eval import __version__
 from yoco_eval.model import Blueprint, Cache, Model, Rows, Span, Spans, State, open_checkpoint
-from yoco_eval.model.families import family_name
+from yoco_eval.model.families import family_name, with_sparse
 from yoco_eval.model.interface import take
 from yoco_eval.model.shapes import SEED, SHAPES, find_shape, transformer_beside, with_random_weights
 from yoco_eval.reports.profile import (
@@ -39,6 +39,7 @@ from yoco_eval.reports.profile import (
 
 from .devices import find_device, find_dtype
 from .memory import MARGIN, chunk_sizes, free_bytes, out_of_memory
+from .pages import rounded
 
 # Fed before the clock starts: kernels are compiled and chosen meanwhile.
 WARM_UP_TOKENS = {"cpu": 64, "cuda": 65536}
@@ -65,6 +66,7 @@ def run_profile(
     shape: str | None = None,
     pretrained: str | None = None,
     revision: str | None = None,
+    sparse: int | None = None,
     against: str | None = None,
     patience: float = 120.0,
     dtype: str = "auto",
@@ -78,6 +80,7 @@ def run_profile(
         shape: what `find_shape` takes, for random weights; or
         pretrained: a checkpoint's path, or the name of a bundled one or of one on the hub.
         revision: of a name on the hub.
+        sparse: how many blocks of the cache each token chooses to read; None: it reads all.
         against: "transformer" or None.
         patience: the seconds that the prefill of one length may take, and a batch after it.
         dtype: a name that `find_dtype` knows.
@@ -96,6 +99,8 @@ def run_profile(
         else:
             assert pretrained is not None
             model = open_checkpoint(pretrained, revision)
+        if sparse is not None:
+            model = with_sparse(model, sparse, f"--sparse {sparse}")
         blueprints = {family_name(model.config): model}
         if against == "transformer":
             blueprints["Transformer"] = transformer_beside(model.config)
@@ -108,6 +113,8 @@ def run_profile(
         name = f"{sized if shape in SHAPES else shape}, random weights"
     if revision is not None:
         name += f" revision={revision}"
+    if sparse is not None:
+        name += f" sparse={sparse}"
 
     if on_gpu:
         torch.cuda.set_device(where)  # where kernels are launched and events recorded
@@ -281,18 +288,18 @@ def _decode_batch(model: Model, state: State, batch: int, shared: bool, deadline
     """
     warm_up, steps = _of(BATCH_STEPS, model.device)
     room, length = warm_up + steps, state.length
-    cache = model.new_cache(_slots(length, batch, shared, model.device))
+    cache = model.new_cache(_slots(length, batch, shared, model))
     cache.fill_with_noise()
     decoder = model.decoder(cache, batch, room)
-    common, position = (length, length) if shared else (0, 0)
-    own = room + length - common
-    spans = [Span(0, batch, 0, common, causal=False)] if shared else []
+    common, own = _common(length, shared, model.block), _own(length, shared, model)
+    known = 0 if model.block > 1 else None
+    spans = [Span(0, batch, 0, common, causal=False, start=known)] if common else []
     for row in range(batch):
         first = common + row * own
-        end = first + own
+        end = first + length - common + room
         # One by one, since all that join exist twice meanwhile.
         decoder.join([row], state, [0], [0], [np.arange(end - room, end)])
-        spans.append(Span(row, row + 1, first, end, causal=False, start=position))
+        spans.append(Span(row, row + 1, first, end, causal=False, start=common))
     decoder.read(range(batch), spans)
     start = 0.0
     for step in range(room):
@@ -313,7 +320,7 @@ def _largest_that_fits(model: Model, length: int, shared: bool) -> int:
     def needs(batch: int) -> int:
         logits = batch * model.config.vocab_size
         activations = costs.activation_bytes(dtype, _capacity(length), batch, logits, device)
-        cache = costs.cache_bytes(dtype, _slots(length, batch, shared, device))
+        cache = costs.cache_bytes(dtype, _slots(length, batch, shared, model))
         # The text's state and a copy; and what a graph that is captured of a step keeps for itself.
         return cache + (batch + 2) * costs.state_bytes(dtype) + 2 * activations
 
@@ -321,10 +328,20 @@ def _largest_that_fits(model: Model, length: int, shared: bool) -> int:
     return bisect_right(range(1, _of(LARGEST_BATCH, device) + 1), free, key=needs)
 
 
-def _slots(length: int, batch: int, shared: bool, device: torch.device) -> int:
+def _slots(length: int, batch: int, shared: bool, model: Model) -> int:
     """Of a cache for texts after contexts of `length` tokens, or after one that they share."""
-    room = sum(_of(BATCH_STEPS, device))
-    return length + batch * room if shared else batch * (length + room)
+    return _common(length, shared, model.block) + batch * _own(length, shared, model)
+
+
+def _common(length: int, shared: bool, block: int) -> int:
+    """Tokens of a context that all texts of a batch read in one place."""
+    return length // block * block if shared else 0
+
+
+def _own(length: int, shared: bool, model: Model) -> int:
+    """Slots for what each reads in a place of its own."""
+    room = sum(_of(BATCH_STEPS, model.device))
+    return rounded(length - _common(length, shared, model.block) + room, model.block)
 
 
 def _predict(model: Model, last: Rows, cache: Cache) -> Tensor:

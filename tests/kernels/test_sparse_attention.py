@@ -10,14 +10,11 @@ from yoco_eval.kernels import sparse_attention
 from yoco_eval.kernels.rotary import rotary_angles, rotate
 from yoco_eval.kernels.sequences import Readings, Span, Spans
 from yoco_eval.kernels.sparse_attention import (
-    ALWAYS,
-    BLOCK,
     choose_blocks,
     listed_attention_reference,
     summarise_reference,
-    texts_of,
-    texts_of_rows,
 )
+from yoco_eval.kernels.text_blocks import ALWAYS, BLOCK, texts_of, texts_of_rows
 
 BLOCKS = 14  # of the cache
 # Query heads, key-value heads, and numbers in each.

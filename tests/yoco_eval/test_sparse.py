@@ -1,4 +1,5 @@
-"""Sparse attention through the engine, against its definition worked out token by token."""
+"""Sparse attention through the engine, against its definition worked out token by token; and how it
+is asked for."""
 
 import random
 
@@ -6,10 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from yoco_eval.cli import main
 from yoco_eval.engine import Engine
 from yoco_eval.kernels.rotary import rotate
 from yoco_eval.kernels.sequences import Sequences
+from yoco_eval.lm import YocoLM
 from yoco_eval.model import GatedRetentionSettings, Span, Yoco, YocoConfig
+from yoco_eval.model.costs import YocoCosts
+from yoco_eval.model.families import with_sparse
+from yoco_eval.model.phi4flash_config import Phi4FlashConfig
+from yoco_eval.model.shapes import SHAPES, with_random_weights
+from yoco_eval.profiling import run_profile
 from yoco_eval.requests import GenerateRequest, ScoreRequest
 
 BLOCK = 64
@@ -69,7 +77,7 @@ def logits_by_definition(model, ids, most, first):
                     bounds = {}
                     for block in range(1, own - 1):
                         k = keys[block * BLOCK : (block + 1) * BLOCK, kv]
-                        bounds[block] = sum(
+                        bounds[block] = max(
                             torch.maximum(q[row, h] * k.amin(0), q[row, h] * k.amax(0)).sum()
                             for h in heads
                         )
@@ -185,3 +193,77 @@ def test_what_is_read_depends_on_the_text_alone(sparse):
             decoder.step(2)
             found.append(decoder.logits[1].clone())
     torch.testing.assert_close(torch.stack(logits), torch.stack(expected))
+
+
+def test_costs_are_those_of_the_cache(sparse):
+    """Summaries take a 64th of it; a decoded token reads all of these, and few blocks."""
+    model = sparse(5)
+    cache = model.new_cache(640)
+    held = cache.keys, cache.values, cache.summaries
+    assert model.costs.cache_bytes(torch.float64, 640) == sum(x.nbytes for x in held)
+    dense, few = YocoCosts(SHAPES["3b"]), YocoCosts(SHAPES["3b"], sparse=64)
+    one, layers = dense.cache_bytes(torch.bfloat16, 1), SHAPES["3b"].cross_layers
+    assert few.cache_bytes(torch.bfloat16, 1 << 20) == (one << 20) * 65 // 64
+    saved = dense.decode_bytes(torch.bfloat16, 1 << 20) - few.decode_bytes(torch.bfloat16, 1 << 20)
+    assert saved == one * ((layers << 20) - layers * 67 * 64 - (1 << 14))
+
+
+@pytest.mark.parametrize(("length", "most"), [(600, 2), (3000, 4), (3000, 100)])
+def test_memory_is_planned_for(sparse, live_bytes, length, most):
+    """Of a text all of whose positions are asked for, chunk by chunk."""
+    model = sparse(most)
+    ids = [token % VOCABULARY for token in range(length)]
+    engine = Engine(model, prefill_chunk=256)
+    planned = engine._fit(length, length + BLOCK, spare=BLOCK - 1).need
+    with live_bytes(model.parameters()) as live:
+        collect(engine.score, [ScoreRequest(ids[:1], ids[1:])])
+    assert live.peak <= planned
+
+
+def test_what_the_backend_says_of_it():
+    plain, few, more = (YocoLM("demo-4k", device="cpu", sparse=k) for k in (None, "4", 8))
+    assert few.model.sparse == 4 and few.get_model_info()["sparse"] == 4
+    assert plain.model.sparse is None and "sparse" not in plain.get_model_info()
+    assert len({lm._fingerprint() for lm in (plain, few, more)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"sparse": 0}, "sparse: 0 "),
+        ({"sparse": "many"}, "sparse: 'many' "),
+        ({"sparse": True}, "sparse: True "),
+    ],
+)
+def test_refused_arguments(arguments, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        YocoLM("demo-4k", device="cpu", **arguments)
+
+
+def test_what_does_not_go_together(monkeypatch):
+    monkeypatch.setattr("yoco_eval.lm.check_divides", lambda count, ranks: None)
+    with pytest.raises(ValueError, match="^sparse=4 is for .* context_parallel=2 has several"):
+        YocoLM("demo-4k", device="cpu", sparse=4, context_parallel=2)
+    other = with_random_weights(Phi4FlashConfig(256, 2048, 4, 8, 4, 100, vocab_size=50))
+    with pytest.raises(ValueError, match="^sparse=4 is for YOCO models.* of Phi-4-mini-flash,"):
+        with_sparse(other, 4, "sparse=4")
+
+
+def test_plan(capsys):
+    command = ["plan", "--shape", "3b", "--length", "1m", "--memory", "80g", "--speeds", "700,2900"]
+    rates = []
+    for more in ([], ["--sparse", "64"]):
+        assert main([*command, *more]) == 0
+        text = capsys.readouterr().out
+        rates.append(float(text.split("allows about ")[1].split(" ")[0]))
+    assert "3b sparse=64, 1M tokens" in text and rates[1] > 6 * rates[0]
+    assert main([*command, "--sparse", "64", "--gpus", "2"]) == 2
+    assert "--sparse is for texts that one card holds" in capsys.readouterr().err
+
+
+def test_profile(monkeypatch):
+    monkeypatch.setattr("yoco_eval.profiling.LARGEST_BATCH", {"cpu": 3})
+    profile = run_profile([100, 500], pretrained="demo-4k", sparse=2, device="cpu")
+    assert profile.name == "demo-4k sparse=2"
+    assert all(row.outcome == "measured" for row in profile.rows)
+    assert all(one.outcome == "measured" for row in profile.rows for one in row.throughput)

@@ -1,0 +1,114 @@
+"""Decoding with sparse attention at the YOCO-3B shape, beside decoding with the whole cache.
+
+    python benchmarks/sparse.py [--lengths 64k,512k,1m,10m] [--sparse 16,64,256] [--output FILE]
+
+Tokens are decoded one at a time; the limit is as benchmarks/decode.py has it, of the bytes that a
+step must read. The two parts are measured alone, too: the choice, which is made once a token, and
+attention over what is chosen, which each of the 13 layers makes. The cache holds random numbers,
+since cost does not depend on them. benchmarks/sparse_accuracy.py tells what is lost by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    clear,
+    copy_bandwidth,
+    counts,
+    environment,
+    lengths,
+    measure,
+    report,
+    require_gpu,
+    seconds,
+)
+
+from yoco_eval.kernels.sparse_attention import choose_blocks, listed_attention
+from yoco_eval.kernels.text_blocks import texts_of
+from yoco_eval.lengths import format_length
+from yoco_eval.model import Span, Spans, Yoco
+from yoco_eval.model.cache import SelfState
+from yoco_eval.model.shapes import SHAPES, set_random_weights
+from yoco_eval.model.sparse_cache import SparseCache
+
+STEPS = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--lengths",
+        type=lengths,
+        default="64k,512k,1m,10m",
+        help="in tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sparse",
+        type=counts,
+        default="16,64,256",
+        help="blocks that a token chooses (default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, help="also write to this .json file")
+    args = parser.parse_args()
+    device = require_gpu()
+    model = Yoco.empty(SHAPES["3b"], device, torch.bfloat16)
+    set_random_weights(model, 0)
+    rows = []
+    for length in args.lengths:
+        whole = None
+        for most in (None, *args.sparse):
+            model.sparse = most
+            row = decoding(model, length)
+            whole = whole or row["tokens/s"]
+            rows.append({**row, "times": row["tokens/s"] / whole})
+            clear()
+    title = "Decoding with sparse attention, YOCO-3B shape, bfloat16, batch 1"
+    report(title, rows, environment(), args.output)
+
+
+@torch.inference_mode()
+def decoding(model: Yoco, length: int) -> dict[str, Any]:
+    """A row of the table."""
+    config, device = model.config, model.device
+    cache = model.new_cache(length + 2 * STEPS)
+    cache.fill_with_noise()
+    heads, dim = config.self_decoder.n_self_heads, config.self_decoder.head_dim(config.dim)
+    states = tuple(
+        torch.randn(1, heads, dim, dim, device=device) for _ in range(config.self_layers)
+    )
+    cache.restore(SelfState((length,), states))
+    decoder = model.decoder(cache)
+    decoder.start(0)
+    for _ in range(3):  # kernels are compiled, and a graph is captured
+        decoder.step()
+    step = seconds(lambda: [decoder.step() for _ in range(STEPS)]) / STEPS
+    limit = copy_bandwidth() / model.costs.decode_bytes(torch.bfloat16, length)
+    row = {
+        "tokens": format_length(length),
+        "sparse": "" if model.sparse is None else model.sparse,
+        "tokens/s": 1 / step,
+        "share of limit": 1 / step / limit,
+        "cache, GiB": model.costs.cache_bytes(torch.bfloat16, length) / 2**30,
+        "choice, us": "",
+        "attention, us": "",
+    }
+    if isinstance(cache, SparseCache):
+        q = torch.randn(1, config.n_attn_heads, config.attn_head_dim, device=device).bfloat16()
+        positions = torch.tensor([length - 1], device=device)
+        texts = texts_of(Spans((Span(0, 1, 0, length, causal=True, start=0),)), positions)
+        most, keys, values = cache.most, cache.keys, cache.values
+        chosen = choose_blocks(q, cache.summaries, texts, most)
+        row["choice, us"] = 1e6 * measure(lambda: choose_blocks(q, cache.summaries, texts, most))
+        row["attention, us"] = 1e6 * measure(
+            lambda: listed_attention(q, keys, values, chosen, positions)
+        )
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())
