@@ -283,6 +283,7 @@ def test_profile(measured, tmp_path, capsys):
                 "shape": "3b",
                 "pretrained": None,
                 "revision": None,
+                "sparse": None,
                 "against": "transformer",
                 "patience": 7.0,
                 "dtype": "auto",
@@ -298,13 +299,15 @@ def test_profile(measured, tmp_path, capsys):
 
 
 def test_profile_by_default(measured):
-    assert main("profile --pretrained a --revision b --dtype bfloat16 --device cuda:1".split()) == 0
+    argv = "profile --pretrained a --revision b --sparse 8 --dtype bfloat16 --device cuda:1"
+    assert main(argv.split()) == 0
     ((lengths, settings),) = measured
     assert lengths == [2**n for n in range(15, 21)]
     assert settings == {
         "shape": None,
         "pretrained": "a",
         "revision": "b",
+        "sparse": 8,
         "against": None,
         "patience": 120.0,
         "dtype": "bfloat16",

@@ -34,7 +34,7 @@ class Model:
     def __init__(self, limit=10**9, delay=0.0, error=torch.OutOfMemoryError):
         self.limit, self.delay, self.error = limit, delay, error
         self.config, self.device = SimpleNamespace(vocab_size=7), CPU
-        self.costs, self.dtype = Costs(), torch.float32
+        self.costs, self.dtype, self.block = Costs(), torch.float32, 1
         self.fed, self.capacities = [], []
         self.steps = 0
         self.batches = []
