@@ -122,7 +122,7 @@ def print_estimate(
     table.add_column("GiB", justify="right")
     for part in PARTS:
         table.add_row(part, f"{getattr(fitted.memory, part) / GIB:.2f}")
-    table.add_row("free", f"{fitted.free / GIB:.2f}")
+    table.add_row("available", f"{fitted.free / GIB:.2f}")
     console.print(table)
     console.print()
     if fitted.fits:

@@ -107,7 +107,7 @@ def test_a_card_that_is_not_there(capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("3b, 1M tokens on a card of 80 GiB in bfloat16\n")
     assert absent_card(80 << 30, None).free == 78.5 * 2**30
-    assert "free 74.57" in one_line(shown)
+    assert "available 74.57" in one_line(shown)
     assert "are 3.36 PFLOP of prefill, and a decoded token moves 62.1 GB." in one_line(shown)
     assert main([*argv, "--speeds", "100,2000"]) == 0
     told = "about 33.6 s of prefill, and memory bandwidth allows about 32.2 decoded tokens/s, at "
