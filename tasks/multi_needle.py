@@ -10,7 +10,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from .answers import after_thinking
-from .needle import Needle, Settings, draw_cities, hide
+from .needle import Needle, NeedleSettings, draw_cities, hide
 from .needle_grid import Hidden
 from .settings import count, counts, depths, flag, lengths, setting
 from .wording import CITIES, QUESTION
@@ -28,7 +28,7 @@ def _protocol(name: str, value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class MultiSettings(Settings):
+class MultiSettings(NeedleSettings):
     """What a user can set of the tasks, besides what yoco_needle has, and other defaults of that.
 
     Attributes:
@@ -48,7 +48,7 @@ class MultiSettings(Settings):
 class MultiNeedle(Needle):
     """A task whose YAML has a key `needles` of its own hides so many, and refuses other numbers."""
 
-    settings_class = MultiSettings
+    Settings = MultiSettings
     settings: MultiSettings
 
     def __init__(self, config: Mapping[str, Any]) -> None:

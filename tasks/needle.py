@@ -13,7 +13,7 @@ from .wording import ANSWER, CITIES, INTRODUCTION, NEEDLE, NUMBER_DIGITS, QUESTI
 
 
 @dataclass(frozen=True)
-class Settings(GridSettings):
+class NeedleSettings(GridSettings):
     """What a user can set of the task, besides what every needle task has.
 
     Attributes:
@@ -25,8 +25,8 @@ class Settings(GridSettings):
 
 
 class Needle(NeedleGrid):
-    settings_class: type[Settings] = Settings
-    settings: Settings
+    Settings = NeedleSettings
+    settings: NeedleSettings
     introduction = INTRODUCTION
     answer_start = ANSWER
 

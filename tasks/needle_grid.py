@@ -69,7 +69,8 @@ class Hidden:
 
     Attributes:
         depth: share of the haystack's tokens before it, 0 to 1.
-        facts: what a document tells of it; the `number` among them is the right answer.
+        facts: what a document tells of it; the `number` among them is the right answer, whatever
+            it is.
         sentence: the needle itself, which has the number in it.
         question: the end of a prompt that asks for it.
     """
@@ -78,6 +79,11 @@ class Hidden:
     facts: dict[str, str]
     sentence: str
     question: str
+
+    def __post_init__(self) -> None:
+        if "number" not in self.facts:
+            told = ", ".join(self.facts) or "nothing"
+            raise ValueError(f"facts: a needle tells {told}; name its right answer `number`")
 
 
 class Haystack(Protocol):
@@ -91,14 +97,14 @@ class NeedleGrid(GeneratedTask):
     """lm-eval's task with documents, prompts and metrics of its own.
 
     Attributes:
-        settings_class: what a user can set, `GridSettings` or more.
+        Settings: what a user can set, `GridSettings` or more.
         introduction: the text before the haystack; it ends in whitespace.
         answer_start: what every question ends with, a format of a document's fields; in a chat,
             the assistant's turn begins with it where the backend can leave that open.
         starts, own_lines: where needles may stand, and how: see `Notes`.
     """
 
-    settings_class: type[GridSettings] = GridSettings
+    Settings: type[GridSettings] = GridSettings
     introduction: str
     answer_start: str
     starts = staticmethod(sentence_starts)
@@ -106,7 +112,7 @@ class NeedleGrid(GeneratedTask):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         metadata = dict(config.get("metadata") or {})
-        self.settings = read_settings(self.settings_class, metadata)
+        self.settings = read_settings(self.Settings, metadata)
         metadata = {**told(metadata, self.settings), BY_LENGTH: ["acc"]}
         self._answer_begun = False  # whether the answer's beginning is the assistant's
         own = {

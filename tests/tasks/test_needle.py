@@ -18,7 +18,8 @@ import yoco_eval.tasks
 from yoco_eval.reports.runs import load_needle_run
 from yoco_eval.tasks import evaluated_model
 from yoco_eval.tasks.by_length import digest
-from yoco_eval.tasks.needle import Settings
+from yoco_eval.tasks.needle import NeedleSettings
+from yoco_eval.tasks.needle_grid import Hidden
 from yoco_eval.tasks.settings import read_settings
 from yoco_eval.tasks.wording import INTRODUCTION
 
@@ -99,8 +100,8 @@ def scores(results):
 
 
 def test_defaults():
-    settings = read_settings(Settings, {"pretrained": "x", "batch_size": 1, "version": 1})
-    assert settings == Settings(
+    settings = read_settings(NeedleSettings, {"pretrained": "x", "batch_size": 1, "version": 1})
+    assert settings == NeedleSettings(
         context_lengths=[1024, 2048, 4096, 8192, 16384],
         depths=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
         samples=2,
@@ -405,3 +406,8 @@ def test_hugging_face_backend(hf_model, caplog):
 def test_context_beyond_the_positions_of_a_hugging_face_model(hf_model):
     with pytest.raises(ValueError, match="1024 exceeds the model's 600 positions"):
         load(pretrained=hf_model, context_lengths=1024)
+
+
+def test_a_needle_without_its_answer_is_refused():
+    with pytest.raises(ValueError, match="city, code; name its right answer `number`"):
+        Hidden(0.5, {"city": "Oslo", "code": "x"}, "The code of Oslo is x.", "The code is")
