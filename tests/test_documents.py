@@ -151,7 +151,7 @@ def test_needles(tmp_path, monkeypatch, capsys):
     for command in (each for each in commands("yoco-eval", ["README.md"]) if RUN in each.words):
         assert cli.main(command.words) == 0
         check_output(command.output, capsys.readouterr().out)
-    assert Path("needle.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("results/needle.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_python():
