@@ -44,8 +44,10 @@ class YocoCosts:
 
     def cache_bytes(self, dtype: torch.dtype, length: int) -> int:
         """One layer's worth, whatever the number of layers."""
-        summaries = 0 if self.sparse is None else 2 * self._width * -(-length // BLOCK)
-        return -(-(2 * self._width * length + summaries) * dtype.itemsize // self.parts)
+        numbers = 2 * self._width * length
+        if self.sparse is not None:
+            numbers += -(-numbers // BLOCK)
+        return -(-numbers * dtype.itemsize // self.parts)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         return self.config.self_layers * self._layer_state(dtype)
