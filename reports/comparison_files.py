@@ -14,6 +14,7 @@ from .comparison_text import latex, markdown
 from .files import FIGURES, check_path, to_csv, to_json, write_figure, write_text
 from .model_card import model_card
 from .panels import stack
+from .part import CSV_COLUMNS
 from .results import ResultsError
 from .sections import panels, rows
 from .statistics import CONFIDENCE, LEVEL
@@ -22,11 +23,6 @@ from .style import figure_style
 KIND = "yoco-eval comparison"  # stands in the JSON
 CARD = "card.md"  # how the name of a block for a model card ends
 SUFFIXES = (".html", *FIGURES, ".md", ".csv", ".json", ".tex")
-CSV_COLUMNS = (
-    "kind", "checkpoint", "other", "task", "n_shot", "metric", "context_length", "depth",
-    "deepest", "value", "other_value", "low", "high", "stderr", "samples", "other_samples", "p",
-    "p_corrected", "source", "note",
-)  # fmt: skip
 
 
 def check_output(path: Path) -> None:

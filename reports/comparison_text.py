@@ -81,7 +81,7 @@ def latex(comparison: Comparison) -> str:
     """The tables of the comparison, for a document that uses the package booktabs."""
     tables = [
         "\n".join(_latex_table(part))
-        for section in sections(comparison)
+        for section in sections(comparison, floating=True)
         for table in section.tables
         for part in _parts(table)
     ]

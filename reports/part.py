@@ -10,6 +10,12 @@ from .cells import Section
 from .comparison import Comparison
 from .panels import Panel
 
+CSV_COLUMNS = (
+    "kind", "checkpoint", "other", "task", "n_shot", "metric", "context_length", "depth",
+    "deepest", "value", "other_value", "low", "high", "stderr", "samples", "other_samples", "p",
+    "p_corrected", "source", "note",
+)  # fmt: skip
+
 
 def _nothing(comparison: Comparison) -> Iterable[Any]:
     return ()
@@ -21,7 +27,7 @@ class Part:
 
     sections: for the terminal, the page, Markdown and LaTeX.
     panels: figures, which say under which section's heading they belong.
-    rows: for .csv files, one for each number, by the names of `comparison_files.CSV_COLUMNS`.
+    rows: for .csv files, one for each number, by the names of `CSV_COLUMNS`.
     """
 
     sections: Callable[[Comparison], Iterable[Section]] = _nothing

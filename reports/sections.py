@@ -18,6 +18,7 @@ from . import (
 from .cells import Section, Table
 from .comparison import Comparison
 from .panels import Panel
+from .part import CSV_COLUMNS
 
 PARTS = (  # the conclusions first
     stage_figure.PART,
@@ -30,10 +31,14 @@ PARTS = (  # the conclusions first
 )
 
 
-def sections(comparison: Comparison) -> list[Section]:
-    """All there is to say; sections that are empty are left out."""
+def sections(comparison: Comparison, floating: bool = False) -> list[Section]:
+    """All there is to say; sections that are empty are left out.
+
+    floating: whether each table stands by itself, with all of its notes; else a section has a note
+        once.
+    """
     found = [section for part in PARTS for section in part.sections(comparison)]
-    if comparison.many:
+    if not floating:
         found = [replace(one, tables=tuple(_without_repetition(one.tables))) for one in found]
     return [one for one in found if one.text or one.alarms or one.items or one.tables]
 
@@ -53,6 +58,14 @@ def panels(comparison: Comparison) -> list[Panel]:
 
 
 def rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """All numbers, for programs."""
+    """All numbers, for programs.
+
+    Raises:
+        ValueError: a section names a column that there is not.
+    """
     for part in PARTS:
-        yield from part.rows(comparison)
+        for row in part.rows(comparison):
+            if unknown := sorted(row.keys() - set(CSV_COLUMNS)):
+                where = part.rows.__module__.rpartition(".")[2]
+                raise ValueError(f"{where}: a row has {', '.join(unknown)}, not in CSV_COLUMNS")
+            yield row

@@ -100,6 +100,16 @@ def test_lm_eval_takes_arguments(command, monkeypatch):
         assert registration.given_model_args <= signature(YocoLM).parameters.keys()
 
 
+def test_tasks_have_rows():
+    """Each in the list of docs/tasks.md and README's, or the group or family that it belongs to."""
+    for document in ("README.md", "docs/tasks.md"):
+        rows = re.findall(r"^\| \[?(`yoco_.*?)\|", (ROOT / document).read_text(), re.MULTILINE)
+        named = {name for row in rows for name in re.findall(r"`(yoco_\w+)`", row)}
+        named.add("yoco_needle")  # README's paragraph above its list is about it
+        members = {name for name in TASKS if re.sub(r"_(\d+|n)$", "", name) in named}
+        assert TASKS == named | members, document
+
+
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Results and a checkpoint as README's commands find them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from yoco_eval.reports.cells import CHECKPOINT, NOTHING, Cell, Section, Table
@@ -10,20 +11,30 @@ from yoco_eval.reports.comparison import Comparison
 from yoco_eval.reports.curve_plots import Plot, plot_panels
 from yoco_eval.reports.panels import Panel
 from yoco_eval.reports.part import Part
+from yoco_eval.reports.runs import Checkpoint
 
 TIMES = "Times"
 
 
 def _seconds(comparison: Comparison) -> list[dict[int, float]]:
-    """Of each checkpoint, by the longest context length of the results file."""
-    return [
-        {
-            max(run.context_lengths): float(run.file.data["total_evaluation_time_seconds"])
-            for run in checkpoint.tasks.values()
-            if run.context_lengths and "total_evaluation_time_seconds" in run.file.data
-        }
-        for checkpoint in comparison.runs
-    ]
+    """Of each checkpoint, by the longest context length of a results file."""
+    return [_by_length(checkpoint) for checkpoint in comparison.runs]
+
+
+def _by_length(checkpoint: Checkpoint) -> dict[int, float]:
+    """Each file counts once, of however many tasks it is, and all files of a task do."""
+    files = {file.path: file for run in checkpoint.tasks.values() for file in run.files}
+    longest: dict[Path | None, int] = {}
+    for run in checkpoint.tasks.values():
+        for scores in run.by_length.values():
+            for length, score in scores.items():
+                longest[score.source] = max(length, longest.get(score.source, 0))
+    seconds: dict[int, float] = {}
+    for path, file in files.items():
+        told = file.data.get("total_evaluation_time_seconds")
+        if path in longest and told is not None:
+            seconds[longest[path]] = seconds.get(longest[path], 0) + float(told)
+    return seconds
 
 
 def _sections(comparison: Comparison) -> Iterator[Section]:
