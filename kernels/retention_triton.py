@@ -30,6 +30,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -127,10 +128,10 @@ def _effect(sums: Tensor, decays: Tensor) -> tuple[Tensor, Tensor]:
     """What segments in a row do to the state before them, by what each adds, [s, H, D, D], and the
     binary logarithm of what it multiplies by, [s, H]: the natural logarithm of what they multiply
     by, [H], and what they add, [H, D, D]."""
-    # Summed from the end: what is left of a difference of large sums would be wrong just for the
-    # last segments, which count most.
-    onwards = decays.flip(0).cumsum(0).flip(0)
-    after = (onwards - decays).exp2()
+    # Summed from the end, and without a segment's own: what is left of a difference of large sums
+    # would be wrong just for the last segments, which count most.
+    onwards = F.pad(decays, (0, 0, 0, 1)).flip(0).cumsum(0).flip(0)
+    after = onwards[1:].exp2()
     added = after.T[:, None] @ sums.flatten(2).transpose(0, 1)
     return onwards[0] * math.log(2), added.view(sums.shape[1:])
 
