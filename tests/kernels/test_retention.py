@@ -337,7 +337,7 @@ def test_triton_effect_is_right_to_the_last_segment(triton_version, device):
     """Of segments in a row that let little through, and some at the end that let much."""
     sums = torch.randn(48, 2, 8, 8, device=device)
     decays = -500 * torch.rand(48, 2, device=device)
-    decays[-4], decays[-3:] = -400, decays[-3:] / 500
+    decays[-4], decays[-3:] = -5000, decays[-3:] / 500
     decay, added = triton_version._effect(sums, decays)
     expected = torch.zeros(2, 8, 8, dtype=torch.float64, device=device)
     for more, log_decay in zip(sums.double(), decays.double(), strict=True):
