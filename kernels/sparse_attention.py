@@ -80,13 +80,12 @@ def choose_blocks(
     if width <= most + ALWAYS:  # all
         every = texts.places.index_select(0, texts.numbers)
         return every[:, None].expand(-1, heads, -1)
-    fast = use_triton(q, summaries)
-    if fast:
-        from .sparse_attention_triton import best_blocks
-
-        return run_triton(best_blocks, q, summaries, texts, most, angles)
     if angles is not None:
         q = rotate(q, angles)
+    if use_triton(q, summaries):
+        from .sparse_attention_triton import best_blocks
+
+        return run_triton(best_blocks, q, summaries, texts, most)
     chosen = torch.empty(length, heads, most + ALWAYS, dtype=torch.int32, device=q.device)
     for text, first, end in _stretches(texts, max(1, NUMBERS // (width * q.shape[1]))):
         rows = slice(first, end)

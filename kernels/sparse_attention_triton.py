@@ -72,25 +72,23 @@ def _summary_kernel(
 # -- the choice ------------------------------------------------------------------------------------
 
 
-def best_blocks(
-    q: Tensor, summaries: Tensor, texts: Texts, most: int, angles: Angles | None = None
-) -> Tensor:
-    """As `sparse_attention.choose_blocks`, where texts have more blocks than are read."""
+def best_blocks(q: Tensor, summaries: Tensor, texts: Texts, most: int) -> Tensor:
+    """As `sparse_attention.choose_blocks`, of rotated queries, where texts have more blocks than
+    are read."""
     q, positions = packed_heads(q), texts.positions.contiguous()
     length, (heads, blocks, _, dim) = len(q), summaries.shape
     group, width = q.shape[1] // heads, texts.places.shape[1]
     block_n = min(BLOCK, max(16, _TILE // (padded(dim) * q.dtype.itemsize)))
     tasks, queries, cuts = _tasks(texts, triton.next_power_of_2(group), block_n, heads * width)
-    cos, sin = angles or (q, q)
     chosen = torch.empty(length, heads, most + ALWAYS, dtype=torch.int32, device=q.device)
     for first_task, end_task, first, end in cuts:
         scores = torch.empty(end - first, heads, width, dtype=torch.float32, device=q.device)
         _score_kernel[end_task - first_task, triton.cdiv(width, block_n), heads](
-            q, cos, sin, summaries, texts.places, texts.numbers, positions,
+            q, summaries, texts.places, texts.numbers, positions,
             tasks[first_task:], scores, first, width, blocks,
             STRIDE=q.stride(0), HEADS=heads, GROUP=group, QUERIES=queries,
             MEMBERS=max(triton.next_power_of_2(group), _ALONE // queries), D=dim, D_PAD=padded(dim),
-            ROTATE=angles is not None, BLOCK=BLOCK, BLOCK_N=block_n, num_warps=4, num_stages=2,
+            BLOCK=BLOCK, BLOCK_N=block_n, num_warps=4, num_stages=2,
         )  # fmt: skip
         best = scores.topk(most).indices
         _list_kernel[end - first, heads](
@@ -138,9 +136,9 @@ def _tasks(texts: Texts, members: int, rows: int, row: int) -> tuple[Tensor, int
 
 @triton.jit(do_not_specialize=("base", "width", "blocks"))
 def _score_kernel(
-    q, cos, sin, summaries, places, numbers, positions, tasks, scores, base, width, blocks,
+    q, summaries, places, numbers, positions, tasks, scores, base, width, blocks,
     STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
-    MEMBERS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROTATE: tl.constexpr,
+    MEMBERS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One key-value head's scores of BLOCK_N blocks with up to QUERIES queries of their text.
@@ -165,11 +163,12 @@ def _score_kernel(
         token = first + row // MEMBERS
         member = row % MEMBERS
         valid = (token < end) & (member < GROUP)
-        column = (head * GROUP + member) * D
-        x = load_rotated(q, cos, sin, token, column, valid, STRIDE, D, D_PAD, ROTATE, ROWS)
+        dims = tl.arange(0, D_PAD)
+        at = token.to(tl.int64) * STRIDE + (head * GROUP + member) * D
+        mask = valid[:, None] & (dims < D)[None, :]
+        x = tl.load(q + at[:, None] + dims[None, :], mask=mask, other=0.0)
         text = tl.load(numbers + first).to(tl.int64)
         place = tl.load(places + text * width + block, mask=block < most, other=0).to(tl.int64)
-        dims = tl.arange(0, D_PAD)
         at = (head.to(tl.int64) * blocks + place)[:, None] * (2 * D) + dims[None, :]
         seen = (block < most)[:, None] & (dims < D)[None, :]
         least = tl.load(summaries + at, mask=seen, other=0.0)

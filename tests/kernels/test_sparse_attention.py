@@ -99,8 +99,9 @@ def test_triton_choice(make, query_heads, heads, dim, dtype, device, monkeypatch
     summaries = of_keys(keys)
     q, angles, texts = make(query_heads, dim, dtype, device)
     most = 2
-    found = sparse_attention_triton.best_blocks(q, summaries, texts, most, angles)
-    q = rotate(q.double(), wide(angles))
+    q = rotate(q, angles)
+    found = sparse_attention_triton.best_blocks(q, summaries, texts, most)
+    q = q.double()
     expected = choose_blocks(q, summaries.double(), texts, most)
     assert found.shape == expected.shape == (len(q), heads, most + ALWAYS)
     for row, (position, text) in enumerate(
