@@ -1,6 +1,7 @@
 """Sparse attention through the engine, against its definition worked out token by token; and how it
 is asked for."""
 
+import copy
 import random
 
 import numpy as np
@@ -178,6 +179,23 @@ def test_answers_are_those_of_the_definition(model, sparse, engine, batch_size, 
         ids = [*request.context, *answer][:-1]
         logits = logits_by_definition(model, ids, 2, first)
         assert logits.argmax(-1).tolist() == answer
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_and_graphs_on_a_gpu(model, score_requests, defined):
+    """In float32: among blocks, and tokens, that score alike another one may be taken."""
+    fast = copy.deepcopy(model).float().cuda()
+    fast.sparse = 2
+    scores = collect(Engine(fast, None).score, score_requests)
+    assert [score.logprob for score in scores] == pytest.approx(defined, abs=1e-2)
+    requests = [GenerateRequest(context, 40) for context in texts()]
+    for batch_size in (1, None):
+        answers = collect(Engine(fast, batch_size).generate, requests)
+        for request, answer in zip(requests, answers, strict=True):
+            ids = [*request.context, *answer][:-1]
+            logits = logits_by_definition(model, ids, 2, len(request.context) - 1)
+            taken = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+            assert (logits.amax(1) - taken).max() < 1e-2
 
 
 def test_what_is_read_depends_on_the_text_alone(sparse):
