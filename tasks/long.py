@@ -44,6 +44,7 @@ _LOSS = "yoco_long_loss_local"
 _PROMPTS = sum(len(fixed.get("depths", [0])) for fixed in _TASKS.values())  # of a sample
 _PROBED = 0.12  # of the time, at most, goes into measuring
 _GROWTH = 2.5  # by which the next sweep, to twice the length, is expected to take longer
+_BEYOND = 2  # times as long as those that were timed, at most, are texts whose losses are asked for
 _LEAST = 0.05  # of a sweep, at least, is taken for what its longest prompts take
 _AFTER = 4  # seconds from the last answer to the end
 
@@ -181,7 +182,11 @@ class LongGroup(Group):
         try:
             return choose(
                 {length: sweeps.get(length, sweep_seconds(length)) for length in candidates},
-                {n: losses.get(n, loss_seconds(n)) for n in ends if losses},
+                {
+                    n: losses.get(n, loss_seconds(n))
+                    for n in ends
+                    if losses and n <= _BEYOND * max(losses)
+                },
                 left,
             )
         except ValueError as error:
