@@ -20,6 +20,7 @@ from yoco_eval.lengths import format_length
 from yoco_eval.model import Yoco
 from yoco_eval.model.cache import SelfState
 from yoco_eval.model.shapes import SHAPES, set_random_weights
+from yoco_eval.model.yoco_cache import YocoCache
 
 STEPS = 32
 
@@ -39,18 +40,7 @@ def main() -> None:
 
     rows = []
     for length in args.lengths:
-        cache = model.new_cache(length + 2 * STEPS)
-        cache.fill_with_noise()
-        heads, dim = config.self_decoder.n_self_heads, config.self_decoder.head_dim(config.dim)
-        states = tuple(
-            torch.randn(1, heads, dim, dim, device=device) for _ in range(config.self_layers)
-        )
-        cache.restore(SelfState((length,), states))
-        decoder = model.decoder(cache)
-        decoder.start(0)
-        for _ in range(3):  # kernels are compiled, and a graph is captured
-            decoder.step()
-        step = seconds(lambda d=decoder: [d.step() for _ in range(STEPS)]) / STEPS
+        step = step_seconds(model, length)[0]
         bandwidth = copy_bandwidth()
         moved = model.costs.decode_bytes(torch.bfloat16, length)
         rows.append(
@@ -62,9 +52,25 @@ def main() -> None:
                 "copy TB/s": bandwidth / 1e12,
             }
         )
-        del cache, decoder
         torch.cuda.empty_cache()
     report("Decoding, YOCO-3B shape, bfloat16, batch 1", rows, environment(), args.output)
+
+
+def step_seconds(model: Yoco, length: int) -> tuple[float, YocoCache]:
+    """Of decoding one token after `length`, and the cache, of noise, that is read."""
+    config, device = model.config, model.device
+    cache = model.new_cache(length + 2 * STEPS)
+    cache.fill_with_noise()
+    heads, dim = config.self_decoder.n_self_heads, config.self_decoder.head_dim(config.dim)
+    states = tuple(
+        torch.randn(1, heads, dim, dim, device=device) for _ in range(config.self_layers)
+    )
+    cache.restore(SelfState((length,), states))
+    decoder = model.decoder(cache)
+    decoder.start(0)
+    for _ in range(3):  # kernels are compiled, and a graph is captured
+        decoder.step()
+    return seconds(lambda: [decoder.step() for _ in range(STEPS)]) / STEPS, cache
 
 
 if __name__ == "__main__":

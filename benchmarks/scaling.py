@@ -25,7 +25,6 @@ gloo: that is for trying the script.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -42,7 +41,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import context_length, count, environment, report, require_gpu
+from common import clear, context_length, count, environment, report, require_gpu
 from prompts import needle_grid
 from scoring import ANSWERS, make_questions
 
@@ -318,9 +317,8 @@ class Worker:
         return None if self.args.cpu else torch.cuda.max_memory_allocated()
 
     def clear(self) -> None:
-        gc.collect()
+        clear()
         if not self.args.cpu:
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
 

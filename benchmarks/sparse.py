@@ -25,18 +25,15 @@ from common import (
     measure,
     report,
     require_gpu,
-    seconds,
 )
+from decode import step_seconds
 
 from yoco_eval.kernels.sparse_attention import choose_blocks, listed_attention
 from yoco_eval.kernels.text_blocks import texts_of
 from yoco_eval.lengths import format_length
 from yoco_eval.model import Span, Spans, Yoco
-from yoco_eval.model.cache import SelfState
 from yoco_eval.model.shapes import SHAPES, set_random_weights
 from yoco_eval.model.sparse_cache import SparseCache
-
-STEPS = 32
 
 
 def main() -> None:
@@ -75,18 +72,7 @@ def main() -> None:
 def decoding(model: Yoco, length: int) -> dict[str, Any]:
     """A row of the table."""
     config, device = model.config, model.device
-    cache = model.new_cache(length + 2 * STEPS)
-    cache.fill_with_noise()
-    heads, dim = config.self_decoder.n_self_heads, config.self_decoder.head_dim(config.dim)
-    states = tuple(
-        torch.randn(1, heads, dim, dim, device=device) for _ in range(config.self_layers)
-    )
-    cache.restore(SelfState((length,), states))
-    decoder = model.decoder(cache)
-    decoder.start(0)
-    for _ in range(3):  # kernels are compiled, and a graph is captured
-        decoder.step()
-    step = seconds(lambda: [decoder.step() for _ in range(STEPS)]) / STEPS
+    step, cache = step_seconds(model, length)
     limit = copy_bandwidth() / model.costs.decode_bytes(torch.bfloat16, length)
     row = {
         "tokens": format_length(length),
