@@ -1,17 +1,23 @@
 """Decoding with sparse attention at the YOCO-3B shape, beside decoding with the whole cache.
 
-    python benchmarks/sparse.py [--lengths 64k,512k,1m,10m] [--sparse 16,64,256] [--output FILE]
+    python benchmarks/sparse.py [--lengths 64k,512k,1m,10m] [--sparse 16,64,256]
+        [--cache-dtypes model,fp8] [--output FILE]
 
 Tokens are decoded one at a time; the limit is as benchmarks/decode.py has it, of the bytes that a
 step must read. The two parts are measured alone, too: the choice, which is made once a token, and
 attention over what is chosen, which each of the 13 layers makes. The cache holds random numbers,
 since cost does not depend on them. benchmarks/sparse_accuracy.py tells what is lost by it.
+
+With fp8 among --cache-dtypes, all of it is measured with a cache in eight bits, too; `times` is
+always of the whole cache in the model's dtype, if that is measured, else of the first row.
+`--sparse 0` leaves sparse attention out.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +52,28 @@ def main() -> None:
     )
     parser.add_argument(
         "--sparse",
-        type=counts,
+        type=lambda text: [] if text == "0" else counts(text),
         default="16,64,256",
-        help="blocks that a token chooses (default: %(default)s)",
+        help="blocks that a token chooses; 0: none but the whole cache (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache-dtypes",
+        type=lambda text: text.split(","),
+        default="model",
+        help="model, fp8, or both (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
+    if unknown := set(args.cache_dtypes) - {"model", "fp8"}:
+        parser.error(f"--cache-dtypes: {', '.join(sorted(unknown))} is neither model nor fp8")
     device = require_gpu()
     model = Yoco.empty(SHAPES["3b"], device, torch.bfloat16)
     set_random_weights(model, 0)
     rows = []
     for length in args.lengths:
         whole = None
-        for most in (None, *args.sparse):
-            model.sparse = most
+        for kind, most in product(args.cache_dtypes, (None, *args.sparse)):
+            model.sparse, model.eight_bits = most, kind == "fp8"
             row = decoding(model, length)
             whole = whole or row["tokens/s"]
             rows.append({**row, "times": row["tokens/s"] / whole})
@@ -76,6 +90,7 @@ def decoding(model: Yoco, length: int) -> dict[str, Any]:
     limit = copy_bandwidth() / model.costs.decode_bytes(torch.bfloat16, length)
     row = {
         "tokens": format_length(length),
+        "cache": "fp8" if model.eight_bits else "bfloat16",
         "sparse": "" if model.sparse is None else model.sparse,
         "tokens/s": 1 / step,
         "share of limit": 1 / step / limit,

@@ -1,7 +1,8 @@
 """What sparse attention loses: right answers to needles by the number of blocks a token chooses.
 
     python benchmarks/sparse_accuracy.py [--pretrained demo-1m] [--tasks NAME,...] [--lengths 1m]
-        [--samples 2] [--sparse 1,4,16,64] [--device auto] [--output FILE.json]
+        [--samples 2] [--sparse 1,4,16,64] [--cache-dtype fp8] [--device auto]
+        [--output FILE.json]
 
 Texts and questions are those of lm-eval's tasks yoco_needle and yoco_multi_needle_*. Each text is
 fed once, and all its questions are answered with each number of blocks: an answer is right if every
@@ -52,10 +53,17 @@ def main() -> None:
     parser.add_argument("--depths", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--samples", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--sparse", type=counts, default="1,4,16,64")
+    parser.add_argument("--cache-dtype", help="fp8: of all rows (default: the model's)")
     parser.add_argument("--device")
     parser.add_argument("--output", type=Path, help="also write to this .json file")
     args = parser.parse_args()
-    lm = Listener(args.pretrained, device=args.device, max_length=max(args.lengths), sparse=1)
+    lm = Listener(
+        args.pretrained,
+        device=args.device,
+        max_length=max(args.lengths),
+        sparse=1,
+        cache_dtype=args.cache_dtype,
+    )
     rows = []
     for task in args.tasks.split(","):
         for length in args.lengths:
@@ -64,7 +72,10 @@ def main() -> None:
             lm_eval.simple_evaluate(lm, tasks=[task], metadata=metadata, bootstrap_iters=0)
             found = [answers(lm, text, [WHOLE, *args.sparse]) for text in texts(lm)]
             rows += summary(task, length, args.sparse, np.stack(found).astype(int))
-    report(f"Needles with sparse attention, {args.pretrained}", rows, environment(), args.output)
+    cache = f", {args.cache_dtype} cache" if args.cache_dtype else ""
+    report(
+        f"Needles with sparse attention, {args.pretrained}{cache}", rows, environment(), args.output
+    )
 
 
 def texts(lm: Listener) -> Iterator[list[Question]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .cache_writes import store_keys_values
 from .dispatch import run_triton, use_triton
+from .eight_bits import Held
 from .relay import Relay
 from .rotary import Angles, rotate
 from .sequences import (
@@ -37,8 +38,8 @@ FEW = 64  # queries of a group of heads up to which reading its keys only once i
 
 def cache_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     spans: Spans,
     angles: Angles | None = None,
     scale: float | None = None,
@@ -49,7 +50,7 @@ def cache_attention(
     Args:
         q: [T, Hq, D].
         keys, values: [Hkv, N, D], rotated; both of one buffer shape, or of such buffers the same
-            slots. Keys outside the spans may be uninitialised.
+            slots; or both in eight bits. Keys outside the spans may be uninitialised.
         spans: which keys each query reads.
         angles: cos and sin [T, D / 2] by which q is rotated first; None: it is rotated already.
         scale: of the scores, positive.
@@ -71,8 +72,8 @@ def cache_attention(
 
 def cache_attention_reference(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     spans: Spans,
     angles: Angles | None = None,
     scale: float | None = None,
@@ -92,8 +93,9 @@ def cache_attention_reference(
     for first, end, run in query_runs(spans):
         run = sorted((cut_span(span, first, end) for span in run), key=lambda s: s.first_key)
         if q.device.type == "cpu" and _is_one_text(run):
-            outputs.append(_attend_text(q[first:end], keys, values, run, spans, scale))
-            continue
+            if isinstance(keys, Tensor) and isinstance(values, Tensor):  # not in eight bits
+                outputs.append(_attend_text(q[first:end], keys, values, run, spans, scale))
+                continue
         longest = min(KEYS, max(span.end_key - span.first_key for span in run))
         block = max(1, SCORES // (longest * q.shape[1]))
         for start in range(first, end, block):
@@ -105,8 +107,8 @@ def cache_attention_reference(
 
 def _attend_windows(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     run: list[Span],
     first: int,
     end: int,
@@ -134,9 +136,8 @@ def _attend_windows(
         heads = keys.shape[0]
         rows = q[start : start + len(queries)].transpose(0, 1).unflatten(0, (heads, -1))
         mask = mask.repeat(rows.shape[1], 1)
-        out = F.scaled_dot_product_attention(
-            rows.flatten(1, 2), keys[:, every], values[:, every], mask, scale=scale
-        )
+        k, v = (x[:, every].to(q.dtype) for x in (keys, values))
+        out = F.scaled_dot_product_attention(rows.flatten(1, 2), k, v, mask, scale=scale)
         outputs.append(out.unflatten(1, rows.shape[1:3]).flatten(0, 1).transpose(0, 1))
     return torch.cat(outputs)
 
@@ -209,7 +210,7 @@ def _text_mask(queries: int, keys: int, dtype: torch.dtype, copies: int) -> Tens
 
 
 def _attend_apart(
-    q: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span], scale: float | None
+    q: Tensor, keys: Held, values: Held, spans: Sequence[Span], scale: float | None
 ) -> Tensor:
     """q [T, Hq, D], rotated, over spans of some of these T queries each: [T, Hq, D].
 
@@ -246,13 +247,13 @@ def _attend_apart(
         for whole, part in ((tops, top), (totals, total), (outs, out)):
             whole[:, asked] = part.unflatten(1, (length, group))
     outs = (outs / totals).transpose(1, 2).flatten(0, 1).transpose(0, 1)
-    return outs.to(values.dtype)
+    return outs.to(q.dtype)
 
 
 def batch_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     positions: Tensor,
     readings: Readings,
     angles: Angles | None = None,
@@ -284,8 +285,8 @@ def batch_attention(
 
 def batch_attention_reference(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     positions: Tensor,
     readings: Readings,
     angles: Angles | None = None,
@@ -299,7 +300,8 @@ def batch_attention_reference(
     spans = [known(span, at[order[span.first_query]]) for span in readings.spans]
     spans = sorted((s for s in spans if s.end_key > s.first_key), key=lambda s: s.first_key)
     if order == [0] and q.device.type == "cpu" and _is_one_text(spans):
-        return _attend_text(q, keys, values, spans, Spans(()), scale)
+        if isinstance(keys, Tensor) and isinstance(values, Tensor):  # not in eight bits
+            return _attend_text(q, keys, values, spans, Spans(()), scale)
     out = q.new_empty(q.shape)
     out[order] = _attend_apart(q[order], keys, values, spans, scale)
     return out

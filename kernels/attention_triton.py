@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from .dispatch import on_hopper
+from .eight_bits import Held, numbers_of, scales_of
 from .group import Group
 from .launch import multiprocessors, packed_heads, padded, programs
 from .rotary import Angles, rotate
@@ -79,9 +80,10 @@ def _config(block_m: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
 @triton.jit
 def load_rotated(
     x, cos, sin, token, column, valid, STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    ROTATE: tl.constexpr, ROWS: tl.constexpr,
+    ROTATE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr = False,
 ):  # fmt: skip
-    """x[token, column : column + D] as [ROWS, D_PAD], zero beyond D, rotated by token's angles."""
+    """x[token, column : column + D] as [ROWS, D_PAD], zero beyond D, rotated by token's angles;
+    WIDE: in float32, not rounded to x's dtype."""
     dims = tl.arange(0, D_PAD)
     at = token.to(tl.int64)[:, None] * STRIDE + column[:, None] + dims[None, :]
     out = tl.load(x + at, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
@@ -93,20 +95,24 @@ def load_rotated(
         s = tl.load(sin + at, mask=seen, other=0.0).to(tl.float32)
         even, odd = tl.split(tl.reshape(out.to(tl.float32), (ROWS, D_PAD // 2, 2)))
         turned = tl.join(even * c - odd * s, even * s + odd * c)
-        out = tl.reshape(turned, (ROWS, D_PAD)).to(out.dtype)
+        turned = tl.reshape(turned, (ROWS, D_PAD))
+        out = turned if WIDE else turned.to(out.dtype)
+    elif WIDE:
+        out = out.to(tl.float32)
     return out
 
 
 @triton.jit
 def _step(
-    acc, top, total, q, keys, values, start, end, limit, part, SCALE: tl.constexpr,
-    ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, V_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    acc, top, total, q, keys, values, key_scales, value_scales, start, end, limit, part,
+    SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    V_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from `start`, of an online softmax in powers of two; SCALE is positive.
 
     Of the values, columns `part` * V_PAD and the following. The block's offset is 64-bit, those
-    within it 32-bit: a head's keys may be over 2^31 numbers.
+    within it 32-bit: a head's keys may be over 2^31 numbers. Keys and values in eight bits have
+    scales, which scores and weights are multiplied by; else they are None.
     """
     block = tl.arange(0, BLOCK_N)
     slot = start + block
@@ -125,7 +131,17 @@ def _step(
     else:
         k = tl.load(keys + at, mask=(dims < D)[None, :], other=0.0)
         v = tl.load(values + v_at, mask=(columns < D)[None, :], other=0.0)
+    if key_scales is not None:
+        if MASKED:
+            key_scale = tl.load(key_scales + slot, mask=slot < end, other=0.0)
+            value_scale = tl.load(value_scales + slot, mask=slot < end, other=0.0)
+        else:
+            key_scale = tl.load(key_scales + slot)
+            value_scale = tl.load(value_scales + slot)
+        k, v = k.to(q.dtype), v.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if key_scales is not None:
+        scores *= key_scale[None, :]
     if MASKED:
         visible = slot[None, :] < tl.minimum(limit, end)[:, None]
         if WINDOW > 0:
@@ -138,14 +154,19 @@ def _step(
     weights = tl.exp2(scores * SCALE - shift[:, None])  # one instruction for both
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(weights, 1)
+    if value_scales is not None:
+        if q.dtype == tl.float16:  # in which weights times scales may be too small
+            v = (v * value_scale[:, None]).to(q.dtype)
+        else:
+            weights *= value_scale[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, new_top, total
 
 
 @triton.jit
 def _walk(
-    acc, top, total, q, keys, values, first, seen_from, seen_to, end, limit, part,
-    SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    acc, top, total, q, keys, values, key_scales, value_scales, first, seen_from, seen_to, end,
+    limit, part, SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     V_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys first .. end - 1: each row sees those from limit - WINDOW (from
@@ -157,19 +178,19 @@ def _walk(
         begin += tl.cdiv(tl.maximum(seen_from - first, 0), BLOCK_N) * BLOCK_N
         for start in range(first, begin, BLOCK_N):
             acc, top, total = _step(
-                acc, top, total, q, keys, values, start, end, limit, part, SCALE, ROW, D, D_PAD,
-                V_PAD, BLOCK_N, WINDOW, True,
+                acc, top, total, q, keys, values, key_scales, value_scales, start, end, limit, part,
+                SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, True,
             )  # fmt: skip
     rest = begin + tl.maximum(tl.minimum(seen_to, end) - begin, 0) // BLOCK_N * BLOCK_N
     for start in range(begin, rest, BLOCK_N):
         acc, top, total = _step(
-            acc, top, total, q, keys, values, start, end, limit, part, SCALE, ROW, D, D_PAD, V_PAD,
-            BLOCK_N, WINDOW, False,
+            acc, top, total, q, keys, values, key_scales, value_scales, start, end, limit, part,
+            SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, False,
         )  # fmt: skip
     for start in range(rest, end, BLOCK_N):
         acc, top, total = _step(
-            acc, top, total, q, keys, values, start, end, limit, part, SCALE, ROW, D, D_PAD, V_PAD,
-            BLOCK_N, WINDOW, True,
+            acc, top, total, q, keys, values, key_scales, value_scales, start, end, limit, part,
+            SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, True,
         )  # fmt: skip
     return acc, top, total
 
@@ -306,8 +327,8 @@ def _to_device(tables: list[Tensor], device: torch.device) -> list[Tensor]:
 
 def cache_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     spans: Spans,
     angles: Angles | None = None,
     scale: float | None = None,
@@ -317,7 +338,8 @@ def cache_attention(
     span = spans.spans[0]
     alone = len(spans.spans) == 1 and span.causal and window is None
     if alone and len(q) >= _LONG_TEXT and _flash_takes(q):
-        return _long_text_attention(q, keys, values, span, angles, scale)
+        if isinstance(keys, Tensor) and isinstance(values, Tensor):  # not in eight bits
+            return _long_text_attention(q, keys, values, span, angles, scale)
     shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
 
     def on_device() -> _Plan:
@@ -329,8 +351,8 @@ def cache_attention(
 
 def batch_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     positions: Tensor,
     readings: Readings,
     angles: Angles | None = None,
@@ -345,8 +367,8 @@ def batch_attention(
 
 def cache_attention_part(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     spans: Spans,
     stripes: Stripes,
     angles: Angles | None = None,
@@ -365,8 +387,8 @@ def cache_attention_part(
 
 def batch_attention_part(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     positions: Tensor,
     readings: Readings,
     group: Group,
@@ -386,8 +408,8 @@ def batch_attention_part(
 
 def _over_cache(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     plan: _Plan,
     angles: Angles | None,
     scale: float | None,
@@ -402,7 +424,8 @@ def _over_cache(
         stripes: of which the keys and values are; the output is that of `cache_attention_part`.
     """
     q = packed_heads(q)
-    heads, _, dim = keys.shape
+    numbers, key_scales, value_scales = numbers_of(keys), scales_of(keys), scales_of(values)
+    heads, _, dim = numbers.shape
     if angles is not None and plan.block_m >= _ROTATED_FIRST:
         q, angles = rotate(q, angles), None
     if stripes is None:
@@ -413,8 +436,9 @@ def _over_cache(
     cos, sin = angles or (q, q)
     order, positions = batch or (plan.tasks, plan.tasks)
     _cache_kernel[(plan.tasks.shape[0] * heads * _parts(dim),)](
-        q, cos, sin, keys, values, out, partial, norms, plan.tasks, plan.ranges, order, positions,
-        _head_slots(keys), 0 if stripes is None else stripes.rank,
+        q, cos, sin, numbers, numbers_of(values), key_scales, value_scales, out, partial, norms,
+        plan.tasks, plan.ranges, order, positions, _head_slots(numbers),
+        0 if stripes is None else stripes.rank,
         BLOCK_M=plan.block_m, BATCH=batch is not None, WINDOW=window, OUT=out.stride(0),
         SHARES=0 if stripes is None else stripes.size,
         RUN=1 if stripes is None else stripes.block, **_query_constants(q, heads, angles, scale),
@@ -439,11 +463,11 @@ def _held(slot, rank, SHARES: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit(do_not_specialize=("capacity", "rank"))
 def _cache_kernel(
-    q, cos, sin, keys, values, out, partial, norms, tasks, ranges, order, positions, capacity, rank,
-    SCALE: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, V_PAD: tl.constexpr, ROTATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BATCH: tl.constexpr, WINDOW: tl.constexpr,
-    OUT: tl.constexpr, SHARES: tl.constexpr, RUN: tl.constexpr,
+    q, cos, sin, keys, values, key_scales, value_scales, out, partial, norms, tasks, ranges, order,
+    positions, capacity, rank, SCALE: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, V_PAD: tl.constexpr,
+    ROTATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BATCH: tl.constexpr,
+    WINDOW: tl.constexpr, OUT: tl.constexpr, SHARES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """One task, key-value head and part of the values' columns: a block of rows over a list of key
     ranges.
@@ -481,6 +505,9 @@ def _cache_kernel(
     x = load_rotated(q, cos, sin, query, column, valid, STRIDE, D, D_PAD, ROTATE, BLOCK_M)
     keys += head.to(tl.int64) * capacity * D
     values += head.to(tl.int64) * capacity * D
+    if key_scales is not None:
+        key_scales += head.to(tl.int64) * capacity
+        value_scales += head.to(tl.int64) * capacity
     acc = tl.zeros((BLOCK_M, V_PAD), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -497,8 +524,8 @@ def _cache_kernel(
             last_query = (tl.minimum(end_row, first_row + BLOCK_M) - 1) // GROUP
             seen_from = tl.minimum(last_query + shift - WINDOW, end)
         acc, top, total = _walk(
-            acc, top, total, x, keys, values, first, seen_from, seen_by_all, end, limit, part,
-            SCALE, D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
+            acc, top, total, x, keys, values, key_scales, value_scales, first, seen_from,
+            seen_by_all, end, limit, part, SCALE, D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
         )  # fmt: skip
     if piece < 0:
         _store_output(out, query, column, acc, total, valid, part, OUT, D, V_PAD)
@@ -1062,7 +1089,7 @@ def _window_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     end = seen + tokens - 1
     acc, top, total = _walk(
-        acc, top, total, x, keys, values, 0, end - WINDOW, seen, end, row + seen, part, SCALE,
-        HEADS * D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
+        acc, top, total, x, keys, values, None, None, 0, end - WINDOW, seen, end, row + seen, part,
+        SCALE, HEADS * D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
     )  # fmt: skip
     _store_output(out, token, column, acc, total, valid, part, HEADS * GROUP * D, D, V_PAD)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import run_triton, use_triton
+from .eight_bits import EightBits, Held, quantise
 from .rotary import Angles, rotate
 
 
@@ -13,8 +14,8 @@ def store_keys_values(
     k: Tensor,
     v: Tensor,
     angles: Angles | None,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     slots: int | Tensor,
 ) -> None:
     """Writes k, rotated, and v to slots of the cache.
@@ -22,7 +23,8 @@ def store_keys_values(
     Args:
         k, v: [T, Hkv, D].
         angles: cos and sin [T, D / 2] by which k is rotated; None: it is already.
-        keys, values: [Hkv, N, D], each head's slots one behind the other; changed in place.
+        keys, values: [Hkv, N, D], each head's slots one behind the other, or both in eight bits,
+            to which they are rounded at once; changed in place.
         slots: the first of T slots in a row; or, on the device, integers [T].
     """
     if use_triton(k, v, keys, values):
@@ -37,13 +39,23 @@ def store_keys_values_reference(
     k: Tensor,
     v: Tensor,
     angles: Angles | None,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     slots: int | Tensor,
 ) -> None:
     """`store_keys_values`, in three passes."""
     if isinstance(slots, int):
         slots = torch.arange(slots, slots + k.shape[0], device=k.device)
+    if isinstance(keys, EightBits):  # a rotated key is not rounded before
+        wide = torch.promote_types(k.dtype, torch.float32)
+        k, angles = k.to(wide), angles and (angles[0].to(wide), angles[1].to(wide))
     k = k if angles is None else rotate(k, angles)
-    keys.index_copy_(1, slots, k.transpose(0, 1))
-    values.index_copy_(1, slots, v.transpose(0, 1))
+    for held, x in ((keys, k), (values, v)):
+        if isinstance(held, EightBits):
+            own = quantise(x.transpose(0, 1))
+            held.scales.index_copy_(1, slots, own.scales)
+            # PyTorch has no copy of float8 by index.
+            to, own_numbers = (n.view(torch.uint8) for n in (held.numbers, own.numbers))
+            to.index_copy_(1, slots, own_numbers)
+        else:
+            held.index_copy_(1, slots, x.transpose(0, 1))

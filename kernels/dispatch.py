@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+
+from .eight_bits import EightBits, Held, numbers_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -23,20 +24,21 @@ def triton_takes(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in _DTYPES and _has_triton()
 
 
-def use_triton(*tensors: Tensor) -> bool:
-    """Whether the Triton version takes these tensors.
+def use_triton(*tensors: Held) -> bool:
+    """Whether the Triton version takes these tensors; of eight bits, where it takes their scales.
 
     It does where `triton_takes` says so, but not where gradients are asked for, since the kernels
     have no backward pass.
     """
-    if not all(triton_takes(x.device, x.dtype) for x in tensors):
+    plain = [x.scales if isinstance(x, EightBits) else x for x in tensors]
+    if not all(triton_takes(x.device, x.dtype) for x in plain):
         return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in plain))
 
 
-def run_triton(fast: Callable[..., Result], x: Tensor, *args: Any) -> Result:
+def run_triton(fast: Callable[..., Result], x: Held, *args: Any) -> Result:
     """fast(x, *args) while x's GPU is the current one, on which Triton launches wherever x is."""
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(numbers_of(x)):
         return fast(x, *args)
 
 

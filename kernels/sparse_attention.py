@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import run_triton, use_triton
+from .eight_bits import Held
 from .rotary import Angles, rotate
 from .text_blocks import ALWAYS, BLOCK, Texts
 
@@ -34,7 +35,7 @@ NUMBERS = 1 << 22  # of keys, or of values, that the reference takes out of the 
 # -- summaries -------------------------------------------------------------------------------------
 
 
-def summarise(keys: Tensor, summaries: Tensor, slots: Tensor) -> None:
+def summarise(keys: Held, summaries: Tensor, slots: Tensor) -> None:
     """Sums up the blocks whose last slots are among some that have been written.
 
     Args:
@@ -50,10 +51,11 @@ def summarise(keys: Tensor, summaries: Tensor, slots: Tensor) -> None:
         summarise_reference(keys, summaries, slots)
 
 
-def summarise_reference(keys: Tensor, summaries: Tensor, slots: Tensor) -> None:
+def summarise_reference(keys: Held, summaries: Tensor, slots: Tensor) -> None:
     """`summarise`, all blocks at once."""
     blocks = slots[slots % BLOCK == BLOCK - 1] // BLOCK
-    own = keys.unflatten(1, (-1, BLOCK))[:, blocks]
+    tokens = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=slots.device)
+    own = keys[:, tokens].to(summaries.dtype)
     summaries[:, blocks] = torch.stack((own.amin(2), own.amax(2)), 2)
 
 
@@ -152,8 +154,8 @@ def listed(best: Tensor, positions: Tensor) -> Tensor:
 
 def listed_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     chosen: Tensor,
     positions: Tensor,
     angles: Angles | None = None,
@@ -179,8 +181,8 @@ def listed_attention(
 
 def listed_attention_reference(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     chosen: Tensor,
     positions: Tensor,
     angles: Angles | None = None,
@@ -205,4 +207,4 @@ def listed_attention_reference(
         rows = q[some].to(wide).unflatten(1, (heads, -1)) * dim**-0.5
         scores = (rows @ k.mT).masked_fill(~visible.mT, float("-inf"))
         outputs.append((scores.softmax(-1) @ v).flatten(1, 2))
-    return torch.cat(outputs).to(values.dtype)
+    return torch.cat(outputs).to(q.dtype)

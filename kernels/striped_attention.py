@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .attention import KEYS, SCORES, known
 from .dispatch import run_triton, use_triton
+from .eight_bits import Held
 from .group import Group
 from .rotary import Angles, rotate
 from .sequences import Readings, Span, Spans
@@ -26,8 +27,8 @@ GATHERED = 1 << 24  # numbers of all processes' outputs that are merged at a tim
 
 def striped_cache_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     spans: Spans,
     group: Group,
     angles: Angles | None = None,
@@ -41,8 +42,8 @@ def striped_cache_attention(
 
 def striped_batch_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     positions: Tensor,
     readings: Readings,
     group: Group,
@@ -64,8 +65,8 @@ def striped_batch_attention(
 
 def cache_attention_part(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     spans: Spans,
     stripes: Stripes,
     angles: Angles | None = None,
@@ -86,8 +87,8 @@ def cache_attention_part(
 
 def cache_attention_part_reference(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     spans: Spans,
     stripes: Stripes,
     angles: Angles | None = None,
@@ -101,8 +102,8 @@ def cache_attention_part_reference(
 
 def batch_attention_part_reference(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     positions: Tensor,
     readings: Readings,
     stripes: Stripes,
@@ -124,8 +125,8 @@ def batch_attention_part_reference(
 
 def _attend(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Held,
+    values: Held,
     spans: Sequence[Span],
     stripes: Stripes,
     scale: float | None,

@@ -9,6 +9,7 @@ import torch
 
 from yoco_eval.kernels.attention import FEW, KEYS, SCORES
 from yoco_eval.kernels.dispatch import triton_takes
+from yoco_eval.kernels.eight_bits import NUMBER, SCALE
 from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
 from yoco_eval.kernels.sparse_attention import NUMBERS
 from yoco_eval.kernels.striped_attention import GATHERED
@@ -29,11 +30,13 @@ class YocoCosts:
     """`interface.PartCosts` of a YOCO model, as one of `parts` processes has them that hold texts
     together: tokens fed in a row are divided among them, and so is the cache; weights and states
     are not, nor is what each of several texts takes while they are fed side by side. Where each
-    token chooses `sparse` blocks of the cache, these have summaries."""
+    token chooses `sparse` blocks of the cache, these have summaries; and with `eight_bits` the
+    cache's keys and values have so many."""
 
     config: YocoConfig
     parts: int = 1
     sparse: int | None = None
+    eight_bits: bool = False
 
     @property
     def typical_product(self) -> tuple[int, int]:
@@ -44,10 +47,10 @@ class YocoCosts:
 
     def cache_bytes(self, dtype: torch.dtype, length: int) -> int:
         """One layer's worth, whatever the number of layers."""
-        numbers = 2 * self._width * length
+        total = self._token_bytes(dtype) * length
         if self.sparse is not None:
-            numbers += -(-numbers // BLOCK)
-        return -(-numbers * dtype.itemsize // self.parts)
+            total += -(-2 * self._width * length // BLOCK) * dtype.itemsize
+        return -(-total // self.parts)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         return self.config.self_layers * self._layer_state(dtype)
@@ -127,9 +130,9 @@ class YocoCosts:
         unread = 0 if config.tied_embeddings else (config.vocab_size - 1) * config.dim
         cache = self.cache_bytes(dtype, length) * config.cross_layers
         if self.sparse is not None:
-            token = 2 * self._width * dtype.itemsize
-            blocks = min((self.sparse + ALWAYS) * BLOCK, length)
-            cache = (-(-length // BLOCK) + blocks * config.cross_layers) * token
+            summary = 2 * self._width * dtype.itemsize
+            read = min((self.sparse + ALWAYS) * BLOCK, length) * self._token_bytes(dtype)
+            cache = -(-length // BLOCK) * summary + read * config.cross_layers
         states = self.state_bytes(dtype) * config.self_decoder.moves
         return self.weight_bytes(dtype) - unread * dtype.itemsize + cache + states
 
@@ -159,6 +162,14 @@ class YocoCosts:
     def _width(self) -> int:
         """Channels of the shared keys, and of the values."""
         return self.config.n_attn_kv_heads * self.config.attn_head_dim
+
+    def _token_bytes(self, dtype: torch.dtype) -> int:
+        """Of the keys and values of a token."""
+        if self.eight_bits:
+            return 2 * (
+                self._width * NUMBER.itemsize + self.config.n_attn_kv_heads * SCALE.itemsize
+            )
+        return 2 * self._width * dtype.itemsize
 
     def _layer_state(self, dtype: torch.dtype) -> int:
         return self.config.self_decoder.state_bytes(self.config.dim, dtype)

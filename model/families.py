@@ -161,21 +161,51 @@ def with_sparse(blueprint: Blueprint, most: int, option: str) -> Blueprint:
     Raises:
         ValueError: models of this family cannot do that.
     """
-    config, make = blueprint.config, blueprint.make
-    if family := _family(config):
+    if family := _family(blueprint.config):
         raise ValueError(
             f"{option} is for {_YOCO} models, whose layers read one cache; of {family.name}, each "
             "token reads all of its text: leave it out"
         )
-    assert isinstance(config, YocoConfig)
 
-    def make_sparse(device: torch.device, dtype: torch.dtype) -> Model:
-        model = make(device, dtype)
-        assert isinstance(model, Yoco)
+    def set_sparse(model: Yoco) -> None:
         model.sparse = most
+
+    assert isinstance(blueprint.costs, YocoCosts)
+    return _changed(blueprint, replace(blueprint.costs, sparse=most), set_sparse)
+
+
+def with_eight_bits(blueprint: Blueprint, option: str) -> Blueprint:
+    """The same model, whose cache holds keys and values in eight bits.
+
+    Args:
+        option: that asks for it, for messages.
+
+    Raises:
+        ValueError: models of this family cannot do that.
+    """
+    if family := _family(blueprint.config):
+        raise ValueError(
+            f"{option} is for {_YOCO} models, whose layers read one cache; of {family.name}, keys "
+            "and values are held in the model's dtype: leave it out"
+        )
+
+    def set_eight_bits(model: Yoco) -> None:
+        model.eight_bits = True
+
+    assert isinstance(blueprint.costs, YocoCosts)
+    return _changed(blueprint, replace(blueprint.costs, eight_bits=True), set_eight_bits)
+
+
+def _changed(blueprint: Blueprint, costs: YocoCosts, change: Callable[[Yoco], None]) -> Blueprint:
+    """With other costs, and a change of the model that has been made."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> Model:
+        model = blueprint.make(device, dtype)
+        assert isinstance(model, Yoco)
+        change(model)
         return model
 
-    return Blueprint(config, YocoCosts(config, sparse=most), make_sparse)
+    return Blueprint(blueprint.config, costs, make)
 
 
 def _family(config: Config) -> Family | None:

@@ -29,7 +29,8 @@ from .yoco_cache import YocoCache
 class SparseCache(YocoCache):
     """Args: as `YocoCache`'s, and `most`, blocks that a token chooses.
 
-    Texts have to be stored in whole blocks, as `interface.Model.block` says.
+    Texts have to be stored in whole blocks, as `interface.Model.block` says. Summaries are of the
+    keys as they are read, in the model's dtype.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class SparseCache(YocoCache):
         dtype: torch.dtype,
         device: torch.device,
         most: int,
+        eight_bits: bool = False,
     ) -> None:
         heads, capacity, dim = shape
         blocks = -(-capacity // BLOCK)
-        super().__init__((heads, blocks * BLOCK, dim), state, dtype, device)
+        shape = heads, blocks * BLOCK, dim
+        super().__init__(shape, state, dtype, device, eight_bits=eight_bits)
         self.capacity, self.room = capacity, ((0, capacity),)
         self.most = most
         self.summaries = torch.empty(heads, blocks, 2, dim, dtype=dtype, device=device)

@@ -50,6 +50,8 @@ class Yoco(nn.Module):
             they are made.
         sparse: how many blocks of the cache a token chooses to read, beside those that all do;
             None: it reads all. Texts are not held together, then.
+        eight_bits: whether the cache holds keys and values in eight bits: see `kernels.eight_bits`.
+            Texts are not held together, then.
     """
 
     def __init__(self, config: YocoConfig) -> None:
@@ -57,6 +59,7 @@ class Yoco(nn.Module):
         self.config = config
         self.group: Group | None = None
         self.sparse: int | None = None
+        self.eight_bits = False
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.self_decoder = SelfDecoder(config)
         self.cross_decoder = CrossDecoder(config)
@@ -75,7 +78,7 @@ class Yoco(nn.Module):
     @property
     def costs(self) -> YocoCosts:
         parts = 1 if self.group is None else self.group.size
-        return YocoCosts(self.config, parts, self.sparse)
+        return YocoCosts(self.config, parts, self.sparse, self.eight_bits)
 
     @property
     def block(self) -> int:
@@ -164,9 +167,10 @@ class Yoco(nn.Module):
     def new_cache(self, capacity: int) -> Cache:
         """One layer's worth: 2 * n_attn_kv_heads * head_dim numbers per token."""
         shape = (self.config.n_attn_kv_heads, capacity, self.config.attn_head_dim)
+        start, dtype, device, eight_bits = self._initial, self.dtype, self.device, self.eight_bits
         if self.sparse is not None:
-            return SparseCache(shape, self._initial, self.dtype, self.device, self.sparse)
-        return Cache(shape, self._initial, self.dtype, self.device, self.group)
+            return SparseCache(shape, start, dtype, device, self.sparse, eight_bits)
+        return Cache(shape, start, dtype, device, self.group, eight_bits)
 
     @property
     def _initial(self) -> SelfState:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from yoco_eval.kernels.attention import batch_attention, cache_attention
 from yoco_eval.kernels.cache_writes import store_keys_values
+from yoco_eval.kernels.eight_bits import EightBits, Held
 from yoco_eval.kernels.group import Group
 from yoco_eval.kernels.relay import Relay
 from yoco_eval.kernels.rotary import Angles, rotate
@@ -22,13 +23,23 @@ from yoco_eval.kernels.sequences import Spans, Step, to_device
 from yoco_eval.kernels.striped_attention import striped_batch_attention, striped_cache_attention
 from yoco_eval.kernels.stripes import Stripes
 
-from .cache import KeyValueCache, SelfState, slots_of
+from .cache import SelfState, SlotCache, slots_of
 from .states import Stretches
 
 
-class YocoCache(KeyValueCache[SelfState]):
-    """Args: as `KeyValueCache`'s, and `group`, of processes that hold it together; None: this one
-    does alone."""
+class YocoCache(SlotCache[SelfState]):
+    """Room for the keys and values of tokens.
+
+    Args:
+        shape: of the keys and of the values, [heads, capacity, head_dim].
+        state: before the text's first token.
+        dtype: of the model.
+        group: of processes that hold it together; None: this one does alone.
+        eight_bits: whether keys and values are held in eight bits, in place of `dtype`.
+
+    Attributes:
+        keys, values: of that shape, keys rotated.
+    """
 
     def __init__(
         self,
@@ -37,14 +48,27 @@ class YocoCache(KeyValueCache[SelfState]):
         dtype: torch.dtype,
         device: torch.device,
         group: Group | None = None,
+        eight_bits: bool = False,
     ) -> None:
         heads, capacity, dim = shape
+        super().__init__(capacity, state)
         if group is not None:
             # The last one is for what is not this process's to keep.
             shape = heads, group.stripes.capacity(capacity) + 1, dim
-        super().__init__(shape, state, dtype, device)
-        self.capacity, self.room = capacity, ((0, capacity),)
+        self.keys: Held
+        self.values: Held
+        if eight_bits:
+            self.keys, self.values = (EightBits.empty(shape, device) for _ in range(2))
+        else:
+            self.keys, self.values = (
+                torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
+            )
         self._group = group
+
+    def fill_with_noise(self) -> None:
+        """Writes random numbers to all slots."""
+        self.keys.normal_()
+        self.values.normal_()
 
     def store(
         self,

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # as PyTorch names them
+CACHE_DTYPES = ("fp8",)  # of a cache, beside the model's
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -44,6 +45,31 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
     return getattr(torch, name)
+
+
+def check_cache_dtype(name: str, device: torch.device, option: str) -> None:
+    """Checks that a cache can hold numbers of a dtype of `CACHE_DTYPES` on a device.
+
+    Args:
+        option: that asks for it, for messages.
+
+    Raises:
+        ValueError: there is no such dtype, or the device has no such numbers.
+    """
+    import torch
+
+    if name not in CACHE_DTYPES:
+        raise ValueError(
+            f"{option}: choose {', '.join(CACHE_DTYPES)}, or leave it out, and the cache has the "
+            "model's dtype"
+        )
+    if device.type == "cuda" and torch.version.hip is None:
+        least, own = (8, 9), torch.cuda.get_device_capability(device)
+        if own < least:
+            raise ValueError(
+                f"{option} takes a GPU of compute capability 8.9 or above, and "
+                f"{torch.cuda.get_device_name(device)} has {own[0]}.{own[1]}: leave it out"
+            )
 
 
 def device_of_rank(name: str | None, local_rank: int) -> str:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from yoco_eval.model import open_checkpoint
 from yoco_eval.model.checkpoint import DEFAULT_CHECKPOINT, resolve_checkpoint
-from yoco_eval.model.families import check_together, join_group, with_sparse
+from yoco_eval.model.families import check_together, join_group, with_eight_bits, with_sparse
 from yoco_eval.model.folder import end_tokens
 from yoco_eval.model.hub import hub_commit
 
@@ -36,7 +36,7 @@ from .building import Builders
 from .chat import ChatTemplate
 from .context_parallel import check_divides, own_group
 from .dealing import deal, each_task, put_together
-from .devices import device_of_rank, find_device, find_dtype
+from .devices import check_cache_dtype, device_of_rank, find_device, find_dtype
 from .encoding import Encoder
 from .endings import Endings
 from .engine import Engine
@@ -60,8 +60,8 @@ logger = logging.getLogger(__name__)
 
 _ARGUMENTS = (
     "pretrained, revision, tokenizer, dtype, device, batch_size, max_length, max_gen_toks, "
-    "prefill_chunk, context_parallel, sparse, add_bos_token, enable_thinking, think_end_token, "
-    "chat_template_args"
+    "prefill_chunk, context_parallel, sparse, cache_dtype, add_bos_token, enable_thinking, "
+    "think_end_token, chat_template_args"
 )
 # Settings of other backends that change nothing if they have these values.
 _WITHOUT_EFFECT = {
@@ -108,6 +108,8 @@ class YocoLM(TemplateLM):
         context_parallel: how many of a run's processes hold each text together.
         sparse: how many blocks of 64 tokens of its text each token chooses to read, beside the
             first and the last two; default: it reads all.
+        cache_dtype: "fp8": the shared cache of a YOCO model holds keys and values in eight bits;
+            default: in the model's dtype.
         add_bos_token: whether a BOS token stands before every text; default: as the tokenizer does.
         enable_thinking: given to the chat template under this name, whether it is to ask for
             thinking; default: as the template does.
@@ -134,6 +136,7 @@ class YocoLM(TemplateLM):
         prefill_chunk: int | str | None = None,
         context_parallel: int | str = 1,
         sparse: int | str | None = None,
+        cache_dtype: str | None = None,
         add_bos_token: bool | None = None,
         enable_thinking: bool | None = None,
         think_end_token: str | int | None = None,
@@ -175,6 +178,15 @@ class YocoLM(TemplateLM):
                 f"sparse={self._sparse} is for texts that one process holds, and "
                 f"context_parallel={together} has several hold each; leave one of them out"
             )
+        self._cache_dtype = cache_dtype
+        if cache_dtype is not None:
+            option = f"cache_dtype={cache_dtype}"
+            check_cache_dtype(cache_dtype, where, option)
+            if together > 1:
+                raise ValueError(
+                    f"{option} is for texts that one process holds, and context_parallel={together}"
+                    " has several hold each; leave one of them out"
+                )
         chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         auto = re.fullmatch(r"auto(:\d+)?", str(batch_size)) is not None
@@ -204,6 +216,8 @@ class YocoLM(TemplateLM):
             check_together(blueprint.config, f"context_parallel={together}")
         if self._sparse:
             blueprint = with_sparse(blueprint, self._sparse, f"sparse={self._sparse}")
+        if cache_dtype is not None:
+            blueprint = with_eight_bits(blueprint, f"cache_dtype={cache_dtype}")
         vocabulary = blueprint.config.vocab_size
         if tokenizer is None:
             self.tokenizer = checkpoint_tokenizer(path, vocabulary)
@@ -300,6 +314,7 @@ class YocoLM(TemplateLM):
         ends = sorted(self._end_tokens - {self.eot_token_id})
         settings += [one for one in (ends, self.think_end_token) if one]
         settings += [f"sparse={self._sparse}"] if self._sparse else []
+        settings += [f"cache_dtype={self._cache_dtype}"] if self._cache_dtype else []
         digest = hashlib.sha256(repr(settings).encode())
         for name, parameter in self.model.state_dict().items():
             few = parameter.flatten()[:: max(1, parameter.numel() // 4096)].double().tolist()
@@ -334,7 +349,7 @@ class YocoLM(TemplateLM):
             "max_length": None if self.max_length == sys.maxsize else self.max_length,
         }
         others: dict[str, Any] = {"model_revision": self._revision, "model_sha": self._commit}
-        others["sparse"] = self._sparse
+        others |= {"sparse": self._sparse, "cache_dtype": self._cache_dtype}
         return info | {name: value for name, value in others.items() if value is not None}
 
     def tok_encode(

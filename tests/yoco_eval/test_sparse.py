@@ -56,15 +56,16 @@ def sparse(model, request):
     return set_most
 
 
-def logits_by_definition(model, ids, most, first):
-    """Of the positions from `first` on of one text: [T - first, vocab_size]."""
+def logits_by_definition(model, ids, most, first, read=lambda x: x):
+    """Of the positions from `first` on of one text: [T - first, vocab_size]; `read` is what is read
+    of keys, or values, [T, heads, head_dim]."""
     ids = torch.as_tensor(ids)
     sequences = Sequences((len(ids),), (0,), ids.device)
     x, _ = model.self_decode(ids, sequences, model._initial, keep=False)
     cross = model.cross_decoder
     keys, values = cross.keys_values(x)
     cos, sin = angles = cross.angles(sequences.positions, x.dtype)
-    keys, chosen = rotate(keys, angles), {}
+    keys, values, chosen = read(rotate(keys, angles)), read(values), {}
     group = cross.layers[0].mixer.heads // keys.shape[1]
 
     def attend(q):
@@ -83,12 +84,12 @@ def logits_by_definition(model, ids, most, first):
                             for h in heads
                         )
                     best = sorted(bounds, key=bounds.get, reverse=True)[:most]
-                    read = {0, max(0, own - 1), own, *best}
-                    chosen[row, kv] = [t for t in range(position + 1) if t // BLOCK in read]
-                read = chosen[row, kv]
+                    blocks = {0, max(0, own - 1), own, *best}
+                    chosen[row, kv] = [t for t in range(position + 1) if t // BLOCK in blocks]
+                own_read = chosen[row, kv]
                 for h in heads:
-                    weights = (keys[read, kv] @ q[row, h] * q.shape[2] ** -0.5).softmax(0)
-                    out[row, h] = weights @ values[read, kv]
+                    weights = (keys[own_read, kv] @ q[row, h] * q.shape[2] ** -0.5).softmax(0)
+                    out[row, h] = weights @ values[own_read, kv]
         return out
 
     return model.logits(model._normed(cross(x[first:], attend)))

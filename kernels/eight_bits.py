@@ -1,0 +1,101 @@
+"""Keys, or values, of a cache in eight bits each: float8 (e4m3) numbers, a scale for each token and
+head.
+
+Of a token's head x [D], and a its greatest absolute value:
+
+    scale = the least power of two, 2^-120 at least, such that a <= 448 * scale
+    number = x / scale, rounded to the nearest number of e4m3, to the even one of two
+
+and number * scale is read. 448 is the largest number of e4m3, so that every number has the four
+significant bits of that format unless it is less than a / 28672. A power of two costs none of them,
+and number * scale is exact in bfloat16. A scale of each token makes what is read a matter of the
+token alone: not of those that are fed, or lie, beside it, and nothing is ever rounded again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUMBER, SCALE = torch.float8_e4m3fn, torch.float32
+LEAST = -120  # exponent of the least scale
+_NOISE = 1 << 12  # tokens that are made up at a time
+
+
+@dataclass(frozen=True, eq=False)
+class EightBits:
+    """Stands where a tensor [Hkv, N, D] of keys or values does.
+
+    Attributes:
+        numbers: float8_e4m3fn [..., N, D].
+        scales: float32 [..., N], NaN of a token that is not finite.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], device: torch.device) -> EightBits:
+        """Uninitialised, of `shape` [..., N, D]."""
+        scales = torch.empty(shape[:-1], dtype=SCALE, device=device)
+        return cls(torch.empty(shape, dtype=NUMBER, device=device), scales)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.numbers.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.numbers.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes + self.scales.nbytes
+
+    def __getitem__(self, index: Any) -> EightBits:
+        """Of heads and tokens; all numbers of each."""
+        return EightBits(self.numbers[index], self.scales[index])
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """[..., N, D], as it is read."""
+        wide = torch.promote_types(dtype, SCALE)
+        return self.numbers.to(wide).mul_(self.scales[..., None]).to(dtype)
+
+    def normal_(self) -> None:
+        """Writes random numbers to all slots of [Hkv, N, D]."""
+        heads, slots, dim = self.shape
+        for first in range(0, slots, _NOISE):
+            count = min(_NOISE, slots - first)
+            noise = quantise(torch.randn(heads, count, dim, device=self.device))
+            self.numbers[:, first : first + count] = noise.numbers
+            self.scales[:, first : first + count] = noise.scales
+
+
+Held = Tensor | EightBits  # keys, or values, [Hkv, N, D] in a cache
+
+
+def numbers_of(held: Held) -> Tensor:
+    """[Hkv, N, D]"""
+    return held.numbers if isinstance(held, EightBits) else held
+
+
+def scales_of(held: Held) -> Tensor | None:
+    """[Hkv, N]; None: numbers are what they are."""
+    return held.scales if isinstance(held, EightBits) else None
+
+
+def quantise(x: Tensor) -> EightBits:
+    """x [..., N, D] in eight bits, rounded from its own dtype, at least float32, at once."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    most = x.abs().amax(-1).clamp(min=2.0**LEAST)
+    part, exponent = torch.frexp(most)  # most = part * 2^exponent, part from 1/2 up to 1
+    exponent = (exponent - 9 + (part > 0.875).int()).clamp(min=LEAST)
+    scales = torch.ldexp(torch.ones_like(most), exponent)
+    scaled = x / scales[..., None]
+    # PyTorch would round numbers of float64 to float32 first.
+    unit = torch.ldexp(torch.ones_like(x), torch.frexp(scaled).exponent.clamp(min=-5) - 4)
+    numbers = ((scaled / unit).round_() * unit).to(NUMBER)
+    return EightBits(numbers, scales.masked_fill(~most.isfinite(), float("nan")).to(SCALE))

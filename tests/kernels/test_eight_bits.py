@@ -1,0 +1,263 @@
+"""Keys and values in eight bits: rounding by definition, and kernels over such a cache.
+
+What is read is number times scale: attention over it is attention over tensors of these.
+"""
+
+import pytest
+import torch
+
+from yoco_eval.kernels import attention
+from yoco_eval.kernels.attention import batch_attention_reference, cache_attention_reference
+from yoco_eval.kernels.cache_writes import store_keys_values_reference
+from yoco_eval.kernels.eight_bits import EightBits, quantise
+from yoco_eval.kernels.rotary import rotary_angles, rotate
+from yoco_eval.kernels.sequences import Readings, Span, Spans
+from yoco_eval.kernels.sparse_attention import listed_attention_reference, summarise_reference
+from yoco_eval.kernels.striped_attention import cache_attention_part_reference
+from yoco_eval.kernels.stripes import Stripes
+
+# Query heads, key-value heads, and numbers in each.
+SHAPES = [(4, 2, 16), (3, 1, 24)]
+if torch.cuda.is_available():
+    SHAPES += [(24, 8, 128), (8, 8, 64), (16, 2, 256), (2, 1, 512)]
+FINITE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+FINITE = FINITE[FINITE.isfinite()].unique()
+
+
+@pytest.fixture(autouse=True)
+def takes_eight_bits():
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no numbers of eight bits")
+
+
+def nearest(x):
+    """Of e4m3's numbers, the nearest to each; of two, the one whose last bit is 0."""
+    distance = (FINITE - x[..., None]).abs()
+    least = distance.amin(-1, keepdim=True)
+    code = FINITE.to(torch.float8_e4m3fn).view(torch.uint8) % 2
+    return FINITE[(distance * 2 + (distance == least) * (code - 2.0) * least).argmin(-1)]
+
+
+def by_definition(x):
+    """What is read of x [..., D], float64."""
+    most = x.abs().amax(-1, keepdim=True)
+    scales = torch.full_like(most, 2.0**-120)
+    for exponent in range(-119, 60):
+        scales = torch.where(448 * scales < most, torch.full_like(most, 2.0**exponent), scales)
+    return nearest(x / scales) * scales
+
+
+def numbers(*shape, dtype=torch.float64, device="cpu"):
+    """Of all sizes, some halfway between two of e4m3's."""
+    torch.manual_seed(0)
+    x = torch.randn(*shape, dtype=torch.float64) * torch.randn(shape[:-1])[..., None].exp() ** 3
+    x *= torch.randn(*shape).exp() ** 2
+    halves = torch.tensor([448, 17, 19, 1.0625, 2**-7, 3 * 2.0**-10, 2.0**-10, 2.0**-12])
+    x[0, 0, :8] = halves * 0.25
+    x[1, 0], x[2, 0] = 0, 1e-6 * x[2, 0]
+    x[3, 0], x[3, 0, 0] = x[3, 0].clamp(-400, 400), 449
+    return x.to(dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_quantise(dtype):
+    x = numbers(9, 3, 24, dtype=dtype)
+    held = quantise(x)
+    assert torch.equal(held.to(torch.float64), by_definition(x.double()))
+    assert torch.equal(held.to(torch.bfloat16).double(), held.to(torch.float64))
+    assert torch.equal(quantise(held.to(torch.float64)).to(torch.float64), held.to(torch.float64))
+
+
+def test_numbers_of_float64_are_rounded_once():
+    """Just above halfway between 16 and 18, which float32 cannot tell from it."""
+    x = torch.tensor([[17 + 2.0**-40, 448]], dtype=torch.float64)
+    assert quantise(x).to(torch.float64).tolist() == [[18, 448]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(value):
+    held = quantise(torch.tensor([[1.0, value], [1.0, 2.0]]))
+    assert held.to(torch.float32).isfinite().tolist() == [[False, False], [True, True]]
+
+
+def poisoned(heads, slots, dim, device):
+    """Of which nothing may be read."""
+    held = EightBits.empty((heads, slots, dim), torch.device(device))
+    held.numbers.view(torch.uint8).fill_(0x7F)
+    held.scales.fill_(float("nan"))
+    return held
+
+
+def test_noise():
+    held = poisoned(2, 5000, 8, "cpu")
+    held.normal_()
+    x = held.to(torch.float64)
+    assert x.isfinite().all() and 0.9 < x.std() < 1.1
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("dim", [16, 24])
+def test_triton_store(dim, on_device, dtype, device):
+    pytest.importorskip("triton")
+    from yoco_eval.kernels.cache_writes_triton import store_keys_values
+
+    k, v = (numbers(21, 3, dim, dtype=dtype, device=device) for _ in range(2))
+    angles = rotary_angles(torch.arange(21, device=device), dim, 1e4, dtype)
+    slots = 5 + torch.randperm(21, device=device) if on_device else 5
+    for turned in (angles, None):
+        found, expected = ([poisoned(3, 30, dim, device) for _ in range(2)] for _ in range(2))
+        store_keys_values(k, v, turned, *found, slots)
+        store_keys_values_reference(k, v, turned, *expected, slots)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.scales, other.scales, equal_nan=True, rtol=0, atol=0)
+            here, there = (x.to(torch.float32).nan_to_num(-7) for x in (one, other))
+            # Where a sum is rounded otherwise, so may the number be that is next to halfway.
+            assert (here == there).float().mean() > 0.999
+            torch.testing.assert_close(here, there, rtol=2**-3, atol=1e-8)
+
+
+def test_store_is_as_defined():
+    """Keys are rotated, and rounded once, from bfloat16, too."""
+    k, v = (numbers(9, 2, 16, dtype=torch.bfloat16) for _ in range(2))
+    angles = rotary_angles(torch.arange(9), 16, 1e4, torch.bfloat16)
+    held = [poisoned(2, 20, 16, "cpu") for _ in range(2)]
+    store_keys_values_reference(k, v, angles, *held, 3)
+    turned = rotate(k.float(), tuple(x.float() for x in angles))
+    for one, x in zip(held, (turned, v), strict=True):
+        read = one[:, 3:12].to(torch.float64).transpose(0, 1)
+        assert torch.equal(read, by_definition(x.double()))
+        assert one.to(torch.float64).isfinite().all(-1).sum() == 2 * 9
+
+
+def filled(read, heads, slots, dim, dtype, device):
+    """Keys and values in eight bits of some slots, and in float64 what is read of them."""
+    held, wide = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x = torch.randn(heads, len(read), dim, device=device)
+        x *= torch.randn(heads, len(read), 1, device=device).exp()
+        own, every = quantise(x), poisoned(heads, slots, dim, device)
+        every.scales[:, read] = own.scales
+        every.numbers.view(torch.uint8)[:, read] = own.numbers.view(torch.uint8)
+        held.append(every)
+        wide.append(every.to(torch.float64))
+    return held, wide
+
+
+# Texts that share a prefix behind which each goes on, and one that is alone.
+SPANS = (
+    Span(0, 40, 3, 150, False, 0),
+    Span(0, 30, 151, 190, True, 147),
+    Span(30, 40, 200, 211, True, 147),
+    Span(40, 47, 220, 301, True, 0),
+)
+READ = [*range(3, 150), *range(151, 190), *range(200, 211), *range(220, 301)]
+ROWS = (
+    Span(0, 2, 3, 150, False, 0),
+    Span(0, 1, 151, 190, False, 147),
+    Span(1, 2, 200, 300, False, 147),
+)
+
+
+def queries(count, heads, dim, dtype, device):
+    torch.manual_seed(2)
+    q = torch.randn(count, heads, dim, dtype=dtype, device=device)
+    return q, rotary_angles(torch.arange(count, device=device), dim, 1e4, dtype)
+
+
+def double(angles):
+    return tuple(x.double() for x in angles)
+
+
+@pytest.mark.parametrize(("query_heads", "heads", "dim"), SHAPES)
+def test_references(query_heads, heads, dim, monkeypatch):
+    """In float64: one over what another reads."""
+    monkeypatch.setattr(attention, "KEYS", 50)
+    held, wide = filled(READ, heads, 320, dim, torch.float64, "cpu")
+    q, angles = queries(47, query_heads, dim, torch.float64, "cpu")
+    for spans in (Spans(SPANS), Spans((Span(0, 47, 220, 301, True, 0),))):
+        found, expected = (cache_attention_reference(q, *x, spans, angles) for x in (held, wide))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for rows in (Readings([1, 0], ROWS), Readings([0], (Span(0, 1, 3, 150, False, 0),))):
+        at = torch.tensor([150, 170])[: len(rows.order)]
+        found, expected = (
+            batch_attention_reference(q[: len(at)], *x, at, rows) for x in (held, wide)
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("query_heads", "heads", "dim"), SHAPES)
+def test_triton_cache_attention(query_heads, heads, dim, dtype, device, close):
+    pytest.importorskip("triton")
+    from yoco_eval.kernels.attention_triton import cache_attention
+
+    held, wide = filled(READ, heads, 320, dim, dtype, device)
+    q, angles = queries(47, query_heads, dim, dtype, device)
+    spans = Spans(SPANS)
+    expected = cache_attention_reference(q.double(), *wide, spans, double(angles))
+    close(cache_attention(q, *held, spans, angles), expected)
+
+
+def test_triton_long_text(dtype, device, close):
+    """So many queries of one text that library kernels would take them."""
+    pytest.importorskip("triton")
+    from yoco_eval.kernels import attention_triton
+
+    count = 1500 if device == "cuda" else 130
+    held, wide = filled(range(4, 4 + count), 1, count + 9, 32, dtype, device)
+    q, angles = queries(count, 2, 32, dtype, device)
+    spans = Spans((Span(0, count, 4, 4 + count, True, 0),))
+    expected = cache_attention_reference(q.double(), *wide, spans, double(angles))
+    close(attention_triton.cache_attention(q, *held, spans, angles), expected)
+
+
+@pytest.mark.parametrize(("query_heads", "heads", "dim"), SHAPES)
+def test_triton_batch_attention(query_heads, heads, dim, dtype, device, close):
+    pytest.importorskip("triton")
+    from yoco_eval.kernels.attention_triton import batch_attention
+
+    positions = torch.tensor([246, 184], device=device)
+    read = [*range(3, 150), *range(151, 189), *range(200, 300)]
+    held, wide = filled(read, heads, 320, dim, dtype, device)
+    q, angles = queries(2, query_heads, dim, dtype, device)
+    rows = Readings([1, 0], ROWS)
+    expected = batch_attention_reference(q.double(), *wide, positions, rows, double(angles))
+    close(batch_attention(q, *held, positions, rows, angles), expected)
+
+
+def test_triton_stripes(dtype, device, close):
+    """What a process adds that holds but some of the slots."""
+    pytest.importorskip("triton")
+    from yoco_eval.kernels.attention_triton import cache_attention_part
+
+    stripes, spans = Stripes(1, 3, 4), Spans(SPANS)
+    slots = [slot for slot in READ if slot // 4 % 3 == 1]
+    own = [stripes.held(slot) for slot in slots]
+    held, wide = filled(own, 2, 120, 24, dtype, device)
+    q, angles = queries(47, 4, 24, dtype, device)
+    expected = cache_attention_part_reference(q.double(), *wide, spans, stripes, double(angles))
+    close(cache_attention_part(q, *held, spans, stripes, angles), expected)
+
+
+@pytest.mark.parametrize(("query_heads", "heads", "dim"), SHAPES)
+def test_triton_blocks(query_heads, heads, dim, dtype, device, close):
+    """Summaries are of what is read; queries read blocks of it."""
+    pytest.importorskip("triton")
+    from yoco_eval.kernels.sparse_attention_triton import listed_attention, summarise
+
+    read = [*range(128), *range(192, 300)]
+    held, wide = filled(read, heads, 384, dim, dtype, device)
+    found = torch.zeros(heads, 6, 2, dim, dtype=dtype, device=device)
+    slots = torch.tensor([5, 63, 127, 255, 256], device=device)
+    summarise(held[0], found, slots)
+    for keys in (held[0], wide[0]):
+        expected = torch.zeros_like(found, dtype=torch.float64)
+        summarise_reference(keys, expected, slots)
+        assert torch.equal(found.double(), expected)
+    q, angles = queries(3, query_heads, dim, dtype, device)
+    chosen = torch.tensor([[0, 4, 0], [0, 1, 4], [3, 0, 0]], dtype=torch.int32, device=device)
+    chosen = chosen[:, None].expand(-1, heads, -1).contiguous()
+    positions = torch.tensor([107, 171, 60], device=device)
+    for each in (held, wide):
+        expected = listed_attention_reference(q.double(), *each, chosen, positions, double(angles))
+        close(listed_attention(q, *held, chosen, positions, angles), expected)
