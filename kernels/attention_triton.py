@@ -103,8 +103,25 @@ def load_rotated(
 
 
 @triton.jit
+def _scaled(x):
+    """Queries [ROWS, D] as keys in eight bits are multiplied by, and factors [ROWS] of the scores.
+
+    Such keys become half precision in one instruction for two of them, bfloat16 in five. Its range
+    is enough for queries whose greatest numbers are from 2^14 to 2^15; float32 stays what it is.
+    """
+    bits = tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    exponent = tl.minimum(tl.maximum((bits >> 23) - 14, 1), 239)
+    if x.dtype == tl.float32:
+        exponent = exponent * 0 + 127
+    else:
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        x = (x.to(tl.float32) * inverse[:, None]).to(tl.float16)
+    return x, (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _step(
-    acc, top, total, q, keys, values, key_scales, value_scales, start, end, limit, part,
+    acc, top, total, q, q_scales, keys, values, key_scales, value_scales, start, end, limit, part,
     SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     V_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +129,8 @@ def _step(
 
     Of the values, columns `part` * V_PAD and the following. The block's offset is 64-bit, those
     within it 32-bit: a head's keys may be over 2^31 numbers. Keys and values in eight bits have
-    scales, which scores and weights are multiplied by; else they are None.
+    scales, by which scores and weights are multiplied, and q has those of `_scaled`; else all are
+    None.
     """
     block = tl.arange(0, BLOCK_N)
     slot = start + block
@@ -141,13 +159,18 @@ def _step(
         k, v = k.to(q.dtype), v.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if key_scales is not None:
-        scores *= key_scale[None, :]
+        scores *= key_scale[None, :] * q_scales[:, None]
     if MASKED:
         visible = slot[None, :] < tl.minimum(limit, end)[:, None]
         if WINDOW > 0:
             visible = visible & (slot[None, :] >= (limit - WINDOW)[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
+    if value_scales is None:
+        new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
+    else:
+        # Weights times scales are 2^15 at most, since float16 takes them down to 2^-24.
+        exponent = (value_scale.to(tl.int32, bitcast=True) >> 23) - (127 + 15)
+        new_top = tl.maximum(top, tl.max(scores * SCALE + exponent.to(tl.float32)[None, :], 1))
     shift = new_top
     if MASKED:  # a row may have seen no key yet
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -155,18 +178,15 @@ def _step(
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(weights, 1)
     if value_scales is not None:
-        if q.dtype == tl.float16:  # in which weights times scales may be too small
-            v = (v * value_scale[:, None]).to(q.dtype)
-        else:
-            weights *= value_scale[None, :]
+        weights *= value_scale[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, new_top, total
 
 
 @triton.jit
 def _walk(
-    acc, top, total, q, keys, values, key_scales, value_scales, first, seen_from, seen_to, end,
-    limit, part, SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    acc, top, total, q, q_scales, keys, values, key_scales, value_scales, first, seen_from, seen_to,
+    end, limit, part, SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     V_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys first .. end - 1: each row sees those from limit - WINDOW (from
@@ -178,19 +198,19 @@ def _walk(
         begin += tl.cdiv(tl.maximum(seen_from - first, 0), BLOCK_N) * BLOCK_N
         for start in range(first, begin, BLOCK_N):
             acc, top, total = _step(
-                acc, top, total, q, keys, values, key_scales, value_scales, start, end, limit, part,
-                SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, True,
+                acc, top, total, q, q_scales, keys, values, key_scales, value_scales, start, end,
+                limit, part, SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, True,
             )  # fmt: skip
     rest = begin + tl.maximum(tl.minimum(seen_to, end) - begin, 0) // BLOCK_N * BLOCK_N
     for start in range(begin, rest, BLOCK_N):
         acc, top, total = _step(
-            acc, top, total, q, keys, values, key_scales, value_scales, start, end, limit, part,
-            SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, False,
+            acc, top, total, q, q_scales, keys, values, key_scales, value_scales, start, end, limit,
+            part, SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, False,
         )  # fmt: skip
     for start in range(rest, end, BLOCK_N):
         acc, top, total = _step(
-            acc, top, total, q, keys, values, key_scales, value_scales, start, end, limit, part,
-            SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, True,
+            acc, top, total, q, q_scales, keys, values, key_scales, value_scales, start, end, limit,
+            part, SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, True,
         )  # fmt: skip
     return acc, top, total
 
@@ -505,9 +525,11 @@ def _cache_kernel(
     x = load_rotated(q, cos, sin, query, column, valid, STRIDE, D, D_PAD, ROTATE, BLOCK_M)
     keys += head.to(tl.int64) * capacity * D
     values += head.to(tl.int64) * capacity * D
+    x_scales = None
     if key_scales is not None:
         key_scales += head.to(tl.int64) * capacity
         value_scales += head.to(tl.int64) * capacity
+        x, x_scales = _scaled(x)
     acc = tl.zeros((BLOCK_M, V_PAD), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -524,7 +546,7 @@ def _cache_kernel(
             last_query = (tl.minimum(end_row, first_row + BLOCK_M) - 1) // GROUP
             seen_from = tl.minimum(last_query + shift - WINDOW, end)
         acc, top, total = _walk(
-            acc, top, total, x, keys, values, key_scales, value_scales, first, seen_from,
+            acc, top, total, x, x_scales, keys, values, key_scales, value_scales, first, seen_from,
             seen_by_all, end, limit, part, SCALE, D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
         )  # fmt: skip
     if piece < 0:
@@ -1089,7 +1111,7 @@ def _window_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     end = seen + tokens - 1
     acc, top, total = _walk(
-        acc, top, total, x, keys, values, None, None, 0, end - WINDOW, seen, end, row + seen, part,
-        SCALE, HEADS * D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
+        acc, top, total, x, None, keys, values, None, None, 0, end - WINDOW, seen, end, row + seen,
+        part, SCALE, HEADS * D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
     )  # fmt: skip
     _store_output(out, token, column, acc, total, valid, part, HEADS * GROUP * D, D, V_PAD)

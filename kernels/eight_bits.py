@@ -3,7 +3,7 @@ head.
 
 Of a token's head x [D], and a its greatest absolute value:
 
-    scale = the least power of two, 2^-120 at least, such that a <= 448 * scale
+    scale = the least power of two, 2^-60 at least, such that a <= 448 * scale
     number = x / scale, rounded to the nearest number of e4m3, to the even one of two
 
 and number * scale is read. 448 is the largest number of e4m3, so that every number has the four
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 NUMBER, SCALE = torch.float8_e4m3fn, torch.float32
-LEAST = -120  # exponent of the least scale
+LEAST = -60  # exponent of the least scale
 _NOISE = 1 << 12  # tokens that are made up at a time
 
 

@@ -22,6 +22,7 @@ from .attention_triton import (
     _config,
     _parts,
     _query_constants,
+    _scaled,
     _step,
     _store_output,
     _store_piece,
@@ -276,9 +277,11 @@ def _listed_kernel(
     x = load_rotated(q, cos, sin, token, column, valid, STRIDE, D, D_PAD, ROTATE, ROWS)
     keys += head.to(tl.int64) * capacity * D
     values += head.to(tl.int64) * capacity * D
+    x_scales = None
     if key_scales is not None:
         key_scales += head.to(tl.int64) * capacity
         value_scales += head.to(tl.int64) * capacity
+        x, x_scales = _scaled(x)
     chosen += query.to(tl.int64) * by_query + head * by_head
     acc = tl.zeros((ROWS, V_PAD), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -290,15 +293,15 @@ def _listed_kernel(
     for i in range(first * steps, end * steps):
         start = tl.load(chosen + i // steps) * BLOCK + i % steps * BLOCK_N
         acc, top, total = _step(
-            acc, top, total, x, keys, values, key_scales, value_scales, start, start, limit, part,
-            SCALE, D, D, D_PAD, V_PAD, BLOCK_N, 0, False,
+            acc, top, total, x, x_scales, keys, values, key_scales, value_scales, start, start,
+            limit, part, SCALE, D, D, D_PAD, V_PAD, BLOCK_N, 0, False,
         )  # fmt: skip
     if (last >= first) & (last < first + SIZE):
         start = tl.load(chosen + last) * BLOCK
         stop = start + position % BLOCK + 1
         for begin in range(start, stop, BLOCK_N):
             acc, top, total = _step(
-                acc, top, total, x, keys, values, key_scales, value_scales, begin, stop,
+                acc, top, total, x, x_scales, keys, values, key_scales, value_scales, begin, stop,
                 limit + stop, part, SCALE, D, D, D_PAD, V_PAD, BLOCK_N, 0, True,
             )  # fmt: skip
     if APART:

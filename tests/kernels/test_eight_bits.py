@@ -41,8 +41,8 @@ def nearest(x):
 def by_definition(x):
     """What is read of x [..., D], float64."""
     most = x.abs().amax(-1, keepdim=True)
-    scales = torch.full_like(most, 2.0**-120)
-    for exponent in range(-119, 60):
+    scales = torch.full_like(most, 2.0**-60)
+    for exponent in range(-59, 60):
         scales = torch.where(448 * scales < most, torch.full_like(most, 2.0**exponent), scales)
     return nearest(x / scales) * scales
 
