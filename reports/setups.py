@@ -30,6 +30,7 @@ _NOT_SET = {
     "chat template": "none",
     "system instruction": "none",
     "sparse": "off",
+    "cache_dtype": "the model's",
 }
 _DIGITS = 12  # of a fingerprint
 _OF_THE_RUN = ("limit", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
@@ -128,6 +129,7 @@ def _of_file(run: TaskRun, file: ResultsFile) -> dict[str, Any]:
         "backend": config.get("model"),
         "dtype": config.get("model_dtype"),
         "sparse": config.get("sparse"),
+        "cache_dtype": config.get("cache_dtype"),
         "lm-eval": data.get("lm_eval_version"),
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from yoco_eval import __version__
-from yoco_eval.devices import DTYPES
+from yoco_eval.devices import CACHE_DTYPES, DTYPES
 from yoco_eval.lengths import as_argument, parse_length, parse_lengths
 from yoco_eval.printable import PLAIN, message
 from yoco_eval.sizes import parse_count, parse_memory, parse_speeds
@@ -250,11 +250,11 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from yoco_eval.devices import find_dtype
+    from yoco_eval.devices import check_cache_dtype, find_dtype
     from yoco_eval.estimate import estimate, print_estimate
     from yoco_eval.layouts import Cluster, lay_out, print_layouts
     from yoco_eval.model import open_checkpoint
-    from yoco_eval.model.families import with_sparse
+    from yoco_eval.model.families import with_eight_bits, with_sparse
     from yoco_eval.model.shapes import find_shape, with_random_weights
 
     try:
@@ -270,6 +270,13 @@ def _plan(args: argparse.Namespace) -> int:
             blueprint = with_sparse(blueprint, args.sparse, f"--sparse {args.sparse}")
             if args.gpus * args.nodes > 1:
                 raise ValueError("--sparse is for texts that one card holds; plan for one card")
+        if args.cache_dtype is not None:
+            option = f"--cache-dtype {args.cache_dtype}"
+            if args.memory is None:  # else the card is not there
+                check_cache_dtype(args.cache_dtype, device, option)
+            blueprint = with_eight_bits(blueprint, option)
+            if args.gpus * args.nodes > 1:
+                raise ValueError(f"{option} is for texts that one card holds; plan for one card")
         card = _planned_card(args, blueprint.costs, dtype, device)
     except ValueError as error:
         raise UserError(error) from error
@@ -278,6 +285,8 @@ def _plan(args: argparse.Namespace) -> int:
         name += f" revision={args.revision}"
     if args.sparse is not None:
         name += f" sparse={args.sparse}"
+    if args.cache_dtype is not None:
+        name += f" cache_dtype={args.cache_dtype}"
     positions = blueprint.config.max_position_embeddings
     cluster = Cluster(args.nodes, args.gpus, card)
     if cluster.size == 1:
@@ -358,6 +367,7 @@ def _measure_profile(args: argparse.Namespace) -> tuple[Profile, int]:
             pretrained=args.pretrained,
             revision=args.revision,
             sparse=args.sparse,
+            cache_dtype=args.cache_dtype,
             against=args.against,
             patience=args.patience,
             dtype=args.dtype,
@@ -563,7 +573,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
         help="of cards that are not there, what they reach: TFLOP/s of matrix products and GB/s "
         "of memory, such as 700,2900 (default: operations and bytes in place of times)",
     )
-    _add_sparse(plan)
+    _add_cache(plan)
     _add_where(plan)
     plan.set_defaults(run=_plan)
 
@@ -608,7 +618,7 @@ for their number; a difference is told only if significant at the 5 % level.""",
         help="give up a length whose prefill takes more seconds than this, and a batch that "
         "decodes for longer (default: 120)",
     )
-    _add_sparse(profile)
+    _add_cache(profile)
     _add_where(profile)
     _add_output(profile, ".json, .png, .svg or .pdf")
     profile.set_defaults(run=_profile)
@@ -635,13 +645,19 @@ def _add_revision(command: argparse.ArgumentParser, of: str) -> None:
     )
 
 
-def _add_sparse(command: argparse.ArgumentParser) -> None:
+def _add_cache(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sparse",
         type=as_argument(parse_count),
         metavar="K",
         help="each token chooses K blocks of 64 tokens to read, as with --model_args sparse=K "
         "(default: it reads all)",
+    )
+    command.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="keys and values in eight bits, as with --model_args cache_dtype=fp8 (default: in the "
+        "model's dtype)",
     )
 
 

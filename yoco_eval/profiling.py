@@ -23,7 +23,7 @@ from torch import Tensor
 
 from yoco_eval import __version__
 from yoco_eval.model import Blueprint, Cache, Model, Rows, Span, Spans, State, open_checkpoint
-from yoco_eval.model.families import family_name, with_sparse
+from yoco_eval.model.families import family_name, with_eight_bits, with_sparse
 from yoco_eval.model.interface import take
 from yoco_eval.model.shapes import SEED, SHAPES, find_shape, transformer_beside, with_random_weights
 from yoco_eval.reports.profile import (
@@ -37,7 +37,7 @@ from yoco_eval.reports.profile import (
     Throughput,
 )
 
-from .devices import find_device, find_dtype
+from .devices import check_cache_dtype, find_device, find_dtype
 from .memory import MARGIN, chunk_sizes, free_bytes, out_of_memory
 from .pages import rounded
 
@@ -67,6 +67,7 @@ def run_profile(
     pretrained: str | None = None,
     revision: str | None = None,
     sparse: int | None = None,
+    cache_dtype: str | None = None,
     against: str | None = None,
     patience: float = 120.0,
     dtype: str = "auto",
@@ -81,6 +82,7 @@ def run_profile(
         pretrained: a checkpoint's path, or the name of a bundled one or of one on the hub.
         revision: of a name on the hub.
         sparse: how many blocks of the cache each token chooses to read; None: it reads all.
+        cache_dtype: one of `devices.CACHE_DTYPES`; None: the model's.
         against: "transformer" or None.
         patience: the seconds that the prefill of one length may take, and a batch after it.
         dtype: a name that `find_dtype` knows.
@@ -88,7 +90,8 @@ def run_profile(
         report: told what is known after each row.
 
     Raises:
-        ProfileError: there is no such shape, checkpoint, dtype or device.
+        ProfileError: there is no such shape, checkpoint, dtype or device, or these do not go
+            together.
         CheckpointError: the checkpoint's weights cannot be loaded.
     """
     try:
@@ -101,6 +104,10 @@ def run_profile(
             model = open_checkpoint(pretrained, revision)
         if sparse is not None:
             model = with_sparse(model, sparse, f"--sparse {sparse}")
+        if cache_dtype is not None:
+            option = f"--cache-dtype {cache_dtype}"
+            check_cache_dtype(cache_dtype, where, option)
+            model = with_eight_bits(model, option)
         blueprints = {family_name(model.config): model}
         if against == "transformer":
             blueprints["Transformer"] = transformer_beside(model.config)
@@ -115,6 +122,8 @@ def run_profile(
         name += f" revision={revision}"
     if sparse is not None:
         name += f" sparse={sparse}"
+    if cache_dtype is not None:
+        name += f" cache_dtype={cache_dtype}"
 
     if on_gpu:
         torch.cuda.set_device(where)  # where kernels are launched and events recorded

@@ -228,14 +228,16 @@ def test_settings_that_a_file_does_not_tell(tmp_path):
     assert "- limit (arc_easy): a 40, b default" in text
 
 
-def test_sparse_attention_is_told(tmp_path):
+def test_what_is_read_of_a_cache_is_told(tmp_path):
     full, sparse = (results({"arc_easy": {"acc,none": 0.5}}) for _ in range(2))
-    sparse["config"] |= {"sparse": 64}
-    sparse["config"]["model_args"] |= {"sparse": 64}
+    settings = {"sparse": 64, "cache_dtype": "fp8"}
+    sparse["config"] |= settings
+    sparse["config"]["model_args"] |= settings
     for name, data in (("a", full), ("b", sparse)):
         write(tmp_path / name, data)
     text = terminal(compare(load_checkpoints([tmp_path / "a", tmp_path / "b"])))
     assert "- sparse (arc_easy): a off, b 64" in text
+    assert "- cache_dtype (arc_easy): a the model's, b fp8" in text
 
 
 def test_benchmarks_of_several_numbers_of_examples_are_told_apart(tmp_path):

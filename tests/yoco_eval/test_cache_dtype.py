@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_sparse import Ahead, collect, logits_by_definition, texts
 
+from yoco_eval.cli import main
 from yoco_eval.engine import Engine
 from yoco_eval.kernels.eight_bits import quantise
 from yoco_eval.lm import YocoLM
@@ -14,6 +15,7 @@ from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig
 from yoco_eval.model.families import with_eight_bits
 from yoco_eval.model.phi4flash_config import Phi4FlashConfig
 from yoco_eval.model.shapes import with_random_weights
+from yoco_eval.profiling import run_profile
 from yoco_eval.requests import GenerateRequest, ScoreRequest
 
 VOCABULARY = 96
@@ -178,3 +180,24 @@ def test_older_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(ValueError, match="^cache_dtype=fp8 takes .* 8.9 .* NVIDIA A100 has 8.0"):
         YocoLM("nowhere", cache_dtype="fp8")
+
+
+def test_plan(capsys):
+    command = ["plan", "--shape", "3b", "--length", "1m", "--memory", "80g", "--speeds", "700,2900"]
+    rates = []
+    for more in ([], ["--cache-dtype", "fp8"], ["--cache-dtype", "fp8", "--sparse", "64"]):
+        assert main([*command, *more]) == 0
+        text = capsys.readouterr().out
+        rates.append(float(text.split("allows about ")[1].split(" ")[0]))
+    assert "3b sparse=64 cache_dtype=fp8, 1M tokens" in text
+    assert 1.7 * rates[0] < rates[1] < 2 * rates[0] and rates[2] > 6 * rates[0]
+    assert main([*command, "--cache-dtype", "fp8", "--gpus", "2"]) == 2
+    assert "--cache-dtype fp8 is for texts that one card holds" in capsys.readouterr().err
+
+
+def test_profile(monkeypatch):
+    monkeypatch.setattr("yoco_eval.profiling.LARGEST_BATCH", {"cpu": 3})
+    profile = run_profile([100], pretrained="demo-4k", cache_dtype="fp8", device="cpu")
+    assert profile.name == "demo-4k cache_dtype=fp8"
+    assert all(row.outcome == "measured" for row in profile.rows)
+    assert all(one.outcome == "measured" for row in profile.rows for one in row.throughput)

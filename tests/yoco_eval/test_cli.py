@@ -284,6 +284,7 @@ def test_profile(measured, tmp_path, capsys):
                 "pretrained": None,
                 "revision": None,
                 "sparse": None,
+                "cache_dtype": None,
                 "against": "transformer",
                 "patience": 7.0,
                 "dtype": "auto",
@@ -300,6 +301,7 @@ def test_profile(measured, tmp_path, capsys):
 
 def test_profile_by_default(measured):
     argv = "profile --pretrained a --revision b --sparse 8 --dtype bfloat16 --device cuda:1"
+    argv += " --cache-dtype fp8"
     assert main(argv.split()) == 0
     ((lengths, settings),) = measured
     assert lengths == [2**n for n in range(15, 21)]
@@ -308,6 +310,7 @@ def test_profile_by_default(measured):
         "pretrained": "a",
         "revision": "b",
         "sparse": 8,
+        "cache_dtype": "fp8",
         "against": None,
         "patience": 120.0,
         "dtype": "bfloat16",
