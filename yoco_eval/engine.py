@@ -8,10 +8,8 @@ the model knows: what is asked of it is in `yoco_eval.model.interface`.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +20,7 @@ from yoco_eval.kernels.logits import normaliser
 from yoco_eval.model import Model, Rows, Sequences, Span, Spans, State, to_device
 from yoco_eval.model.interface import concatenate, split, take
 
+from .garbage import collecting_new_only
 from .generation import Generation, stored
 from .memory import Fit, fit, fit_batch, free_bytes
 from .pages import page_size, rounded
@@ -90,7 +89,7 @@ class Engine:
         steps = plan(items, limits, block)
         self._check_snapshots(steps, fitted, limits.room)
         begin(sum(step.tokens for step in steps))
-        with fitted.watch(), _collecting_new_garbage_only():
+        with fitted.watch(), collecting_new_only():
             yield from self._scores(steps, asked, fitted, limits, progress)
 
     @torch.inference_mode()
@@ -115,7 +114,7 @@ class Engine:
         if run:
             mends = ("lower batch_size",) if run.batch.size > 1 else ()
             watch = run.fitted.watch(run.batch.need, *mends)
-            with watch, _collecting_new_garbage_only():
+            with watch, collecting_new_only():
                 for i, tokens in run.answers():
                     yield indices[i], tokens
 
@@ -320,20 +319,6 @@ def _answers(
                 skipped = len(request.context) - 1 - leaf.item.first
                 yield index, start + skipped, request.continuation
             start += leaf.end - leaf.item.first
-
-
-@contextmanager
-def _collecting_new_garbage_only() -> Iterator[None]:
-    """Python does not look through what exists already: with torch and transformers some 400 000
-    objects, for which a GPU would wait 0.1 to 0.3 s now and then."""
-    if gc.get_freeze_count():  # somebody else's doing
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class _Scores:

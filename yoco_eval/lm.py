@@ -40,6 +40,7 @@ from .devices import check_cache_dtype, device_of_rank, find_device, find_dtype
 from .encoding import Encoder
 from .endings import Endings
 from .engine import Engine
+from .garbage import collecting_new_only
 from .lengths import parse_length
 from .memory import OutOfMemory, loading_weights
 from .printable import shown
@@ -432,11 +433,13 @@ class YocoLM(TemplateLM):
         parts = self._ranks.gather(obj)
         return None if parts is None else [put_together(parts)]
 
+    @collecting_new_only()
     def barrier(self) -> None:
         """Answers what other processes still ask."""
         if self._rounds is not None:
             self._rounds.barrier()
 
+    @collecting_new_only()
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
@@ -513,6 +516,7 @@ class YocoLM(TemplateLM):
         self._run("loglikelihood_rolling", windows, take, disable_tqdm)
         return totals
 
+    @collecting_new_only()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         results: list[Any] = [None] * len(requests)
         settings = [self._read_settings(request.args[1]) for request in requests]

@@ -1,5 +1,6 @@
 """The lm-eval backend against brute force over texts, and its treatment of bad input."""
 
+import gc
 import json
 import random
 import shutil
@@ -126,6 +127,20 @@ def test_all_requests_are_encoded_at_once_and_as_in_lm_eval(folder, bos, monkeyp
     for request, pair, ids in zip(wanted, pairs, expected, strict=True):
         assert (pair[0], *(part.tolist() for part in pair[1:])) == (request, *map(list, ids))
     assert [*context, *continuation] == [0, *lm.tokenizer.encode("Oslo", add_special_tokens=False)]
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_encoding_does_not_wait_for_garbage_from_before(lm, kind, monkeypatch):
+    frozen, encode_all = [], lm._encoder.encode_all
+
+    def watched(texts):
+        frozen.append(gc.get_freeze_count() > 0)
+        return encode_all(texts)
+
+    monkeypatch.setattr(lm._encoder, "encode_all", watched)
+    second = {"loglikelihood": (" Oslo",), "generate_until": ({"max_gen_toks": 2},)}.get(kind, ())
+    getattr(lm, kind)(instances(kind, [("notes about Lima", *second)]), disable_tqdm=True)
+    assert frozen == [True] and not gc.get_freeze_count()
 
 
 def test_loglikelihood_rolling(lm):
