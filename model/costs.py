@@ -108,7 +108,7 @@ class YocoCosts:
         config, one = self.config, -(-chunk // self.parts)
         # All parts' rows, as they come and in a row; keys and values in both orders, and received;
         # and what each part does to the states of a layer, up to two states' worth.
-        handed = (2 * chunk * config.dim + 3 * one * 2 * self._width) * dtype.itemsize
+        handed = 2 * chunk * config.dim * dtype.itemsize + 3 * one * self._handed_bytes(dtype)
         handed += 2 * (self.parts + 1) * self._layer_state(dtype)
         # Outputs of a part of the keys, with their norms; everyone's, and weighted.
         outputs = config.n_attn_heads * (config.attn_head_dim + 1)
@@ -146,7 +146,7 @@ class YocoCosts:
         if self.parts == 1 or not self.config.self_decoder.relays:
             return Traffic()
         layer = self.config.self_decoder.relayed(self.config.dim, dtype, self.parts)
-        others = (self.parts - 1) * 2 * self._width * dtype.itemsize
+        others = (self.parts - 1) * self._handed_bytes(dtype)
         return layer * self.config.self_layers + handed_on(chunk * others // self.parts**2)
 
     def stepping(self, dtype: torch.dtype) -> Traffic:
@@ -170,6 +170,10 @@ class YocoCosts:
                 self._width * NUMBER.itemsize + self.config.n_attn_kv_heads * SCALE.itemsize
             )
         return 2 * self._width * dtype.itemsize
+
+    def _handed_bytes(self, dtype: torch.dtype) -> int:
+        """Of a token's keys and values on their way to where its slot is."""
+        return 2 * self._width * (max(dtype.itemsize, 4) if self.eight_bits else dtype.itemsize)
 
     def _layer_state(self, dtype: torch.dtype) -> int:
         return self.config.self_decoder.state_bytes(self.config.dim, dtype)

@@ -15,7 +15,6 @@ from yoco_eval.kernels.group import Group
 from yoco_eval.printable import shown
 
 from .checkpoint import MODEL_TYPE, load_shape, open_yoco, resolve_checkpoint
-from .config import YocoConfig
 from .costs import YocoCosts
 from .errors import CheckpointError
 from .folder import CONFIG, is_folder, read_json
@@ -24,7 +23,7 @@ from .gemma3n_config import Gemma3nConfig, read_gemma3n
 from .gemma4 import Gemma4, gemma4_weights
 from .gemma4_config import Gemma4Config, read_gemma4
 from .hub import hub_commit
-from .interface import Blueprint, Config, Model, PartCosts, default_dtype
+from .interface import Blueprint, Config, Costs, Model, PartCosts, default_dtype
 from .linear import set_weights
 from .phi4flash import Phi4Flash
 from .phi4flash_config import Phi4FlashConfig, read_phi4flash
@@ -138,11 +137,11 @@ def check_together(config: Config, option: str) -> None:
         )
 
 
-def costs_together(config: Config, parts: int) -> PartCosts:
-    """What a model, of a configuration that `check_together` takes, costs each of `parts` processes
-    that hold texts together."""
-    assert isinstance(config, YocoConfig)
-    return YocoCosts(config, parts)
+def costs_together(costs: Costs, parts: int) -> PartCosts:
+    """Of a model with these costs, and a configuration that `check_together` takes: what it costs
+    each of `parts` processes that hold texts together."""
+    assert isinstance(costs, YocoCosts)
+    return replace(costs, parts=parts)
 
 
 def join_group(model: Model, group: Group) -> None:

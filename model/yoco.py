@@ -51,7 +51,6 @@ class Yoco(nn.Module):
         sparse: how many blocks of the cache a token chooses to read, beside those that all do;
             None: it reads all. Texts are not held together, then.
         eight_bits: whether the cache holds keys and values in eight bits: see `kernels.eight_bits`.
-            Texts are not held together, then.
     """
 
     def __init__(self, config: YocoConfig) -> None:

@@ -100,6 +100,10 @@ class YocoCache(SlotCache[SelfState]):
             keys, values, angles = keys[index], values[index], (angles[0][index], angles[1][index])
             rotated: Angles | None = angles
         else:
+            if isinstance(self.keys, EightBits):  # to which they are rounded at once
+                wide = torch.promote_types(keys.dtype, torch.float32)
+                keys, values = keys.to(wide), values.to(wide)
+                angles = angles[0].to(wide), angles[1].to(wide)
             keys, values = self._dealt(rotate(keys, angles), values, owners, relay, stripes)
             rotated = None
         if len(own):

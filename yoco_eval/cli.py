@@ -275,8 +275,6 @@ def _plan(args: argparse.Namespace) -> int:
             if args.memory is None:  # else the card is not there
                 check_cache_dtype(args.cache_dtype, device, option)
             blueprint = with_eight_bits(blueprint, option)
-            if args.gpus * args.nodes > 1:
-                raise ValueError(f"{option} is for texts that one card holds; plan for one card")
         card = _planned_card(args, blueprint.costs, dtype, device)
     except ValueError as error:
         raise UserError(error) from error

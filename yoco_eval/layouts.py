@@ -113,7 +113,7 @@ def lay_out(
         return fit(costs, dtype, card.device, length, chunk, parts=together, free=card.free)
 
     def of(together: int) -> Layout:
-        costs = costs_together(config, together)
+        costs = costs_together(blueprint.costs, together)
         own, longest = (fitted(costs, together, tokens) for tokens in (length, LONGEST))
         # A chunk of fewer blocks than cards is fed by all of them alike.
         divided = -(-own.chunk // page_size(card.device)) >= together

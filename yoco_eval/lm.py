@@ -181,13 +181,7 @@ class YocoLM(TemplateLM):
             )
         self._cache_dtype = cache_dtype
         if cache_dtype is not None:
-            option = f"cache_dtype={cache_dtype}"
-            check_cache_dtype(cache_dtype, where, option)
-            if together > 1:
-                raise ValueError(
-                    f"{option} is for texts that one process holds, and context_parallel={together}"
-                    " has several hold each; leave one of them out"
-                )
+            check_cache_dtype(cache_dtype, where, f"cache_dtype={cache_dtype}")
         chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         auto = re.fullmatch(r"auto(:\d+)?", str(batch_size)) is not None

@@ -157,10 +157,15 @@ def test_what_processes_tell_each_other_is_counted(kind):
         "gated_deltanet without a convolution": GatedDeltaNetSettings(2, 4, 8, 12, convolution=None)
     }
     config = YocoConfig(32, 5, 40, 4, 2, 50, settings[kind], n_self_layers=3)
-    for dtype, size in ((torch.float64, 3), (torch.bfloat16, 4)):
+    for dtype, size, eight_bits in (
+        (torch.float64, 3, False),
+        (torch.bfloat16, 4, False),
+        (torch.bfloat16, 4, kind == together.EIGHT_BITS),
+    ):
         model = Yoco(config).to(dtype).requires_grad_(False)
+        model.eight_bits = eight_bits
         model.group = group = Counting(1, size)
-        costs, chunk = costs_together(config, size), 4 * size**2
+        costs, chunk = costs_together(model.costs, size), 4 * size**2
         cache = model.new_cache(2 * chunk)
         with torch.inference_mode():
             for _ in range(2):

@@ -39,6 +39,7 @@ KINDS = {
     # Which hands nothing on, so that each process feeds all tokens.
     "moving_average": MovingAverageSettings(9),
 }
+EIGHT_BITS = "retention"  # in float64: where numbers are not as near, some are rounded otherwise
 VOCABULARY = 50
 CPU = torch.device("cpu")
 GPU_BLOCK = 64  # which kernels count on
@@ -63,6 +64,7 @@ def model_of(kind: str, where: torch.device = CPU, dtype: torch.dtype = torch.fl
     model = Yoco(config).double().requires_grad_(False).eval()
     for name, weight in model.named_parameters():
         weight.add_(0.3 * torch.randn_like(weight) - 5 * name.endswith("dt_bias"))
+    model.eight_bits = kind == EIGHT_BITS and dtype == torch.float64
     return model.to(where, dtype)
 
 
