@@ -225,6 +225,26 @@ def test_triton_batch_attention(query_heads, heads, dim, dtype, device, close):
     close(batch_attention(q, *held, positions, rows, angles), expected)
 
 
+def test_triton_values_of_all_sizes(dtype, device, close):
+    """Of tokens that are attended to most, as texts' first ones often are, values may be least."""
+    pytest.importorskip("triton")
+    from yoco_eval.kernels.attention_triton import batch_attention
+
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, 300, 16, device=device)
+    keys[:, :2], values[:, 0], values[:, 1] = 3.0, 0.0, 1e-14
+    values[:, 2:200] *= 100
+    held = [quantise(x) for x in (keys, values)]
+    wide = [x.to(torch.float64) for x in held]
+    q = torch.full((1, 2, 16), 1.0, dtype=dtype, device=device)
+    q[:, 1] *= 1e-3
+    for end in (200, 300):
+        rows = Readings([0], [Span(0, 1, 0, end, False, 0)])
+        positions = torch.tensor([end - 1], device=device)
+        expected = batch_attention_reference(q.double(), *wide, positions, rows)
+        close(batch_attention(q, *held, positions, rows), expected)
+
+
 def test_triton_stripes(dtype, device, close):
     """What a process adds that holds but some of the slots."""
     pytest.importorskip("triton")
