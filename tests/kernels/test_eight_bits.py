@@ -231,16 +231,14 @@ def test_triton_values_of_all_sizes(dtype, device, close):
     from yoco_eval.kernels.attention_triton import batch_attention
 
     torch.manual_seed(0)
-    keys, values = torch.randn(2, 1, 300, 16, device=device)
-    keys[:, :2], values[:, 0], values[:, 1] = 3.0, 0.0, 1e-14
-    values[:, 2:200] *= 100
-    held = [quantise(x) for x in (keys, values)]
-    wide = [x.to(torch.float64) for x in held]
-    q = torch.full((1, 2, 16), 1.0, dtype=dtype, device=device)
-    q[:, 1] *= 1e-3
-    for end in (200, 300):
-        rows = Readings([0], [Span(0, 1, 0, end, False, 0)])
-        positions = torch.tensor([end - 1], device=device)
+    keys, small = torch.randn(2, 1, 300, 16, device=device)
+    q = torch.randn(1, 2, 16, dtype=dtype, device=device)
+    sinks = small.clone()
+    keys[:, :2], sinks[:, 0], sinks[:, 1], sinks[:, 2:200] = 2 * q[:, 0], 0, 1e-14, 100
+    rows, positions = Readings([0], [Span(0, 1, 0, 300, False, 0)]), torch.tensor([299]).to(device)
+    for values in (sinks, 1e-4 * small):
+        held = [quantise(x) for x in (keys, values)]
+        wide = [x.to(torch.float64) for x in held]
         expected = batch_attention_reference(q.double(), *wide, positions, rows)
         close(batch_attention(q, *held, positions, rows), expected)
 
