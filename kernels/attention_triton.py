@@ -74,15 +74,16 @@ def _config(block_m: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_N": 64, "num_warps": warps, "num_stages": 3}
 
 
-def _registers(keys: Held, q: Tensor, block_m: int) -> dict[str, int]:
+def _registers(keys: Held, q: Tensor, block_m: int, striped: bool) -> dict[str, int]:
     """How many a thread may take, where the compiler's choice leaves a multiprocessor too few.
 
-    In eight bits it takes 244 for 16 rows of 128 columns, 190 of 256: two programs fit, and with
-    168 three, as `_at_once` counts on. No loop over keys has to spill any for it.
+    For 16 rows of 128 columns it takes 244 with keys in eight bits, and 255 with `striped` ones:
+    two programs fit, and with 168 three, as `_at_once` counts on. The loop over keys that all rows
+    see has to spill none for it.
     """
-    few = isinstance(keys, EightBits) and block_m == 16 and 64 < q.shape[2] <= 256
+    few = (striped or isinstance(keys, EightBits)) and block_m == 16 and q.shape[2] <= 256
     limited = few and q.dtype != torch.float32 and q.is_cuda and on_hopper(q.device)
-    return {"maxnreg": 168} if limited else {}
+    return {"maxnreg": 128 if q.shape[2] <= 64 else 168} if limited else {}
 
 
 # -- what the kernels share ------------------------------------------------------------------------
@@ -473,7 +474,8 @@ def _over_cache(
         BLOCK_M=plan.block_m, BATCH=batch is not None, WINDOW=window, OUT=out.stride(0),
         SHARES=0 if stripes is None else stripes.size,
         RUN=1 if stripes is None else stripes.block, **_query_constants(q, heads, angles, scale),
-        **_config(plan.block_m, dim, q.dtype), **_registers(keys, q, plan.block_m),
+        **_config(plan.block_m, dim, q.dtype),
+        **_registers(keys, q, plan.block_m, stripes is not None),
     )  # fmt: skip
     if plan.pieces:
         group = q.shape[1] // heads
