@@ -475,6 +475,7 @@ class YocoLM(TemplateLM):
         self._run("loglikelihood", asks, take, disable_tqdm)
         return results
 
+    @collecting_new_only()
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
