@@ -61,7 +61,7 @@ def _block_sizes(dtype: torch.dtype, dim: int) -> tuple[int, ...]:
     return (16, 32, 64, 128)
 
 
-def _config(block_m: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
+def _config(block_m: int, dim: int, dtype: torch.dtype, eight_bits: bool = False) -> dict[str, int]:
     """Keys per step, warps and pipeline stages, within 228 KiB of shared memory."""
     if dtype == torch.float32:
         stages = 2 if dim <= 256 else 1
@@ -71,19 +71,48 @@ def _config(block_m: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
         return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 3 if block_m == 64 else 2}
     if dim > 128:
         return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 2}
+    if _two_warps(block_m, dim, eight_bits):
+        warps = 2
     return {"BLOCK_N": 64, "num_warps": warps, "num_stages": 3}
 
 
-def _registers(keys: Held, q: Tensor, block_m: int, striped: bool) -> dict[str, int]:
-    """How many a thread may take, where the compiler's choice leaves a multiprocessor too few.
+def _two_warps(block_m: int, dim: int, eight_bits: bool) -> bool:
+    """Whether programs have two warps for few rows over keys in eight bits: there it is not memory
+    that limits a multiprocessor but its instructions, of which four warps take a fifth more."""
+    return eight_bits and block_m == 16 and 64 < dim <= 128
 
-    For 16 rows of 128 columns it takes 244 with keys in eight bits, and 255 with `striped` ones:
-    two programs fit, and with 168 three, as `_at_once` counts on. The loop over keys that all rows
-    see has to spill none for it.
+
+def _fit(block_m: int, dim: int, eight_bits: bool) -> int:
+    """Programs of `_cache_kernel` that a multiprocessor of Hopper's has room for, by the registers
+    and shared memory that they are compiled to."""
+    fit = {16: 3, 32: 2, 64: 2, 128: 1}
+    if _two_warps(block_m, dim, eight_bits):
+        fit |= {16: 4}
+    elif dim <= 64:
+        fit |= {16: 4, 32: 3}
+    elif dim > 256:
+        fit |= {16: 2, 64: 1}
+    return fit[block_m]
+
+
+def _registers(block_m: int, shape: _Shape, striped: bool) -> dict[str, int]:
+    """How many a thread may take, where the compiler's choice leaves room for fewer than `_fit`.
+
+    For 16 rows of 128 columns it takes 244 in eight bits, and 255 over `striped` keys. The loop
+    over keys that all rows see has to spill none.
     """
-    few = (striped or isinstance(keys, EightBits)) and block_m == 16 and q.shape[2] <= 256
-    limited = few and q.dtype != torch.float32 and q.is_cuda and on_hopper(q.device)
-    return {"maxnreg": 128 if q.shape[2] <= 64 else 168} if limited else {}
+    _, _, dim, dtype, device, eight_bits = shape
+    if not (striped or eight_bits) or dtype == torch.float32 or not _is_hopper(device):
+        return {}
+    warps = _config(block_m, dim, dtype, eight_bits)["num_warps"]
+    limit = (1 << 16) // (32 * warps * _fit(block_m, dim, eight_bits)) // 8 * 8
+    if _two_warps(block_m, dim, eight_bits):
+        limit = 232  # more would fit, but are 2 % slower
+    return {"maxnreg": limit} if limit < 256 else {}
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and on_hopper(device)
 
 
 # -- what the kernels share ------------------------------------------------------------------------
@@ -372,7 +401,7 @@ def cache_attention(
     if alone and len(q) >= _LONG_TEXT and _flash_takes(q):
         if isinstance(keys, Tensor) and isinstance(values, Tensor):  # not in eight bits
             return _long_text_attention(q, keys, values, span, angles, scale)
-    shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
+    shape = _Shape.of(q, keys)
 
     def on_device() -> _Plan:
         return _plan(spans.spans, query_runs(spans), shape, window).on_device(q.device)
@@ -391,7 +420,7 @@ def batch_attention(
     scale: float | None = None,
 ) -> Tensor:
     """As `attention.batch_attention`; the launch depends on `readings.layout` alone."""
-    shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
+    shape = _Shape.of(q, keys)
     tables = readings.tables(lambda: _BatchTables(shape))
     batch = tables.order, positions.contiguous()
     return _over_cache(q, keys, values, tables.now, angles, scale, batch)
@@ -407,7 +436,7 @@ def cache_attention_part(
     scale: float | None = None,
 ) -> Tensor:
     """As `striped_attention.cache_attention_part`."""
-    shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
+    shape = _Shape.of(q, keys)
 
     def on_device() -> _Plan:
         plan = _plan(spans.spans, query_runs(spans), shape, stripes=stripes)
@@ -432,7 +461,7 @@ def batch_attention_part(
     The launch depends on `readings.layout` alone, which is the same in all processes of the group:
     a CUDA graph with collectives has to be replayed by all or none.
     """
-    shape = _Shape(q.shape[1], keys.shape[0], keys.shape[2], q.dtype, q.device)
+    shape = _Shape.of(q, keys)
     tables = readings.tables(lambda: _BatchTables(shape, group))
     batch = tables.order, positions.contiguous()
     return _over_cache(q, keys, values, tables.now, angles, scale, batch, stripes=group.stripes)
@@ -455,7 +484,7 @@ def _over_cache(
         batch: where texts are decoded, the row of each query of the plan, and each row's position.
         stripes: of which the keys and values are; the output is that of `cache_attention_part`.
     """
-    q = packed_heads(q)
+    q, shape = packed_heads(q), _Shape.of(q, keys)
     numbers, key_scales, value_scales = numbers_of(keys), scales_of(keys), scales_of(values)
     heads, _, dim = numbers.shape
     if angles is not None and plan.block_m >= _ROTATED_FIRST:
@@ -474,8 +503,8 @@ def _over_cache(
         BLOCK_M=plan.block_m, BATCH=batch is not None, WINDOW=window, OUT=out.stride(0),
         SHARES=0 if stripes is None else stripes.size,
         RUN=1 if stripes is None else stripes.block, **_query_constants(q, heads, angles, scale),
-        **_config(plan.block_m, dim, q.dtype),
-        **_registers(keys, q, plan.block_m, stripes is not None),
+        **_config(plan.block_m, dim, q.dtype, shape.eight_bits),
+        **_registers(plan.block_m, shape, stripes is not None),
     )  # fmt: skip
     if plan.pieces:
         group = q.shape[1] // heads
@@ -581,6 +610,12 @@ class _Shape(NamedTuple):
     dim: int
     dtype: torch.dtype
     device: torch.device
+    eight_bits: bool = False
+
+    @classmethod
+    def of(cls, q: Tensor, keys: Held) -> _Shape:
+        heads, _, dim = keys.shape
+        return cls(q.shape[1], heads, dim, q.dtype, q.device, isinstance(keys, EightBits))
 
 
 class _Plan(NamedTuple):
@@ -698,7 +733,7 @@ def _plan(
     stripes: Stripes | None = None,
 ) -> _Plan:
     """Of a launch of `_cache_kernel`; `batch`: whether texts are decoded."""
-    query_heads, heads, dim, dtype, device = shape
+    query_heads, heads, dim, dtype, device, eight_bits = shape
     group = query_heads // heads
     # Blocks that are larger than any span's rows walk what the next smaller ones do.
     rows = max(span.end_query - span.first_query for span in spans) * group
@@ -717,7 +752,7 @@ def _plan(
         if stripes is not None:
             walks = [_held_by(stripes, walk) for walk in walks]
     block_n = _config(block_m, dim, dtype)["BLOCK_N"]
-    at_once = _at_once(block_m, dim, dtype, device)
+    at_once = _at_once(block_m, dim, dtype, device, eight_bits)
     heads *= _parts(dim)
     # All pieces should take about as long as each other, and be as many as fit on the GPU at once;
     # rounding down, since one more would wait for all the others. Where that rounds too coarsely,
@@ -766,21 +801,18 @@ def _plan(
     )  # fmt: skip
 
 
-def _at_once(block_m: int, dim: int, dtype: torch.dtype, device: torch.device) -> int:
+def _at_once(
+    block_m: int, dim: int, dtype: torch.dtype, device: torch.device, eight_bits: bool = False
+) -> int:
     """Programs to cut work for.
 
     Where tables have tasks of no row behind, a GPU fills multiprocessor after multiprocessor: with
-    fewer tasks than it has room for, some stay empty. So they are as many as fit, by the registers
-    and shared memory that the kernel is compiled to on Hopper; elsewhere about as many.
+    fewer tasks than it has room for, some stay empty. So they are as many as fit on Hopper;
+    elsewhere about as many.
     """
-    if dtype == torch.float32 or device.type != "cuda" or not on_hopper(device):
+    if dtype == torch.float32 or not _is_hopper(device):
         return programs(device) // (2 if block_m >= 128 or dim > 256 else 1)
-    fit = {16: 3, 32: 2, 64: 2, 128: 1}
-    if dim <= 64:
-        fit |= {16: 4, 32: 3}
-    elif dim > 256:
-        fit |= {16: 2, 64: 1}
-    return fit[block_m] * multiprocessors(device)
+    return _fit(block_m, dim, eight_bits) * multiprocessors(device)
 
 
 def _rows(merged: list[tuple[int, int, int, int]]) -> Tensor:

@@ -719,6 +719,23 @@ def test_on_hopper_work_is_cut_for_one_to_four_programs_a_multiprocessor(
         assert fit == sorted(fit, reverse=True) and set(fit) <= {1, 2, 3, 4}
 
 
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("dim", [8, 64, 96, 128, 256, 512])
+def test_on_hopper_registers_let_as_many_programs_fit_as_work_is_cut_for(
+    triton_kernels, monkeypatch, dim, eight_bits
+):
+    monkeypatch.setattr(triton_kernels, "on_hopper", lambda device: True)
+    monkeypatch.setattr(triton_kernels, "multiprocessors", lambda device: 132)
+    shape = triton_kernels._Shape(
+        24, 8, dim, torch.bfloat16, torch.device("cuda"), eight_bits=eight_bits
+    )
+    for size in triton_kernels._block_sizes(shape.dtype, dim):
+        fit = triton_kernels._at_once(size, *shape[2:]) / 132
+        warps = triton_kernels._config(size, dim, shape.dtype, eight_bits)["num_warps"]
+        most = triton_kernels._registers(size, shape, striped=True).get("maxnreg", 256)
+        assert most % 8 == 0 and fit * warps * 32 * most <= 1 << 16
+
+
 @pytest.mark.skipif(not ON_GPU, reason="dispatch to Triton needs a GPU")
 def test_dispatch_runs_triton(device):
     """What the public functions give on a GPU is what the references give."""
