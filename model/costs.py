@@ -73,7 +73,7 @@ class YocoCosts:
         mixing = max(mixer, attention.numbers(dtype))
         layers = layer_bytes(config.dim, config.hidden_dim, mixing, angles, dtype, chunk, device)
         if self.sparse is None:
-            cross = attention.bytes(dtype, length, chunk, fast)
+            cross = attention.bytes(dtype, length, chunk, fast, self.eight_bits)
         else:
             cross = self._sparse_bytes(dtype, length, chunk, fast)
         layers += config.self_decoder.workspace_bytes(config.dim, fast)
@@ -205,20 +205,23 @@ class Attention:
         dim = self.heads * self.head_dim
         return 2 * dim + 8 * dim // dtype.itemsize
 
-    def bytes(self, dtype: torch.dtype, length: int, chunk: int, fast: bool) -> int:
+    def bytes(
+        self, dtype: torch.dtype, length: int, chunk: int, fast: bool, eight_bits: bool = False
+    ) -> int:
         """Of a chunk's tokens after a layer's input, with a cache of `length`."""
         dim, wide = self.heads * self.head_dim, max(dtype.itemsize, 4)
         total = chunk * (dim + self.numbers(dtype)) * dtype.itemsize
         if not fast:
-            # Copies of the queries and outputs, in other orders and widened; a few queries' mask; a
-            # block's keys or values, widened, its scores, and which of them are hidden.
+            # Copies of the queries and outputs, in other orders and widened; a block's keys or
+            # values, widened, its scores, and which of them are hidden.
             keys, width = min(KEYS, length), self.kv_heads * self.head_dim
             total += chunk * (4 * dim * dtype.itemsize + 3 * dim * wide)
-            total += (FEW + 1) * length * dtype.itemsize
-            if dtype.itemsize < 4:  # keys and values in the order of bfloat16's products
-                total += 2 * width * length * dtype.itemsize
             total += width * keys * wide
             total += min(SCORES, self.heads * keys * chunk) * 2 * wide
+            if not eight_bits:  # one text's are left to PyTorch: a few queries' mask
+                total += (FEW + 1) * length * dtype.itemsize
+                if dtype.itemsize < 4:  # keys and values in the order of bfloat16's products
+                    total += 2 * width * length * dtype.itemsize
         return total
 
 

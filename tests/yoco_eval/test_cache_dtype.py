@@ -2,6 +2,7 @@
 how it is asked for."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,16 +136,29 @@ def test_costs_are_those_of_the_cache(model):
     assert held < 640 * 2 * 2 * (8 + 4) * 1.2
 
 
-@pytest.mark.parametrize("length", [600, 2000])
-def test_memory_is_planned_for(model, live_bytes, length):
+@pytest.mark.parametrize(
+    ("dtype", "length"), [(torch.float64, 600), (torch.float64, 2000), (torch.bfloat16, 2000)]
+)
+def test_memory_is_planned_for(model, live_bytes, dtype, length):
     """Of a text all of whose positions are asked for, chunk by chunk."""
-    model, _ = model
+    model = copy.deepcopy(model[0]).to(dtype)
     ids = [token % VOCABULARY for token in range(length)]
     engine = Engine(model, prefill_chunk=256)
     planned = engine._fit(length, length + 64, spare=63).need
     with live_bytes(model.parameters()) as live:
         collect(engine.score, [ScoreRequest(ids[:1], ids[1:])])
     assert live.peak <= planned
+
+
+def test_no_copy_of_the_whole_cache_is_planned_for(plain):
+    """As PyTorch makes of one in bfloat16, on a CPU."""
+
+    def activations(costs, length):
+        return costs.activation_bytes(torch.bfloat16, length, 256, 256, torch.device("cpu"))
+
+    eight_bits = replace(plain.costs, eight_bits=True)
+    assert activations(eight_bits, 100_000) == activations(eight_bits, 10_000)
+    assert activations(plain.costs, 100_000) > activations(plain.costs, 10_000)
 
 
 def test_what_the_backend_says_of_it():
