@@ -32,9 +32,12 @@ from .section_notes import cut_note, effective_told, incomparable, length_cell, 
 from .single_model import beside
 from .statistics import prompts_needed
 from .style import FONT, PAGE_WIDTH, SMALL_FONT
+from .task_runs import Score
 
 NEEDLES = "Needles"
 GAPS = "†: shorter context lengths, at which others were evaluated, were left out."
+_EVERY = "acc_all,none"  # metric and filter
+_NORMAL = 1.96  # standard errors in half of a 95 % interval
 # Inches.
 _BAR = 0.64  # right of heatmaps: the colour bar
 _CAPTION = 0.3  # above each heatmap: checkpoint, figures
@@ -61,6 +64,7 @@ def _needle_tables(comparison: Comparison) -> Iterable[Table]:
         yield beside("accuracy, with 95 % intervals", whole)
     else:
         yield from (table for found in tables.values() for table in found)
+    yield from _every_needle(comparison)
 
 
 def _needles(comparison: Comparison, task: NeedleTask) -> Iterable[Table]:
@@ -102,6 +106,42 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Iterable[Table]:
         yield replace(whole, notes=intervals, folded=True)
     else:
         yield whole
+
+
+def _every_needle(comparison: Comparison) -> Iterable[Table]:
+    """Of tasks that ask for all needles of a text, one after the other."""
+    rows = [
+        (Cell(task.task), *(_of_every_needle(score) for score in scores))
+        for task, scores in _scores_of_every_needle(comparison)
+    ]
+    if rows:
+        title = "every needle of a text asked for in turn: accuracy, with 95 % intervals"
+        notes = "Of all context lengths, by lm-eval's standard errors of the texts' shares."
+        table = Table(title, ("task", *comparison.names), tuple(rows), notes=(notes,))
+        yield transposed(table, CHECKPOINT) if comparison.many else table
+
+
+def _scores_of_every_needle(
+    comparison: Comparison,
+) -> Iterator[tuple[NeedleTask, list[Score | None]]]:
+    """The tasks that any checkpoint has such a score of, and those of all."""
+    for task in comparison.needles:
+        scores = [
+            checkpoint.needle_task(task.task).scores.get(_EVERY) if result else None
+            for checkpoint, result in zip(comparison.runs, task.results, strict=True)
+        ]
+        if any(scores):
+            yield task, scores
+
+
+def _of_every_needle(score: Score | None) -> Cell:
+    if score is None:
+        return Cell(NOTHING)
+    detail = ""
+    if score.error:  # of answers that are all right, it is 0 and tells nothing
+        low, high = (score.value + sign * _NORMAL * score.error for sign in (-1, 1))
+        detail = f"{max(0, low):.2f}–{min(1, high):.2f}"
+    return Cell(f"{score.value:.2f}", detail, value=score.value)
 
 
 def _interval_notes(comparison: Comparison, task: NeedleTask) -> Iterable[str]:
@@ -248,6 +288,13 @@ def _caption(ax: Axes, name: str, facts: str) -> None:
 def _rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
     for task in comparison.needles:
         yield from _task_rows(comparison.names, task)
+    for task, scores in _scores_of_every_needle(comparison):
+        for name, score in zip(comparison.names, scores, strict=True):
+            if score is not None:
+                yield {
+                    "kind": "every needle", "checkpoint": name, "task": task.task,
+                    "metric": "acc_all", "value": score.value, "stderr": score.error,
+                }  # fmt: skip
 
 
 def _task_rows(names: list[str], task: NeedleTask) -> Iterator[dict[str, Any]]:

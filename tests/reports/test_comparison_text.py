@@ -240,6 +240,28 @@ def test_what_is_read_of_a_cache_is_told(tmp_path):
     assert "- cache_dtype (arc_easy): a the model's, b fp8" in text
 
 
+def test_every_needle_asked_for_in_turn(tmp_path):
+    """The score stands beside the accuracy, where a checkpoint has it."""
+    told = {"a": (1.0, 0.0), "b": (0.77, 0.038), "c": None}
+    for name, score in told.items():
+        task = "yoco_multi_needle_8" if score else "yoco_needle"
+        data = needle_results(lambda length, depth: 1, lengths=LENGTHS[:1], samples=1, task=task)
+        if score:
+            scores = dict(zip(("acc_all,none", "acc_all_stderr,none"), score, strict=True))
+            data["results"][task] |= scores
+        write(tmp_path / name, data)
+    several = compare(load_checkpoints([tmp_path / name for name in told]))
+    [heading, row] = terminal(several).split("every needle of a text")[1].splitlines()[1:3]
+    assert heading.split() == ["task", "a", "b", "c"]
+    assert row.split() == ["yoco_multi_needle_8", "1.00", "0.77", "0.70–0.84", "-"]
+    rows = list(csv.DictReader(saved(several, tmp_path, "csv").splitlines()))
+    every = [one for one in rows if one["kind"] == "every needle"]
+    assert [(one["checkpoint"], one["value"]) for one in every] == [("a", "1.0"), ("b", "0.77")]
+    alone = compare(load_checkpoints([tmp_path / "b"]))
+    assert "yoco_multi_needle_8  0.77 0.70–0.84" in terminal(alone)
+    assert "every needle" not in terminal(compare(load_checkpoints([tmp_path / "c"])))
+
+
 def test_benchmarks_of_several_numbers_of_examples_are_told_apart(tmp_path):
     for name, score in (("a", 0.5), ("b", 0.7)):
         for shots in (0, 25):
