@@ -8,9 +8,9 @@ step must read. The two parts are measured alone, too: the choice, which is made
 attention over what is chosen, which each of the 13 layers makes. The cache holds random numbers,
 since cost does not depend on them. benchmarks/sparse_accuracy.py tells what is lost by it.
 
-With fp8 among --cache-dtypes, all of it is measured with a cache in eight bits, too; `times` is
-always of the whole cache in the model's dtype, if that is measured, else of the first row.
-`--sparse 0` leaves sparse attention out.
+With fp8 among --cache-dtypes, all of it is measured with a cache in eight bits, too; `times` is of
+the first row of a length, the whole cache in the dtype that is named first. `--sparse 0` leaves
+sparse attention out.
 """
 
 from __future__ import annotations

@@ -178,8 +178,14 @@ def test_references(query_heads, heads, dim, monkeypatch):
     monkeypatch.setattr(attention, "KEYS", 50)
     held, wide = filled(READ, heads, 320, dim, torch.float64, "cpu")
     q, angles = queries(47, query_heads, dim, torch.float64, "cpu")
-    for spans in (Spans(SPANS), Spans((Span(0, 47, 220, 301, True, 0),))):
-        found, expected = (cache_attention_reference(q, *x, spans, angles) for x in (held, wide))
+    for spans, window in (
+        (Spans(SPANS), None),
+        (Spans((Span(0, 47, 220, 301, True, 0),)), None),
+        (Spans((Span(0, 47, 220, 301, True, 0),)), 20),
+    ):
+        found, expected = (
+            cache_attention_reference(q, *x, spans, angles, window=window) for x in (held, wide)
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     for rows in (Readings([1, 0], ROWS), Readings([0], (Span(0, 1, 3, 150, False, 0),))):
         at = torch.tensor([150, 170])[: len(rows.order)]
@@ -196,9 +202,11 @@ def test_triton_cache_attention(query_heads, heads, dim, dtype, device, close):
 
     held, wide = filled(READ, heads, 320, dim, dtype, device)
     q, angles = queries(47, query_heads, dim, dtype, device)
-    spans = Spans(SPANS)
-    expected = cache_attention_reference(q.double(), *wide, spans, double(angles))
-    close(cache_attention(q, *held, spans, angles), expected)
+    for spans, window in ((Spans(SPANS), None), (Spans((Span(0, 47, 220, 301, True, 0),)), 20)):
+        expected = cache_attention_reference(
+            q.double(), *wide, spans, double(angles), window=window
+        )
+        close(cache_attention(q, *held, spans, angles, window=window), expected)
 
 
 def test_triton_long_text(dtype, device, close):
@@ -244,6 +252,26 @@ def test_triton_values_of_all_sizes(dtype, device, close):
         wide = [x.to(torch.float64) for x in held]
         expected = batch_attention_reference(q.double(), *wide, positions, rows)
         close(batch_attention(q, *held, positions, rows), expected)
+
+
+def test_triton_queries_of_all_sizes(dtype, device, close):
+    """Of one head, and from head to head, as of the keys that they meet."""
+    pytest.importorskip("triton")
+    from yoco_eval.kernels.attention_triton import batch_attention
+
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 2, 300, 16, device=device)
+    q = torch.randn(1, 2, 16, device=device)
+    sizes = torch.tensor([2.0**-13, 1]).to(device)[:, None]
+    q, keys = q * sizes, 4 * keys / sizes[:, None]
+    q[..., 3] *= 2**14
+    keys[..., 3] /= 2**14
+    q = q.to(dtype)
+    rows, positions = Readings([0], [Span(0, 1, 0, 300, False, 0)]), torch.tensor([299]).to(device)
+    held = [quantise(x) for x in (keys, values)]
+    wide = [x.to(torch.float64) for x in held]
+    expected = batch_attention_reference(q.double(), *wide, positions, rows)
+    close(batch_attention(q, *held, positions, rows), expected)
 
 
 def test_triton_stripes(dtype, device, close):

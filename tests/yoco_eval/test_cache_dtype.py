@@ -16,7 +16,7 @@ from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig
 from yoco_eval.model.families import with_eight_bits
 from yoco_eval.model.phi4flash_config import Phi4FlashConfig
 from yoco_eval.model.shapes import with_random_weights
-from yoco_eval.profiling import run_profile
+from yoco_eval.profiling import ProfileError, run_profile
 from yoco_eval.requests import GenerateRequest, ScoreRequest
 
 VOCABULARY = 96
@@ -184,13 +184,19 @@ def test_families_that_cannot():
         with_eight_bits(other, "cache_dtype=fp8")
 
 
-def test_older_gpus_are_refused(monkeypatch):
-    """Before a checkpoint is looked for."""
-    monkeypatch.setattr("yoco_eval.lm.find_device", lambda name: torch.device("cuda:0"))
+def test_older_gpus_are_refused(monkeypatch, capsys):
+    """By evaluations before a checkpoint is looked for."""
+    for module in ("lm", "profiling", "devices"):
+        monkeypatch.setattr(f"yoco_eval.{module}.find_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(ValueError, match="^cache_dtype=fp8 takes .* 8.9 .* NVIDIA A100 has 8.0"):
         YocoLM("nowhere", cache_dtype="fp8")
+    refusal = "--cache-dtype fp8 takes a GPU of compute capability 8.9 or above"
+    with pytest.raises(ProfileError, match=f"^{refusal}"):
+        run_profile([100], pretrained="demo-4k", cache_dtype="fp8")
+    command = ["plan", "--pretrained", "demo-4k", "--length", "4k", "--cache-dtype", "fp8"]
+    assert main(command) == 2 and refusal in capsys.readouterr().err
 
 
 def test_plan(capsys):
