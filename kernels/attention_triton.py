@@ -151,7 +151,7 @@ def _scaled(x):
     is enough for queries whose greatest numbers are from 2^14 to 2^15; float32 stays what it is.
     """
     bits = tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    exponent = tl.minimum(tl.maximum((bits >> 23) - 14, 1), 239)
+    exponent = tl.maximum((bits >> 23) - 14, 1)
     if x.dtype == tl.float32:
         exponent = exponent * 0 + 127
     else:

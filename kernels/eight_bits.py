@@ -51,10 +51,6 @@ class EightBits:
     def device(self) -> torch.device:
         return self.numbers.device
 
-    @property
-    def nbytes(self) -> int:
-        return self.numbers.nbytes + self.scales.nbytes
-
     def __getitem__(self, index: Any) -> EightBits:
         """Of heads and tokens; all numbers of each."""
         return EightBits(self.numbers[index], self.scales[index])

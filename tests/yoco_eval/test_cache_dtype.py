@@ -129,7 +129,7 @@ def test_kernels_and_graphs_on_a_gpu(plain, model, score_requests, defined):
 def test_costs_are_those_of_the_cache(model):
     model, most = model
     cache = model.new_cache(640)
-    held = cache.keys.nbytes + cache.values.nbytes
+    held = sum(x.numbers.nbytes + x.scales.nbytes for x in (cache.keys, cache.values))
     if most != ALL:
         held += cache.summaries.nbytes
     assert model.costs.cache_bytes(torch.float64, 640) == held
