@@ -33,6 +33,8 @@ _SOON = 0.02  # seconds, where there is nothing else to do
 # head; a generated one alone, or with few others. Answers are taken to be as long as they may be.
 _PREDICTED, _GENERATED = 3, 4
 _TYPICAL = 1024  # tokens whose feeding tells what one costs
+_ANSWERS = 16  # that go together at most
+_EVEN = 64  # bundles for each process, from which on they are divided as evenly as requests
 
 
 class Generate(NamedTuple):
@@ -66,6 +68,11 @@ class Ask(NamedTuple):
     def key(self) -> tuple[bytes, int, Generate | None]:
         """The same of requests with the same answer."""
         return self.ids.tobytes(), self.first, self.generate
+
+    @property
+    def fed(self) -> int:
+        """How many of the ids are fed: of what is scored, the last one is not."""
+        return max(self.first, len(self.ids) - 1)
 
     @property
     def cost(self) -> int:
@@ -108,8 +115,44 @@ def united(notes: Sequence[Note]) -> list[str]:
 
 def divided(asks: Sequence[Ask], costs: Costs, count: int) -> list[list[int]]:
     """Which of all processes' requests, which are distinct, each of `count` is to answer."""
-    items, feeding = forest(asks, costs)
-    return divide(items, count, feeding, lambda index: asks[index].cost)
+    bundles = _bundles(asks, count)
+    items, feeding = forest([_what_all_share(asks, bundle) for bundle in bundles], costs)
+
+    def asking(index: int) -> float:
+        bundle = bundles[index]
+        cost: float = sum([asks[i].cost for i in bundle])
+        if len(bundle) > 1:
+            cost += sum([feeding(asks[i].fed) - feeding(asks[i].first) for i in bundle])
+        return cost
+
+    shares = divide(items, count, feeding, asking)
+    return [[i for index in share for i in bundles[index]] for share in shares]
+
+
+def _bundles(asks: Sequence[Ask], count: int) -> list[list[int]]:
+    """Requests that one process answers together: those of a question's answers, of which there are
+    mostly few. They share all that is worth it, and are divided in less time than one by one; where
+    there are too few bundles to divide evenly, each request is one by itself.
+    """
+    bundles: list[list[int]] = []
+    latest: dict[bytes, list[int]] = {}  # by context
+    for index, ask in enumerate(asks):
+        answer = ask.generate is None and len(ask.ids) <= 2 * ask.first
+        context = ask.ids[: ask.first].tobytes() if answer else b""
+        known = latest.get(context) if answer else None
+        if known is not None and len(known) < _ANSWERS:
+            known.append(index)
+            continue
+        bundles.append([index])
+        if answer:
+            latest[context] = bundles[-1]
+    even = len(bundles) >= _EVEN * count
+    return bundles if even else [[index] for index in range(len(asks))]
+
+
+def _what_all_share(asks: Sequence[Ask], bundle: Sequence[int]) -> Ask:
+    ask = asks[bundle[0]]
+    return ask if len(bundle) == 1 else Ask(ask.ids[: ask.first], ask.first)
 
 
 def forest(asks: Sequence[Ask], costs: Costs) -> tuple[list[Item], Callable[[int], float]]:
@@ -121,9 +164,8 @@ def forest(asks: Sequence[Ask], costs: Costs) -> tuple[list[Item], Callable[[int
     def feeding(length: int) -> float:
         return costs.prefill_operations(length) / one
 
-    # Of what is scored, the last token is not fed.
-    fed = [ask.ids[: max(ask.first, len(ask.ids) - 1)] for ask in asks]
-    return nest(merge(fed, [ask.first - 1 for ask in asks])), feeding
+    items = merge([ask.ids[: ask.fed] for ask in asks], [ask.first - 1 for ask in asks])
+    return nest(items), feeding
 
 
 class _Packed(NamedTuple):

@@ -241,3 +241,44 @@ def test_requests_are_packed(count):
     back = rounds._Packed.of(some).asks()
     assert [one.key for one in back] == [one.key for one in some]
     assert all(one.ids.dtype == np.int32 for one in back)
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_a_question_is_answered_by_one_process(count, monkeypatch):
+    """And divided as one; but not where its answers are so many, or so long, that they are work to
+    divide."""
+    forest, divided = rounds.forest, []
+    monkeypatch.setattr(
+        rounds, "forest", lambda asks, costs: divided.extend(asks) or forest(asks, costs)
+    )
+    random = np.random.default_rng(0)
+
+    def ids(length):
+        return random.integers(1000, size=length, dtype=np.int32)
+
+    asks, questions = [], []
+    for question in range(64 * count):
+        answers, length = (50, 2) if question == 3 else (4, 90) if question == 4 else (4, 3)
+        context = ids(30)
+        questions.append(range(len(asks), len(asks) + answers))
+        asks += [Ask(np.concatenate((context, ids(length))), 30) for _ in range(answers)]
+    order = random.permutation(len(asks)).tolist()
+    shares = rounds.divided([asks[i] for i in order], Linear(), count)
+    owner = {order[i]: rank for rank, share in enumerate(shares) for i in share}
+    assert sorted(owner) == list(range(len(asks))) and sum(map(len, shares)) == len(asks)
+    assert len(divided) == 64 * count - 2 + -(-50 // 16) + 4
+    several = [n for n, own in enumerate(questions) if len({owner[i] for i in own}) > 1]
+    assert set(several) <= {3, 4}
+    loads = [0.0] * count
+    for own in questions:
+        for rank in {owner[i] for i in own}:
+            loads[rank] += 30
+        for i in own:
+            loads[owner[i]] += len(asks[i].ids) - 31 + asks[i].cost
+    assert max(loads) < 1.03 * sum(loads) / count
+
+
+def test_few_questions_are_divided_answer_by_answer():
+    context = np.arange(20, dtype=np.int32)
+    asks = [Ask(np.append(context, [i, i]).astype(np.int32), 20) for i in range(8)]
+    assert sorted(map(len, rounds.divided(asks, Linear(), 2))) == [4, 4]
