@@ -32,10 +32,13 @@ _DEFAULTS = {
     "revision": "main", "dtype": "auto", "load_in_4bit": "False", "load_in_8bit": "False",
     "trust_remote_code": "False",
 }  # fmt: skip
+# What is read of a model's cache, and in how many bits: what it then predicts is not what it would
+# with all of it. In the order in which they are named, behind other arguments.
+CACHE = ("sparse", "cache_dtype")
 # By these a model is known even where there is no other to tell it from.
 _TOLD = frozenset(
     "revision subfolder gguf_file peft delta lora_local_path load_in_4bit load_in_8bit".split()
-)
+).union(CACHE)
 # A path, or the name of a folder that lm-eval made of it.
 _SNAPSHOT = re.compile(r"models--([^/\\]+?)(?:[/\\]|__)snapshots(?:[/\\]|__)([0-9a-f]{7,64})$")
 _DIGITS = 8  # of a commit
@@ -91,6 +94,7 @@ def identify(data: dict[str, Any]) -> Model:
     if config.get("model") == "yoco":
         ignored.add("trust_remote_code")  # which has no effect there
     told = {str(key): _text(value) for key, value in args.items() if key not in ignored}
+    told |= {key: _text(config.get(key)) for key in CACHE if config.get(key) is not None}
     told = {key: value for key, value in told.items() if value not in ("", _DEFAULTS.get(key))}
     commits = [config.get(key) for key in ("model_sha", "peft_sha", "delta_sha")]
     origin = os.path.normpath(name) if named != "model" else name
@@ -99,7 +103,8 @@ def identify(data: dict[str, Any]) -> Model:
         origin, commits[0] = snapshot
         shown = origin
     commit = " ".join(one for one in commits if isinstance(one, str) and one)
-    return Model(origin, tuple(sorted(told.items())), commit or None, shown)
+    ordered = [*sorted(told.keys() - CACHE), *(key for key in CACHE if key in told)]
+    return Model(origin, tuple((key, told[key]) for key in ordered), commit or None, shown)
 
 
 def find_snapshot(path: str) -> tuple[str, str] | None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from made_results import needle_results, write
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
+from yoco_eval.cli import main
 from yoco_eval.reports import heatmap
 from yoco_eval.reports.heatmap import (
     cell_figures,
@@ -219,6 +221,20 @@ def test_lengths_of_cut_prompts_are_marked(tmp_path):
         rows = [(row["context_length"], row["cut_to"]) for row in csv.DictReader(file)]
     assert rows == [(n, "2047" * (n != "2048")) for n in ("2048", "4096", "8192") for _ in range(2)]
     assert "‡" not in terminal(TYPICAL)
+
+
+def test_what_is_read_of_a_cache_is_in_the_title(tmp_path, capsys):
+    data = needle_results(lambda *_: 1.0, "org/small", lengths=[4096], depths=[0])
+    settings = {"cache_dtype": "fp8", "sparse": 64}
+    data["config"] |= settings
+    data["config"]["model_args"] |= settings
+    write(tmp_path / "r", data)
+    assert main(["heatmap", str(tmp_path / "r")]) == 0
+    assert capsys.readouterr().out.startswith("small sparse=64 cache_dtype=fp8\n")
+    for suffix in ("svg", "csv"):
+        file = tmp_path / f"needle.{suffix}"
+        assert main(["heatmap", str(tmp_path / "r"), "-o", str(file)]) == 0
+        assert "small sparse=64 cache_dtype=fp8" in file.read_text()
 
 
 def test_settings_of_matplotlib_are_left_alone(tmp_path):

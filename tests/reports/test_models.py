@@ -50,6 +50,15 @@ def test_adapters_and_revisions_are_named_in_any_case():
     assert names(model("pretrained=org/small,dtype=bfloat16")) == ["small"]
 
 
+def test_what_is_read_of_a_cache_is_named_in_any_case_as_plans_do():
+    args = "cache_dtype=fp8,dtype=bfloat16,pretrained=org/small,revision=step1,sparse=64"
+    told = "small revision=step1 sparse=64 cache_dtype=fp8"
+    assert names(model(args, "yoco", sparse=64, cache_dtype="fp8")) == [told]
+    assert names(model("pretrained=org/small", "yoco", sparse=64)) == ["small sparse=64"]
+    found = names(model("pretrained=org/small"), model("pretrained=org/small,sparse=8"))
+    assert found == ["small", "small sparse=8"]
+
+
 def test_snapshots_of_the_hub_are_called_as_their_repository():
     first, second = (model({"pretrained": SNAPSHOT + digit * 40}) for digit in "ab")
     assert names(first) == ["org/small-1b"]
