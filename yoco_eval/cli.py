@@ -290,6 +290,8 @@ def _plan(args: argparse.Namespace) -> int:
     if cluster.size == 1:
         result = estimate(blueprint.costs, dtype, card, args.length, args.prefill_chunk)
         print_estimate(result, name, dtype, _console(), positions)
+        if args.cache_dtype is not None and device.type == "cpu":
+            _print("On a CPU, numbers of eight bits are converted first, which takes longer.")
         return 0 if result.fit.fits else 1
     layouts = lay_out(blueprint, dtype, cluster, args.length, args.prefill_chunk)
     print_layouts(layouts, name, dtype, _console(), positions)

@@ -49,6 +49,7 @@ from .requests import GenerateRequest, Progress, Score, ScoreRequest, TokenIds
 from .responses import unite_files
 from .rounds import Ask, Generate, Note, Rounds, united
 from .sampling import Sampling
+from .sizes import parse_count
 from .tokenizers import (
     SAMPLE,
     check_ends,
@@ -172,13 +173,13 @@ class YocoLM(TemplateLM):
         where = find_device(device or "auto")
         kind = find_dtype(dtype, where)
         together = _count("context_parallel", context_parallel)
-        check_divides(together, self._ranks)
-        self._sparse = None if sparse is None else _count("sparse", sparse)
+        self._sparse = None if sparse is None else _blocks(sparse)
         if self._sparse and together > 1:
             raise ValueError(
                 f"sparse={self._sparse} is for texts that one process holds, and "
                 f"context_parallel={together} has several hold each; leave one of them out"
             )
+        check_divides(together, self._ranks)
         self._cache_dtype = cache_dtype
         if cache_dtype is not None:
             check_cache_dtype(cache_dtype, where, f"cache_dtype={cache_dtype}")
@@ -740,3 +741,10 @@ def _count(name: str, value: Any) -> int:
     if not str(value).isdecimal() or int(value) < 1:
         raise ValueError(f"{name}: {value!r} is not a whole number from 1 on; give one, such as 8")
     return int(value)
+
+
+def _blocks(given: Any) -> int:
+    try:
+        return parse_count(str(given))
+    except ValueError as error:
+        raise ValueError(f"sparse: {error}") from None

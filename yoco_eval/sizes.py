@@ -45,7 +45,7 @@ def parse_speeds(text: str) -> tuple[float, float]:
 
 
 def parse_count(text: str) -> int:
-    """A number of cards or of machines.
+    """A number of cards, of machines, or of blocks that a token chooses.
 
     Raises:
         ValueError: it is not one from 1 to 65536.
