@@ -13,6 +13,7 @@ from datetime import datetime
 from math import inf
 from pathlib import Path
 
+from yoco_eval.printable import VALUE, one_line
 from yoco_eval.tasks.by_length import effective_length as ruler_effective_length
 from yoco_eval.tasks.published import published_rows
 
@@ -29,6 +30,7 @@ from .differences import (
 )
 from .document_scores import Logged, is_long, logged_scores, united
 from .document_tests import Curve, document_tests
+from .models import CACHE
 from .profile import Profile
 from .results import NeedleRun, ResultsError, common_grid, mapping
 from .runs import Checkpoint, Skipped
@@ -180,6 +182,13 @@ class Source:
     versions: tuple[str, ...]
     datasets: dict[str, Dataset]
     skipped: tuple[Skipped, ...]
+
+    @property
+    def cache(self) -> list[str]:
+        """What was set of the model's cache, as arguments: "sparse=64"."""
+        found = [data.settings for data in self.datasets.values()]
+        told = [(name, of[name]) for name in CACHE for of in found if name in of]
+        return [f"{name}={one_line(value, VALUE)}" for name, value in dict.fromkeys(told)]
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,27 @@
-"""What a task was evaluated on, as its results file tells: a data set, and settings of prompts."""
+"""What a task was evaluated on, as its results file tells: a data set, and settings of prompts.
+
+Also what of its cache the model read, without which a score would pass for the plain model's.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .models import CACHE
 from .results import mapping
 from .setups import setup
 from .task_runs import TaskRun
 
-_SETTINGS = ("haystack", "needles", "protocol", "data", "depths", "samples", "seed", "limit")
+_SETTINGS = (
+    *CACHE, "haystack", "needles", "protocol", "data", "depths", "samples", "seed", "limit",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Dataset:
     """path: on the hub; None for prompts that are made, and groups. config, split: of it, likewise.
 
-    settings: that decide about the prompts, by name.
+    settings: that decide about the cache and the prompts, by name.
     """
 
     path: str | None

@@ -45,7 +45,8 @@ def model_card(comparison: Comparison) -> str:
                 lines += [*markdown_table(table), ""]
     for name, source in zip(comparison.names, comparison.checkpoints, strict=True):
         days = sorted({f"{date:%Y-%m-%d}" for date in source.dates or ()})
-        told = [*(f"--model {backend}" for backend in source.backends), *[" to ".join(days)]]
+        told = [f"--model {backend}" for backend in source.backends]
+        told += [*source.cache, " to ".join(days)]
         lines.append(f"- {escaped(name)}: lm_eval {escaped(', '.join(filter(None, told)))}")
     lines += [f"- {escaped(item)}" for item in comparison.setup]
     made = f"Made by yoco-eval {__version__} of results of lm-evaluation-harness"

@@ -44,7 +44,8 @@ def _caveats(comparison: Comparison) -> Iterable[str]:
 def _sources(comparison: Comparison) -> Iterable[str]:
     for one in comparison.checkpoints:
         days = sorted({f"{date:%Y-%m-%d}" for date in one.dates or ()})
-        told = [str(one.path), "+".join(one.backends), " to ".join(days)]
+        backends = " ".join(["+".join(one.backends), *one.cache])
+        told = [str(one.path), backends, " to ".join(days)]
         yield f"{one.name}: {', '.join(filter(None, told))}"
 
 

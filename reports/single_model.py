@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from yoco_eval.printable import VALUE, listed, shortened
 
 from .cells import NOTHING, Cell, Table
+from .models import CACHE
 from .setups import OF_TASKS, setup
 from .task_runs import TaskRun
 
-# Of what a task was run with, what a reader would ask about.
+# Of what a task was run with, what a reader would ask about; first what makes other predictions.
 _ASKED = (
-    "dtype", "lm-eval", "max_length", "tokenizer", "chat template", "system instruction",
+    *CACHE, "dtype", "lm-eval", "max_length", "tokenizer", "chat template", "system instruction",
     "limit", *(name for name in OF_TASKS if name != "context lengths"),  # which tables show
 )  # fmt: skip
 _TASKS = 6  # that are named

@@ -83,6 +83,15 @@ def _by_length(metrics):
     return {"version": 1.0, "context_lengths": lengths, "by_length": by_length}
 
 
+def of_cache(data, sparse=None, cache_dtype=None):
+    """The results as of a run with these settings."""
+    told = {"sparse": sparse, "cache_dtype": cache_dtype}
+    told = {name: value for name, value in told.items() if value is not None}
+    data["config"] |= told
+    data["config"]["model_args"] |= told
+    return data
+
+
 def write(folder, data, name="results_2025-01-02T03-04-05.678901.json"):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(data if isinstance(data, str) else json.dumps(data))

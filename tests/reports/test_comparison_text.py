@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from made_results import LENGTHS, needle_results, results, trained_to, write
+from made_results import LENGTHS, needle_results, of_cache, results, trained_to, write
 from rich.console import Console
 
 from yoco_eval.printable import one_line
@@ -230,10 +230,7 @@ def test_settings_that_a_file_does_not_tell(tmp_path):
 
 def test_what_is_read_of_a_cache_is_told(tmp_path):
     full, sparse = (results({"arc_easy": {"acc,none": 0.5}}) for _ in range(2))
-    settings = {"sparse": 64, "cache_dtype": "fp8"}
-    sparse["config"] |= settings
-    sparse["config"]["model_args"] |= settings
-    for name, data in (("a", full), ("b", sparse)):
+    for name, data in (("a", full), ("b", of_cache(sparse, sparse=64, cache_dtype="fp8"))):
         write(tmp_path / name, data)
     text = terminal(compare(load_checkpoints([tmp_path / "a", tmp_path / "b"])))
     assert "- sparse (arc_easy): a off, b 64" in text

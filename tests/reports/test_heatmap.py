@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from made_results import needle_results, write
+from made_results import needle_results, of_cache, write
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -225,10 +225,7 @@ def test_lengths_of_cut_prompts_are_marked(tmp_path):
 
 def test_what_is_read_of_a_cache_is_in_the_title(tmp_path, capsys):
     data = needle_results(lambda *_: 1.0, "org/small", lengths=[4096], depths=[0])
-    settings = {"cache_dtype": "fp8", "sparse": 64}
-    data["config"] |= settings
-    data["config"]["model_args"] |= settings
-    write(tmp_path / "r", data)
+    write(tmp_path / "r", of_cache(data, sparse=64, cache_dtype="fp8"))
     assert main(["heatmap", str(tmp_path / "r")]) == 0
     assert capsys.readouterr().out.startswith("small sparse=64 cache_dtype=fp8\n")
     for suffix in ("svg", "csv"):

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from made_results import needle_results, results, trained_to, write
+from made_results import needle_results, of_cache, results, trained_to, write
 
 from yoco_eval.cli import main
 from yoco_eval.reports.comparison import compare
@@ -66,6 +66,22 @@ def test_results_are_in_the_index(tmp_path):
     assert ruler["effective context length in tokens, by RULER's rule"] == 4096
     # A task is a result with several metrics, not several results.
     assert [len(result["metrics"]) for result in index[0]["results"]] == [4, 1, 1, 3]
+
+
+def test_what_is_read_of_a_cache_is_told_with_every_score(tmp_path):
+    for name, settings in (("a", {"sparse": 64, "cache_dtype": "fp8"}), ("b", {})):
+        write(tmp_path / name, of_cache(needle_results(trained_to(4096), **GRID), **settings))
+        arc = results({"arc_easy": {"acc,none": 0.5}})
+        write(tmp_path / name, of_cache(arc, **settings), "results_2.json")
+    alone = model_card(compare(load_checkpoints([tmp_path / "a"])))
+    assert "- sparse: 64\n- cache\\_dtype: fp8\n- dtype: float32" in alone
+    both = model_card(compare(load_checkpoints([tmp_path / "a", tmp_path / "b"])))
+    assert "- a: lm_eval --model yoco, sparse=64, cache\\_dtype=fp8, 20" in both
+    assert "- b: lm_eval --model yoco, 20" in both
+    _, found = read(both)
+    assert {(one.dataset_args.get("sparse"), one.dataset_args.get("cache_dtype"))
+            for one in found["a"]} == {(64, "fp8")}  # fmt: skip
+    assert not any({"sparse", "cache_dtype"} & one.dataset_args.keys() for one in found["b"])
 
 
 def test_the_library_takes_it_for_a_card(tmp_path):

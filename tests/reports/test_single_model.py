@@ -2,7 +2,7 @@
 
 import io
 
-from made_results import needle_results, results, trained_to, write
+from made_results import needle_results, of_cache, results, trained_to, write
 from rich.console import Console
 
 from yoco_eval.reports.comparison import compare
@@ -56,6 +56,19 @@ def test_columns_are_tasks_and_nothing_is_said_of_differences(tmp_path):
     setup = found["How it was evaluated"].items
     assert setup[:2] == ("dtype: float32", "lm-eval: 0.4.13")
     assert "haystack: synthetic (yoco_needle, yoco_passkey)" in setup
+
+
+def test_what_is_read_of_a_cache_is_told_first(tmp_path):
+    data = needle_results(trained_to(8192), lengths=[4096])
+    write(tmp_path / "a", of_cache(data, sparse=64, cache_dtype="fp8"))
+    write(tmp_path / "b", of_cache(needle_results(trained_to(8192), lengths=[4096]), sparse=8))
+    alone = {one.title: one for one in sections(compare(load_checkpoints([tmp_path / "a"])))}
+    setup = alone["How it was evaluated"].items
+    assert setup[:3] == ("sparse: 64", "cache_dtype: fp8", "dtype: float32")
+    several = compare(load_checkpoints([tmp_path / "a", tmp_path / "b"]))
+    sources = next(one for one in sections(several) if one.title == "Sources").items
+    assert ", yoco sparse=64 cache_dtype=fp8, 20" in sources[0]
+    assert ", yoco sparse=8, 20" in sources[1]
 
 
 def test_the_model_is_named_first(tmp_path):
