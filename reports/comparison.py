@@ -303,7 +303,7 @@ def compare(
         {task: answers(run, logged.get(task, ())) for task, run in checkpoint.needles.items()}
         for checkpoint, logged in zip(checkpoints, samples, strict=True)
     ]
-    of_needles, caveats = needle_tests(checkpoints, told)
+    of_needles, caveats = needle_tests(checkpoints, told, samples)
     logged = [_logged(one, found) for one, found in zip(checkpoints, skipped, strict=True)]
     groups = _groups(checkpoints)
     members = _long_members(checkpoints, groups)

@@ -2,7 +2,8 @@
 
 Every pair of checkpoints is tested on every task that both were evaluated on. Needle tasks are
 tested at each context length, over all depths and over the shallower and the deeper half, and over
-all lengths together; benchmarks by their means, and other tasks by context length by their means at
+all lengths together, and by how much of each text is answered where every needle of it was asked
+for; benchmarks by their means, and other tasks by context length by their means at
 each, where lm-eval tells standard errors. Prompts of needle tasks are paired where both
 results files tell that they were the same, and those of one sample, which have a haystack in
 common, count as a cluster. The p-values of a whole report are corrected together, so that all that
@@ -21,18 +22,21 @@ from yoco_eval.tasks.settings import MARKED, REFUSED, STATED
 from .heatmap import format_depths
 from .results import NeedleCell, NeedleRun, mapping
 from .runs import Checkpoint
-from .samples import Answer, Answers, Cell, clusters
+from .samples import EVERY, Answer, Answers, Cell, NeedleSample, clusters
 from .setups import PROMPTS, differing
 from .statistics import LEVEL, fisher, holm, mcnemar, paired_test, unpaired_test, z_test
 from .task_runs import Score, TaskRun
 from .task_scores import Benchmark, higher_is_better
 
-# Each takes answers of one sample for a cluster, but for the last two.
+# Each takes answers of one sample for a cluster, but for those of the second line.
 PAIRED, UNPAIRED = "McNemar's exact and t test", "Fisher's exact and Welch's test"
 INDEPENDENT, MEANS = "Fisher's exact test", "z-test"
+TEXTS = "exact sign and t test"
 
 _CUT = "prompts were cut"
 _FEWEST_DOCUMENTS = 30  # with fewer, a mean is not distributed normally enough
+_NO_ERROR = "without a standard error above 0"
+_FEW_DOCUMENTS = f"fewer than {_FEWEST_DOCUMENTS} documents"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class PairTest:
     """Two checkpoints on one task, or on a part of its prompts.
 
     first, second: which of the checkpoints, by their place.
-    method: `PAIRED`, `UNPAIRED`, `INDEPENDENT` or `MEANS`.
+    method: `PAIRED`, `UNPAIRED`, `INDEPENDENT`, `MEANS` or `TEXTS`.
     scores: of the first and the second on what was compared: shares of right answers, or a
         benchmark's metric.
     p, corrected: the p-value by itself, and corrected for all tests of the report.
@@ -49,6 +53,7 @@ class PairTest:
     depths: the shallowest and the deepest needle, 0 to 1; None in benchmarks.
     part: which half of the depths: "shallow" or "deep"; None for all of them.
     n_shot: of a benchmark, examples in each prompt.
+    every_needle: whether the scores are shares of all needles of each text, `samples.EVERY`.
     """
 
     task: str
@@ -64,6 +69,12 @@ class PairTest:
     part: str | None = None
     n_shot: int | None = None
     higher_is_better: bool = True
+    every_needle: bool = False
+
+    @property
+    def name(self) -> str:
+        """The task, and of what in it the scores are, where it has several."""
+        return _every_needle(self.task) if self.every_needle else self.task
 
     @property
     def context_length(self) -> int | None:
@@ -85,6 +96,7 @@ class PairTest:
 class Finding:
     """A significant difference, in a task and at some of its context lengths.
 
+    task: as `PairTest.name`.
     where: "from 256K to 1M, depth 0 to 50 %", each length of it tested by itself and no evaluated
         one left out in between; or "over 4K and 8K together". Empty for a benchmark.
     scores: of the better and the worse one, the means over the tests.
@@ -117,11 +129,13 @@ class Caveat:
 
 
 def needle_tests(
-    checkpoints: Sequence[Checkpoint], answers: Sequence[Mapping[str, Answers]]
+    checkpoints: Sequence[Checkpoint],
+    answers: Sequence[Mapping[str, Answers]],
+    samples: Sequence[Mapping[str, Sequence[NeedleSample]]],
 ) -> tuple[list[PairTest], list[Caveat]]:
     """Tests, not yet corrected, of all pairs on all needle tasks.
 
-    answers: of each checkpoint, by task.
+    answers, samples: of each checkpoint, by task.
     """
     tests: list[PairTest] = []
     caveats: list[Caveat] = []
@@ -153,6 +167,19 @@ def needle_tests(
             tests += made
             reasons = _restrictions(cells, common, obstacles, made)
             caveats += [Caveat(task, i, j, False, reason) for reason in reasons]
+            shares = [_shares(samples[k].get(task, ())) for k in (i, j)]
+            every = _test_every_needle(runs, cells, told, obstacles, shares)
+            if isinstance(every, str):
+                caveats.append(Caveat(_every_needle(task), i, j, False, f"not tested: {every}"))
+            elif every:
+                method, counted = every
+                grid = Region(None, tuple(whole))
+                tests.append(
+                    PairTest(
+                        task, i, j, method, **counted, context_lengths=grid.context_lengths,
+                        depths=grid.depths, every_needle=True,
+                    )
+                )  # fmt: skip
     return tests, caveats
 
 
@@ -246,9 +273,9 @@ def _untestable(scores: Sequence[Score], documents: Sequence[int]) -> str | None
     if any(score.cut_to is not None for score in scores):
         return _CUT
     if not all(score.error for score in scores):
-        return "without a standard error above 0"
+        return _NO_ERROR
     if min(documents) < _FEWEST_DOCUMENTS:
-        return f"fewer than {_FEWEST_DOCUMENTS} documents"
+        return _FEW_DOCUMENTS
     return None
 
 
@@ -268,7 +295,7 @@ def find(tests: Sequence[PairTest], checkpoints: Sequence[Checkpoint]) -> list[F
     """What the significant ones among corrected tests say, in their order."""
     groups: dict[tuple, list[PairTest]] = {}
     for test in tests:
-        groups.setdefault((test.task, test.n_shot, test.first, test.second), []).append(test)
+        groups.setdefault((test.name, test.n_shot, test.first, test.second), []).append(test)
     findings = []
     for (task, _, first, second), group in groups.items():
         runs = [*checkpoints[first].tasks.values(), *checkpoints[second].tasks.values()]
@@ -299,7 +326,7 @@ def _find_in(tests: Sequence[PairTest], evaluated: Sequence[int]) -> list[Findin
         for test in tests:
             if len(test.context_lengths) != 1 and test.significant:
                 lengths = _spans(test.context_lengths, evaluated)
-                where = "" if test.method == MEANS else f"over {lengths} together"
+                where = f"over {lengths} together" if lengths else ""
                 findings.append(_finding(test.better, where, [test]))
     return findings
 
@@ -322,7 +349,7 @@ def _finding(better: int, where: str, tests: Sequence[PairTest]) -> Finding:
     if better == one.second:
         worse, scores = one.first, (second, first)
     p = max(test.corrected for test in tests)
-    return Finding(one.task, better, worse, where, scores, p, tuple(tests))
+    return Finding(one.name, better, worse, where, scores, p, tuple(tests))
 
 
 def _at(lengths: Sequence[int], evaluated: Sequence[int]) -> str:
@@ -434,6 +461,79 @@ def _paired(cells: Iterable[Cell], answers: tuple[Answers, Answers]) -> dict | N
     )
     scores = tuple(sum(right) / len(every) for right in zip(*every, strict=True))
     return {"scores": scores, "p": p, "prompts": (len(every), len(every))}
+
+
+def _every_needle(task: str) -> str:
+    return f"{task} (every needle)"
+
+
+Shares = Mapping[tuple[Cell, int], float]  # by cell and sample
+
+
+def _shares(samples: Iterable[NeedleSample]) -> Shares:
+    return {
+        ((one.context_length, one.depth), one.sample): one.every
+        for one in samples
+        if one.every is not None
+    }
+
+
+def _test_every_needle(
+    runs: tuple[TaskRun, TaskRun],
+    grids: Grids,
+    answers: tuple[Answers, Answers],
+    obstacles: Mapping[Cell, str | None],
+    shares: Sequence[Shares],
+) -> tuple[str, dict] | str | None:
+    """As `_test`, of the scores of every needle; else why not. None where one has no such score.
+
+    They are paired where both logged the share of every text that they have in common.
+    """
+    first, second = (run.scores.get(f"{EVERY},none") for run in runs)
+    if not first or not second:
+        return None
+    if not obstacles:
+        return _CUT
+    if reason := next(filter(None, obstacles.values()), None):
+        return reason
+    told = [{(c, n) for c in obstacles for n in one[c] or {}} for one in answers]
+    common = sorted(told[0] & told[1])
+    if all(text in one for text in common for one in shares):
+        return _paired_shares([(text[1], shares[0][text], shares[1][text]) for text in common])
+    if any(grid.keys() != obstacles.keys() for grid in grids):
+        return "the standard errors are of other context lengths or depths"
+    scores = first.value, second.value
+    if first.error is None or second.error is None:
+        return _NO_ERROR
+    if not (first.error or second.error or scores[0] != scores[1]):
+        return _NO_ERROR
+    if (documents := min(map(_documents, runs))) < _FEWEST_DOCUMENTS:
+        return _FEW_DOCUMENTS
+    p = z_test(_mean(first), _mean(second)) if first.error or second.error else 0.0
+    if not (first.error and second.error):
+        # That all of its answers are right does not tell that the next would be. But the other one
+        # is behind in so many texts or more, since a text adds 1 to the difference at most.
+        p = max(p, mcnemar(round(documents * abs(scores[0] - scores[1])), 0))
+    return MEANS, {"scores": scores, "p": p}
+
+
+def _paired_shares(texts: Sequence[tuple[int, float, float]]) -> tuple[str, dict] | str:
+    """Of the texts' samples, and shares of the first and the second one.
+
+    What is counted is in which texts either answers more: needles of one text depend on each other.
+    """
+    if mcnemar(len(texts), 0) >= LEVEL:
+        return "too few prompts"
+    ahead: dict[int, list[int]] = {}  # by sample: in how many texts the first, the second one is
+    for sample, one, other in texts:
+        counts = ahead.setdefault(sample, [0, 0])
+        counts[0] += one > other
+        counts[1] += one < other
+    p = paired_test(*zip(*ahead.values(), strict=True))
+    a, b = (sum(text[k] for text in texts) / len(texts) for k in (1, 2))
+    if (a - b) * sum(one - other for one, other in ahead.values()) <= 0:
+        p = 1.0  # more in most texts, but not more in all together
+    return TEXTS, {"scores": (a, b), "p": p, "prompts": (len(texts), len(texts))}
 
 
 def _restrictions(

@@ -85,6 +85,7 @@ def _rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
             "depth": depth, "deepest": deepest, "value": test.scores[0],
             "other_value": test.scores[1], "samples": samples, "other_samples": other_samples,
             "p": test.p, "p_corrected": test.corrected,
+            "note": "every needle" * test.every_needle,
         }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from .heatmap import (
 )
 from .panels import BELOW, LEFT, TITLE, Panel, add_axes, draw_title, file_name, short_names
 from .part import Part
+from .samples import EVERY
 from .section_notes import cut_note, effective_told, incomparable, length_cell, noted_cut
 from .single_model import beside
 from .statistics import prompts_needed
@@ -36,7 +37,6 @@ from .task_runs import Score
 
 NEEDLES = "Needles"
 GAPS = "†: shorter context lengths, at which others were evaluated, were left out."
-_EVERY = "acc_all,none"  # metric and filter
 _NORMAL = 1.96  # standard errors in half of a 95 % interval
 # Inches.
 _BAR = 0.64  # right of heatmaps: the colour bar
@@ -116,8 +116,13 @@ def _every_needle(comparison: Comparison) -> Iterable[Table]:
     ]
     if rows:
         title = "every needle of a text asked for in turn: accuracy, with 95 % intervals"
-        notes = "Of all context lengths, by lm-eval's standard errors of the texts' shares."
-        table = Table(title, ("task", *comparison.names), tuple(rows), notes=(notes,))
+        notes = ["Of all context lengths, by lm-eval's standard errors of the texts' shares."]
+        if not comparison.single:
+            notes.append(
+                "Tested text by text where samples were logged, by in how many texts either "
+                "answers more, else by these errors."
+            )
+        table = Table(title, ("task", *comparison.names), tuple(rows), notes=tuple(notes))
         yield transposed(table, CHECKPOINT) if comparison.many else table
 
 
@@ -127,7 +132,7 @@ def _scores_of_every_needle(
     """The tasks that any checkpoint has such a score of, and those of all."""
     for task in comparison.needles:
         scores = [
-            checkpoint.needle_task(task.task).scores.get(_EVERY) if result else None
+            checkpoint.needle_task(task.task).scores.get(f"{EVERY},none") if result else None
             for checkpoint, result in zip(comparison.runs, task.results, strict=True)
         ]
         if any(scores):
@@ -293,7 +298,7 @@ def _rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
             if score is not None:
                 yield {
                     "kind": "every needle", "checkpoint": name, "task": task.task,
-                    "metric": "acc_all", "value": score.value, "stderr": score.error,
+                    "metric": EVERY, "value": score.value, "stderr": score.error,
                 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def sort_pairs(comparison: Comparison) -> Pairs:
     """The findings of a comparison by pair and task."""
     pairs = Pairs({}, {}, {})
     for test in comparison.tests:
-        task = test.task, test.n_shot
+        task = test.name, test.n_shot
         pairs.tested.setdefault(task, set()).add((test.first, test.second))
         lengths = pairs.lengths.setdefault(task, [])
         lengths += [n for n in test.context_lengths if n not in lengths]

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from yoco_eval.tasks.by_length import digest
 
-from .results import NeedleCell, NeedleRun, ResultsError, check_regular
+from .results import NeedleCell, NeedleRun, ResultsError, check_regular, is_number
 
 Cell = tuple[int, float]  # context length, depth
+EVERY = "acc_all"  # the metric of tasks that ask for every needle of a text, one after the other
 
 _LONGEST = 1 << 30  # bytes of a line, far more than any prompt's
 
@@ -31,6 +32,7 @@ class NeedleSample:
     sample: its number among those of the same context length and depth.
     excerpt: the needle with its surroundings.
     prompt: its digest, as cells have it; None if the file does not hold it.
+    every: where every needle of the text was asked for, the share of right answers; else None.
     """
 
     context_length: int
@@ -44,6 +46,7 @@ class NeedleSample:
     tokens: int
     right: bool
     prompt: str | None = None
+    every: float | None = None
 
 
 class Answer(NamedTuple):
@@ -148,6 +151,7 @@ def _sample(line: dict[str, Any]) -> NeedleSample:
         tokens=int(doc["prompt_tokens"]),
         right=float(line["acc"]) == 1,
         prompt=_prompt(line),
+        every=float(every) if is_number(every := line.get(EVERY)) else None,
     )
 
 

@@ -101,7 +101,8 @@ def write(folder, data, name="results_2025-01-02T03-04-05.678901.json"):
 def log_samples(results_file, **texts):
     """Writes beside a results file the samples that its cells tell of, as --log_samples does.
 
-    texts: in place of made ones: question, number, needle, excerpt, generated.
+    texts: in place of made ones: question, number, needle, excerpt, generated, acc_all; the last
+        one is a function of context length, depth and sample.
     """
     data = json.loads(results_file.read_text())
     date = results_file.stem.rpartition("_")[2]
@@ -128,6 +129,9 @@ def log_samples(results_file, **texts):
                         "filtered_resps": [answer], "acc": float(right),
                     }
                 )  # fmt: skip
+                if every := texts.get("acc_all"):
+                    share = every(cell["context_length"], cell["depth"], sample)
+                    lines[-1]["acc_all"] = share
         log = results_file.parent / f"samples_{task}_{date}.jsonl"
         log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 

@@ -254,7 +254,14 @@ def test_every_needle_asked_for_in_turn(tmp_path):
     rows = list(csv.DictReader(saved(several, tmp_path, "csv").splitlines()))
     every = [one for one in rows if one["kind"] == "every needle"]
     assert [(one["checkpoint"], one["value"]) for one in every] == [("a", "1.0"), ("b", "0.77")]
+    tested = [(one["task"], one["note"]) for one in rows if one["kind"] == "test"]
+    assert tested.count(("yoco_multi_needle_8", "every needle")) == 1
+    assert "yoco_multi_needle_8 (every needle): b is worse than the earlier a at 4K" in " ".join(
+        terminal(several).split()
+    )
+    assert "Tested text by text where samples were logged" in terminal(several)
     alone = compare(load_checkpoints([tmp_path / "b"]))
+    assert "Tested" not in terminal(alone)
     assert "yoco_multi_needle_8  0.77 0.70–0.84" in terminal(alone)
     assert "every needle" not in terminal(compare(load_checkpoints([tmp_path / "c"])))
 

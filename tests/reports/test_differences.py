@@ -6,7 +6,7 @@ import pytest
 from made_results import LENGTHS, log_samples, needle_results, results, trained_to, write
 
 from yoco_eval.reports.comparison import compare
-from yoco_eval.reports.differences import INDEPENDENT, PAIRED, UNPAIRED
+from yoco_eval.reports.differences import INDEPENDENT, MEANS, PAIRED, TEXTS, UNPAIRED
 from yoco_eval.reports.runs import load_checkpoints
 
 SHORT = LENGTHS[:4]
@@ -310,6 +310,87 @@ def test_what_both_have_is_compared(compared):
     assert set(found) == {"context lengths", "depths", "samples"}
     assert found["depths"].values[0] == "0, 50, 100 %"
     assert found["context lengths"].values[0] == "4K, 8K, 16K, 32K"
+
+
+TASK = "yoco_multi_needle_4"
+
+
+def every_needle(value, error=None, seed=0, **options):
+    """Of a checkpoint that is right at the needles of `acc`: 200 texts, at two lengths."""
+    grid = {"lengths": SHORT[:2], "depths": [0, 0.25, 0.5, 0.75, 1], "samples": 20}
+    data = needle_results(lambda *_: 1.0, seed=seed, task=TASK, **grid | options)
+    data["results"][TASK] |= {"acc_all,none": value, "acc_all_stderr,none": error}
+    return data
+
+
+def of_every_needle(comparison):
+    return [test for test in comparison.tests if test.every_needle]
+
+
+@pytest.mark.parametrize("errors", [(0.0, 0.038), (0.001, 0.038), (0.0, 0.0)])
+def test_every_needle_by_standard_errors(compared, errors):
+    comparison = compared(every_needle(1.0, errors[0]), every_needle(0.77, errors[1]))
+    [test] = of_every_needle(comparison)
+    assert (test.method, test.scores, test.context_lengths) == (MEANS, (1.0, 0.77), (4096, 8192))
+    assert 0 < test.p < test.corrected and len(comparison.tests) == 8
+    name = f"{TASK} (every needle)"
+    [finding] = comparison.findings
+    told = comparison.sentence(finding)
+    start = f"{name}: 1 is worse than the earlier 0 over 4K and 8K together (1 against 0.77, p < "
+    assert told.startswith(start) and finding.regression
+
+
+def test_every_needle_without_an_error_of_one(compared):
+    """Four of 50 texts tell too little, whatever an error of 0 makes of them."""
+    few = {"lengths": SHORT[:1], "samples": 10}
+    found = compared(every_needle(1.0, 0.0, **few), every_needle(0.92, 0.038, **few))
+    for one in found.runs:
+        one.needle_task(TASK).file.data["n-samples"][TASK]["effective"] = 50
+    [test] = of_every_needle(compare(found.runs))
+    assert test.p == pytest.approx(2 / 2**4) and test.depths == (0, 1)
+
+
+def test_every_needle_that_is_not_tested(compared):
+    def reason(*contents):
+        comparison = compared(*contents)
+        assert not of_every_needle(comparison)
+        return [one.reason for one in comparison.caveats if "(every needle)" in one.task]
+
+    both = every_needle(0.5, 0.01), every_needle(0.9, 0.01)
+    assert reason(every_needle(1.0, 0.0), every_needle(1.0, 0.0)) == [
+        "not tested: without a standard error above 0"
+    ]
+    assert reason(both[0], every_needle(0.9)) == ["not tested: without a standard error above 0"]
+    assert reason(both[0], every_needle(0.9, 0.01, seed=1)) == [
+        "not tested: other prompts (another seed)"
+    ]
+    assert reason(both[0], every_needle(0.9, 0.01, lengths=SHORT[:1])) == [
+        "not tested: the standard errors are of other context lengths or depths"
+    ]
+    assert reason(*(data | {"max_length": 2048} for data in both)) == [
+        "not tested: prompts were cut"
+    ]
+    both[1]["n-samples"][TASK]["effective"] = 29
+    assert reason(*both) == ["not tested: fewer than 30 documents"]
+    assert not reason(every_needle(0.5, 0.01), needle_results(lambda *_: 1.0, task=TASK))
+
+
+def test_every_needle_text_by_text(tmp_path):
+    """What logged samples tell is paired: the same loss in few haystacks is not claimed."""
+
+    def test_of(name, share, **options):
+        for place, of in enumerate((lambda *_: 1.0, share)):
+            file = write(tmp_path / name / f"{place}", every_needle(0.5, 0.4, **options))
+            log_samples(file, acc_all=of)
+        folders = [tmp_path / name / place for place in "01"]
+        [test] = of_every_needle(compare(load_checkpoints(folders)))
+        assert (test.method, test.prompts) == (TEXTS, (200, 200))
+        return test
+
+    spread = test_of("a", lambda length, depth, sample: 0.5 if depth == 1 else 1.0)
+    assert spread.scores == (1.0, 0.9) and spread.p == pytest.approx(2 / 2**40)
+    few = test_of("b", lambda length, depth, sample: 0.5 if sample < 4 else 1.0)
+    assert few.scores == (1.0, 0.9) and 0.03 < few.p < 0.05  # Student's t of 20 samples
 
 
 def benchmark(value, error=0.01, **parts):
