@@ -123,29 +123,36 @@ def family_name(config: Config) -> str:
     return family.name if family else _YOCO
 
 
-def check_together(config: Config, option: str) -> None:
-    """Refuses an option of having texts held by several processes together, where models with such
-    a configuration cannot do that.
+def check_together(blueprint: Blueprint, option: str) -> None:
+    """Refuses an option of having texts held by several processes together, where models cannot do
+    that.
 
     Raises:
-        ValueError: which family it is, and what to do.
+        ValueError: which family it is, or that attention is sparse, and what to do.
     """
-    if family := _family(config):
+    mend = "leave it out, and several processes answer different prompts"
+    if family := _family(blueprint.config):
         raise ValueError(
             f"{option} is for {_YOCO} models; of {family.name}, texts are held by one process "
-            "each: leave it out, and several processes answer different prompts"
+            f"each: {mend}"
+        )
+    assert isinstance(blueprint.costs, YocoCosts)
+    if blueprint.costs.sparse is not None:
+        raise ValueError(
+            f"{option} is not for sparse attention, of which texts are held by one process each: "
+            f"{mend}"
         )
 
 
 def costs_together(costs: Costs, parts: int) -> PartCosts:
-    """Of a model with these costs, and a configuration that `check_together` takes: what it costs
+    """Of a model with these costs, which `check_together` takes: what it costs
     each of `parts` processes that hold texts together."""
     assert isinstance(costs, YocoCosts)
     return replace(costs, parts=parts)
 
 
 def join_group(model: Model, group: Group) -> None:
-    """Has a model, of a configuration that `check_together` takes, hold texts together with the
+    """Has a model, of a blueprint that `check_together` takes, hold texts together with the
     other processes of a group."""
     assert isinstance(model, Yoco)
     model.group = group

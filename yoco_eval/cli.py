@@ -268,8 +268,6 @@ def _plan(args: argparse.Namespace) -> int:
         )
         if args.sparse is not None:
             blueprint = with_sparse(blueprint, args.sparse, f"--sparse {args.sparse}")
-            if args.gpus * args.nodes > 1:
-                raise ValueError("--sparse is for texts that one card holds; plan for one card")
         if args.cache_dtype is not None:
             option = f"--cache-dtype {args.cache_dtype}"
             if args.memory is None:  # else the card is not there

@@ -86,7 +86,7 @@ class Layouts:
     """All layouts of a cluster, by the number of cards that hold a text together.
 
     Attributes:
-        refusal: why there is but the one without groups; None: the model's family has them.
+        refusal: why there is but the one without groups; None: the model can have them.
     """
 
     cluster: Cluster
@@ -107,7 +107,7 @@ def lay_out(
     Args:
         chunk: tokens that a group feeds at a time; None: as many as pay and fit.
     """
-    config, card = blueprint.config, cluster.card
+    card = cluster.card
 
     def fitted(costs: Costs, together: int, length: int) -> Fit:
         return fit(costs, dtype, card.device, length, chunk, parts=together, free=card.free)
@@ -130,7 +130,7 @@ def lay_out(
     alone = estimate(blueprint.costs, dtype, card, length, chunk)
     layout = Layout(1, alone, fitted(blueprint.costs, 1, LONGEST).longest)
     try:
-        check_together(config, f"context_parallel={cluster.size}")
+        check_together(blueprint, f"context_parallel={cluster.size}")
     except ValueError as error:
         return Layouts(cluster, (layout,), str(error))
     return Layouts(cluster, (layout, *(of(n) for n in cluster.groups() if n > 1)))

@@ -209,7 +209,7 @@ class YocoLM(TemplateLM):
         self._commit = hub_commit(path)
         blueprint = open_checkpoint(self._name, self._commit)
         if together > 1:
-            check_together(blueprint.config, f"context_parallel={together}")
+            check_together(blueprint, f"context_parallel={together}")
         if self._sparse:
             blueprint = with_sparse(blueprint, self._sparse, f"sparse={self._sparse}")
         if cache_dtype is not None:

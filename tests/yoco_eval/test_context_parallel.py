@@ -22,7 +22,7 @@ from yoco_eval.model.families import check_together, costs_together
 from yoco_eval.model.footprint import footprint
 from yoco_eval.model.mixers import GatedDeltaNetSettings
 from yoco_eval.model.phi4flash_config import Phi4FlashConfig
-from yoco_eval.model.shapes import SHAPES
+from yoco_eval.model.shapes import SHAPES, with_random_weights
 from yoco_eval.model.traffic import Traffic
 
 pytestmark = pytest.mark.slow
@@ -97,10 +97,10 @@ def test_numbers_of_processes_that_do_not_go():
 
 
 def test_families_that_cannot():
-    option = "context_parallel=2"
-    check_together(together.model_of("retention").config, option)
+    option, other = "context_parallel=2", Phi4FlashConfig(256, 2048, 4, 8, 4, 100, vocab_size=50)
+    check_together(with_random_weights(together.model_of("retention").config), option)
     with pytest.raises(ValueError, match=f"^{option} is for YOCO models; of Phi-4-mini-flash, "):
-        check_together(Phi4FlashConfig(256, 2048, 4, 8, 4, 100, vocab_size=50), option)
+        check_together(with_random_weights(other), option)
 
 
 class Silent(Group):

@@ -134,16 +134,16 @@ def test_times_and_where_passing_rules(capsys):
 
 def test_a_family_that_cannot_is_told_of_by_name(capsys):
     """In the engine's words; several processes help it all the same."""
-    config = Phi4FlashConfig(256, 2048, 4, 8, 4, 100, vocab_size=50)
+    blueprint = with_random_weights(Phi4FlashConfig(256, 2048, 4, 8, 4, 100, vocab_size=50))
     with pytest.raises(ValueError) as refusal:
-        check_together(config, "context_parallel=8")
+        check_together(blueprint, "context_parallel=8")
     cluster = Cluster(1, 8, absent_card(24 << 30, None))
-    layouts = lay_out(with_random_weights(config), BF16, cluster, 1024, None)
+    layouts = lay_out(blueprint, BF16, cluster, 1024, None)
     assert layouts.best and len(layouts.every) == 1
     print_layouts(layouts, "phi", BF16, Console(width=80))
     text = " ".join(capsys.readouterr().out.split())
     assert f"quickest for many. {refusal.value}" in text and "exchanges" not in text
-    layouts = lay_out(with_random_weights(config), BF16, cluster, 2**30, None)
+    layouts = lay_out(blueprint, BF16, cluster, 2**30, None)
     print_layouts(layouts, "phi", BF16, Console(width=80))
     text = " ".join(capsys.readouterr().out.split())
     assert f"It does not fit. Texts of up to {layouts.every[0].longest} tokens would." in text
