@@ -102,17 +102,13 @@ def _registers(block_m: int, shape: _Shape, striped: bool) -> dict[str, int]:
     over keys that all rows see has to spill none.
     """
     _, _, dim, dtype, device, eight_bits = shape
-    if not (striped or eight_bits) or dtype == torch.float32 or not _is_hopper(device):
+    if not (striped or eight_bits) or dtype == torch.float32 or not on_hopper(device):
         return {}
     warps = _config(block_m, dim, dtype, eight_bits)["num_warps"]
     limit = (1 << 16) // (32 * warps * _fit(block_m, dim, eight_bits)) // 8 * 8
     if _two_warps(block_m, dim, eight_bits):
         limit = 232  # more would fit, but are 2 % slower
     return {"maxnreg": limit} if limit < 256 else {}
-
-
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and on_hopper(device)
 
 
 # -- what the kernels share ------------------------------------------------------------------------
@@ -733,7 +729,7 @@ def _plan(
     stripes: Stripes | None = None,
 ) -> _Plan:
     """Of a launch of `_cache_kernel`; `batch`: whether texts are decoded."""
-    query_heads, heads, dim, dtype, device, eight_bits = shape
+    query_heads, heads, dim, dtype, *_ = shape
     group = query_heads // heads
     # Blocks that are larger than any span's rows walk what the next smaller ones do.
     rows = max(span.end_query - span.first_query for span in spans) * group
@@ -752,7 +748,7 @@ def _plan(
         if stripes is not None:
             walks = [_held_by(stripes, walk) for walk in walks]
     block_n = _config(block_m, dim, dtype)["BLOCK_N"]
-    at_once = _at_once(block_m, dim, dtype, device, eight_bits)
+    at_once = _at_once(block_m, shape)
     heads *= _parts(dim)
     # All pieces should take about as long as each other, and be as many as fit on the GPU at once;
     # rounding down, since one more would wait for all the others. Where that rounds too coarsely,
@@ -801,16 +797,15 @@ def _plan(
     )  # fmt: skip
 
 
-def _at_once(
-    block_m: int, dim: int, dtype: torch.dtype, device: torch.device, eight_bits: bool = False
-) -> int:
+def _at_once(block_m: int, shape: _Shape) -> int:
     """Programs to cut work for.
 
     Where tables have tasks of no row behind, a GPU fills multiprocessor after multiprocessor: with
     fewer tasks than it has room for, some stay empty. So they are as many as fit on Hopper;
     elsewhere about as many.
     """
-    if dtype == torch.float32 or not _is_hopper(device):
+    _, _, dim, dtype, device, eight_bits = shape
+    if dtype == torch.float32 or not on_hopper(device):
         return programs(device) // (2 if block_m >= 128 or dim > 256 else 1)
     return _fit(block_m, dim, eight_bits) * multiprocessors(device)
 

@@ -45,7 +45,7 @@ def run_triton(fast: Callable[..., Result], x: Held, *args: Any) -> Result:
 def on_hopper(device: torch.device) -> bool:
     """Whether the device is a Hopper GPU, for whose matrix units some kernels are cut."""
     # ROCm gives some AMD GPUs the same number.
-    nvidia = torch.version.hip is None and torch.cuda.is_available()
+    nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
     return nvidia and torch.cuda.get_device_capability(device) == (9, 0)
 
 

@@ -54,6 +54,7 @@ class Family:
 
 
 _YOCO = "YOCO"
+_ONE_CACHE = "whose layers read one cache"
 _FAMILIES = (
     Family("Gemma 3n", Gemma3nConfig, Gemma3n, read_gemma3n, gemma3n_weights),
     Family("Gemma 4", Gemma4Config, Gemma4, read_gemma4, gemma4_weights),
@@ -130,30 +131,25 @@ def check_together(blueprint: Blueprint, option: str) -> None:
     Raises:
         ValueError: which family it is, or that attention is sparse, and what to do.
     """
-    mend = "leave it out, and several processes answer different prompts"
-    if family := _family(blueprint.config):
-        raise ValueError(
-            f"{option} is for {_YOCO} models; of {family.name}, texts are held by one process "
-            f"each: {mend}"
-        )
-    assert isinstance(blueprint.costs, YocoCosts)
-    if blueprint.costs.sparse is not None:
-        raise ValueError(
-            f"{option} is not for sparse attention, of which texts are held by one process each: "
-            f"{mend}"
-        )
+    held = (
+        "texts are held by one process each: leave it out, and several processes answer different "
+        "prompts"
+    )
+    costs = _yoco_costs(blueprint, f"{option} is for {_YOCO} models", held)
+    if costs.sparse is not None:
+        raise ValueError(f"{option} is not for sparse attention, of which {held}")
 
 
 def costs_together(costs: Costs, parts: int) -> PartCosts:
-    """Of a model with these costs, which `check_together` takes: what it costs
-    each of `parts` processes that hold texts together."""
+    """Of a model with these costs, which `check_together` takes: what it costs each of `parts`
+    processes that hold texts together."""
     assert isinstance(costs, YocoCosts)
     return replace(costs, parts=parts)
 
 
 def join_group(model: Model, group: Group) -> None:
-    """Has a model, of a blueprint that `check_together` takes, hold texts together with the
-    other processes of a group."""
+    """Has a model, of a blueprint that `check_together` takes, hold texts together with the other
+    processes of a group."""
     assert isinstance(model, Yoco)
     model.group = group
 
@@ -167,17 +163,13 @@ def with_sparse(blueprint: Blueprint, most: int, option: str) -> Blueprint:
     Raises:
         ValueError: models of this family cannot do that.
     """
-    if family := _family(blueprint.config):
-        raise ValueError(
-            f"{option} is for {_YOCO} models, whose layers read one cache; of {family.name}, each "
-            "token reads all of its text: leave it out"
-        )
+    reads = "each token reads all of its text: leave it out"
+    costs = _yoco_costs(blueprint, f"{option} is for {_YOCO} models, {_ONE_CACHE}", reads)
 
     def set_sparse(model: Yoco) -> None:
         model.sparse = most
 
-    assert isinstance(blueprint.costs, YocoCosts)
-    return _changed(blueprint, replace(blueprint.costs, sparse=most), set_sparse)
+    return _changed(blueprint, replace(costs, sparse=most), set_sparse)
 
 
 def with_eight_bits(blueprint: Blueprint, option: str) -> Blueprint:
@@ -189,17 +181,26 @@ def with_eight_bits(blueprint: Blueprint, option: str) -> Blueprint:
     Raises:
         ValueError: models of this family cannot do that.
     """
-    if family := _family(blueprint.config):
-        raise ValueError(
-            f"{option} is for {_YOCO} models, whose layers read one cache; of {family.name}, keys "
-            "and values are held in the model's dtype: leave it out"
-        )
+    held = "keys and values are held in the model's dtype: leave it out"
+    costs = _yoco_costs(blueprint, f"{option} is for {_YOCO} models, {_ONE_CACHE}", held)
 
     def set_eight_bits(model: Yoco) -> None:
         model.eight_bits = True
 
+    return _changed(blueprint, replace(costs, eight_bits=True), set_eight_bits)
+
+
+def _yoco_costs(blueprint: Blueprint, needs: str, otherwise: str) -> YocoCosts:
+    """The costs of a YOCO model.
+
+    Raises:
+        ValueError: it is of another family, which `needs` does not take, and of which `otherwise`
+            is so.
+    """
+    if family := _family(blueprint.config):
+        raise ValueError(f"{needs}; of {family.name}, {otherwise}")
     assert isinstance(blueprint.costs, YocoCosts)
-    return _changed(blueprint, replace(blueprint.costs, eight_bits=True), set_eight_bits)
+    return blueprint.costs
 
 
 def _changed(blueprint: Blueprint, costs: YocoCosts, change: Callable[[Yoco], None]) -> Blueprint:

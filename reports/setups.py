@@ -10,7 +10,7 @@ from yoco_eval.lengths import format_length
 from yoco_eval.tasks.settings import MARKED, REFUSED, SETTINGS, STATED
 
 from .heatmap import format_depths
-from .models import model_args
+from .models import CACHE, model_args
 from .results import ResultsFile, mapping
 from .task_runs import TaskRun
 
@@ -128,8 +128,7 @@ def _of_file(run: TaskRun, file: ResultsFile) -> dict[str, Any]:
         "system instruction": data.get("system_instruction"),
         "backend": config.get("model"),
         "dtype": config.get("model_dtype"),
-        "sparse": config.get("sparse"),
-        "cache_dtype": config.get("cache_dtype"),
+        **{name: config.get(name) for name in CACHE},
         "lm-eval": data.get("lm_eval_version"),
     }  # fmt: skip
 

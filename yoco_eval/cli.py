@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from yoco_eval import __version__
 from yoco_eval.devices import CACHE_DTYPES, DTYPES
 from yoco_eval.lengths import as_argument, parse_length, parse_lengths
-from yoco_eval.printable import PLAIN, message
+from yoco_eval.printable import PLAIN, message, with_settings
 from yoco_eval.sizes import parse_count, parse_memory, parse_speeds
 
 if TYPE_CHECKING:
@@ -276,13 +276,12 @@ def _plan(args: argparse.Namespace) -> int:
         card = _planned_card(args, blueprint.costs, dtype, device)
     except ValueError as error:
         raise UserError(error) from error
-    name = args.pretrained if args.shape is None else args.shape
-    if args.revision:
-        name += f" revision={args.revision}"
-    if args.sparse is not None:
-        name += f" sparse={args.sparse}"
-    if args.cache_dtype is not None:
-        name += f" cache_dtype={args.cache_dtype}"
+    name = with_settings(
+        args.pretrained if args.shape is None else args.shape,
+        revision=args.revision or None,
+        sparse=args.sparse,
+        cache_dtype=args.cache_dtype,
+    )
     positions = blueprint.config.max_position_embeddings
     cluster = Cluster(args.nodes, args.gpus, card)
     if cluster.size == 1:

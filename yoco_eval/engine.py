@@ -82,8 +82,8 @@ class Engine:
         lengths = [len(item.tokens) for item in items]
         block = self.model.block
         spare = block - 1  # slots behind each text
-        beside = {"spare": spare} if spare else {}
-        fitted = self._fit(max(lengths, default=0), sum(lengths) + spare * len(items), **beside)
+        slots = sum(lengths) + spare * len(items)
+        fitted = self._fit(max(lengths, default=0), slots, spare=spare)
         fitted.check()
         limits = fitted.limits(self.batch_size, self.model.costs, self.model.dtype, spare)
         steps = plan(items, limits, block)

@@ -173,14 +173,13 @@ class YocoLM(TemplateLM):
         where = find_device(device or "auto")
         kind = find_dtype(dtype, where)
         together = _count("context_parallel", context_parallel)
-        self._sparse = None if sparse is None else _blocks(sparse)
-        if self._sparse and together > 1:
+        most = None if sparse is None else _blocks(sparse)
+        if most is not None and together > 1:
             raise ValueError(
-                f"sparse={self._sparse} is for texts that one process holds, and "
+                f"sparse={most} is for texts that one process holds, and "
                 f"context_parallel={together} has several hold each; leave one of them out"
             )
         check_divides(together, self._ranks)
-        self._cache_dtype = cache_dtype
         if cache_dtype is not None:
             check_cache_dtype(cache_dtype, where, f"cache_dtype={cache_dtype}")
         chunk = None if prefill_chunk is None else _length("prefill_chunk", prefill_chunk)
@@ -210,10 +209,14 @@ class YocoLM(TemplateLM):
         blueprint = open_checkpoint(self._name, self._commit)
         if together > 1:
             check_together(blueprint, f"context_parallel={together}")
-        if self._sparse:
-            blueprint = with_sparse(blueprint, self._sparse, f"sparse={self._sparse}")
+        # Of what changes what is predicted: those that are set.
+        self._cache_settings: dict[str, Any] = {}
+        if most is not None:
+            blueprint = with_sparse(blueprint, most, f"sparse={most}")
+            self._cache_settings["sparse"] = most
         if cache_dtype is not None:
             blueprint = with_eight_bits(blueprint, f"cache_dtype={cache_dtype}")
+            self._cache_settings["cache_dtype"] = cache_dtype
         vocabulary = blueprint.config.vocab_size
         if tokenizer is None:
             self.tokenizer = checkpoint_tokenizer(path, vocabulary)
@@ -309,8 +312,7 @@ class YocoLM(TemplateLM):
         # The tokenizer's own end token is among what follows.
         ends = sorted(self._end_tokens - {self.eot_token_id})
         settings += [one for one in (ends, self.think_end_token) if one]
-        settings += [f"sparse={self._sparse}"] if self._sparse else []
-        settings += [f"cache_dtype={self._cache_dtype}"] if self._cache_dtype else []
+        settings += [f"{name}={value}" for name, value in self._cache_settings.items()]
         digest = hashlib.sha256(repr(settings).encode())
         for name, parameter in self.model.state_dict().items():
             few = parameter.flatten()[:: max(1, parameter.numel() // 4096)].double().tolist()
@@ -344,9 +346,9 @@ class YocoLM(TemplateLM):
             "model_dtype": str(self.model.dtype).removeprefix("torch."),
             "max_length": None if self.max_length == sys.maxsize else self.max_length,
         }
-        others: dict[str, Any] = {"model_revision": self._revision, "model_sha": self._commit}
-        others |= {"sparse": self._sparse, "cache_dtype": self._cache_dtype}
-        return info | {name: value for name, value in others.items() if value is not None}
+        of_the_hub = {"model_revision": self._revision, "model_sha": self._commit}
+        told = {name: value for name, value in of_the_hub.items() if value is not None}
+        return info | told | self._cache_settings
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

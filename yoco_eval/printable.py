@@ -69,6 +69,12 @@ def shown(anything: object) -> str:
         return f"a {type(anything).__name__} too large to be shown"
 
 
+def with_settings(name: str, **settings: object) -> str:
+    """A model's name, and what was set beside it, where it is not None: "3b sparse=64"."""
+    told = (f"{key}={value}" for key, value in settings.items() if value is not None)
+    return " ".join([name, *told])
+
+
 def listed(items: Sequence[str] | Iterable[str], most: int = 4, between: str = ", ") -> str:
     """The first of the items, and how many more there are."""
     items = list(items)

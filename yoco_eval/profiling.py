@@ -26,6 +26,7 @@ from yoco_eval.model import Blueprint, Cache, Model, Rows, Span, Spans, State, o
 from yoco_eval.model.families import family_name, with_eight_bits, with_sparse
 from yoco_eval.model.interface import take
 from yoco_eval.model.shapes import SEED, SHAPES, find_shape, transformer_beside, with_random_weights
+from yoco_eval.printable import with_settings
 from yoco_eval.reports.profile import (
     BATCHES,
     CONTEXTS,
@@ -118,12 +119,7 @@ def run_profile(
     if shape is not None:
         sized = f"YOCO-{shape.upper()}" if shape[0].isdigit() else f"YOCO {shape}"
         name = f"{sized if shape in SHAPES else shape}, random weights"
-    if revision is not None:
-        name += f" revision={revision}"
-    if sparse is not None:
-        name += f" sparse={sparse}"
-    if cache_dtype is not None:
-        name += f" cache_dtype={cache_dtype}"
+    name = with_settings(name, revision=revision, sparse=sparse, cache_dtype=cache_dtype)
 
     if on_gpu:
         torch.cuda.set_device(where)  # where kernels are launched and events recorded

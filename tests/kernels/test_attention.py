@@ -715,7 +715,8 @@ def test_on_hopper_work_is_cut_for_one_to_four_programs_a_multiprocessor(
     card, dtype = torch.device("cuda"), torch.bfloat16
     for dim in (8, 64, 128, 256, 512):
         sizes = triton_kernels._block_sizes(dtype, dim)
-        fit = [triton_kernels._at_once(size, dim, dtype, card) / 132 for size in sizes]
+        shape = triton_kernels._Shape(24, 8, dim, dtype, card)
+        fit = [triton_kernels._at_once(size, shape) / 132 for size in sizes]
         assert fit == sorted(fit, reverse=True) and set(fit) <= {1, 2, 3, 4}
 
 
@@ -730,7 +731,7 @@ def test_on_hopper_registers_let_as_many_programs_fit_as_work_is_cut_for(
         24, 8, dim, torch.bfloat16, torch.device("cuda"), eight_bits=eight_bits
     )
     for size in triton_kernels._block_sizes(shape.dtype, dim):
-        fit = triton_kernels._at_once(size, *shape[2:]) / 132
+        fit = triton_kernels._at_once(size, shape) / 132
         warps = triton_kernels._config(size, dim, shape.dtype, eight_bits)["num_warps"]
         most = triton_kernels._registers(size, shape, striped=True).get("maxnreg", 256)
         assert most % 8 == 0 and fit * warps * 32 * most <= 1 << 16

@@ -6,20 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_sparse import Ahead, collect, logits_by_definition, texts
+from test_sparse import VOCABULARY, Ahead, collect, logits_by_definition, made_model, texts
 
 from yoco_eval.cli import main
 from yoco_eval.engine import Engine
 from yoco_eval.kernels.eight_bits import quantise
 from yoco_eval.lm import YocoLM
-from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig
 from yoco_eval.model.families import with_eight_bits
 from yoco_eval.model.phi4flash_config import Phi4FlashConfig
 from yoco_eval.model.shapes import with_random_weights
 from yoco_eval.profiling import ProfileError, run_profile
 from yoco_eval.requests import GenerateRequest, ScoreRequest
 
-VOCABULARY = 96
 ALL = 10**6  # blocks
 
 
@@ -29,21 +27,7 @@ def as_read(x):
 
 @pytest.fixture(scope="module")
 def plain():
-    torch.manual_seed(0)
-    config = YocoConfig(
-        dim=32,
-        n_layers=4,
-        hidden_dim=32,
-        self_decoder=GatedRetentionSettings(n_self_heads=2),
-        n_attn_heads=4,
-        n_attn_kv_heads=2,
-        vocab_size=VOCABULARY,
-    )
-    made = Yoco(config).double().requires_grad_(False).eval()
-    # So that it matters what is read.
-    for layer in made.cross_decoder.layers:
-        layer.mixer.q_proj.weight *= 6
-    return made
+    return made_model()
 
 
 @pytest.fixture(params=[None, 2], ids=["whole", "sparse"])

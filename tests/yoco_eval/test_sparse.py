@@ -25,8 +25,7 @@ BLOCK = 64
 VOCABULARY = 96
 
 
-@pytest.fixture(scope="module")
-def model():
+def made_model():
     torch.manual_seed(0)
     config = YocoConfig(
         dim=32,
@@ -42,6 +41,11 @@ def model():
     for layer in made.cross_decoder.layers:
         layer.mixer.q_proj.weight *= 6
     return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    return made_model()
 
 
 @pytest.fixture
