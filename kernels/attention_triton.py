@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from .dispatch import on_hopper
-from .eight_bits import EightBits, Held, numbers_of, scales_of
+from .eight_bits import EightBits, Held, numbers_of, scale_words
 from .group import Group
 from .launch import multiprocessors, packed_heads, padded, programs
 from .rotary import Angles, rotate
@@ -71,25 +71,23 @@ def _config(block_m: int, dim: int, dtype: torch.dtype, eight_bits: bool = False
         return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 3 if block_m == 64 else 2}
     if dim > 128:
         return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 2}
-    if _two_warps(block_m, dim, eight_bits):
-        warps = 2
-    return {"BLOCK_N": 64, "num_warps": warps, "num_stages": 3}
+    return {"BLOCK_N": _keys(block_m, dim, eight_bits), "num_warps": warps, "num_stages": 3}
 
 
-def _two_warps(block_m: int, dim: int, eight_bits: bool) -> bool:
-    """Whether programs have two warps for few rows over keys in eight bits: there it is not memory
-    that limits a multiprocessor but its instructions, of which four warps take a fifth more."""
-    return eight_bits and block_m == 16 and 64 < dim <= 128
+def _keys(block_m: int, dim: int, eight_bits: bool) -> int:
+    """Per step, of up to 128 columns. Few rows over keys in eight bits, which are as many bytes as
+    half the keys in 16, take twice as many: that is fewer instructions for each."""
+    return 128 if eight_bits and block_m == 16 and dim > 64 else 64
 
 
 def _fit(block_m: int, dim: int, eight_bits: bool) -> int:
     """Programs of `_cache_kernel` that a multiprocessor of Hopper's has room for, by the registers
     and shared memory that they are compiled to."""
     fit = {16: 3, 32: 2, 64: 2, 128: 1}
-    if _two_warps(block_m, dim, eight_bits):
-        fit |= {16: 4}
-    elif dim <= 64:
+    if dim <= 64:
         fit |= {16: 4, 32: 3}
+    elif eight_bits and dim <= 128:
+        fit |= {16: 2}
     elif dim > 256:
         fit |= {16: 2, 64: 1}
     return fit[block_m]
@@ -98,16 +96,14 @@ def _fit(block_m: int, dim: int, eight_bits: bool) -> int:
 def _registers(block_m: int, shape: _Shape, striped: bool) -> dict[str, int]:
     """How many a thread may take, where the compiler's choice leaves room for fewer than `_fit`.
 
-    For 16 rows of 128 columns it takes 244 in eight bits, and 255 over `striped` keys. The loop
-    over keys that all rows see has to spill none.
+    For 16 rows of 128 columns over `striped` keys it takes 255. The loop over keys that all rows
+    see has to spill none.
     """
     _, _, dim, dtype, device, eight_bits = shape
     if not (striped or eight_bits) or dtype == torch.float32 or not on_hopper(device):
         return {}
     warps = _config(block_m, dim, dtype, eight_bits)["num_warps"]
     limit = (1 << 16) // (32 * warps * _fit(block_m, dim, eight_bits)) // 8 * 8
-    if _two_warps(block_m, dim, eight_bits):
-        limit = 232  # more would fit, but are 2 % slower
     return {"maxnreg": limit} if limit < 256 else {}
 
 
@@ -140,8 +136,9 @@ def load_rotated(
 
 
 @triton.jit
-def _scaled(x):
-    """Queries [ROWS, D] as keys in eight bits are multiplied by, and factors [ROWS] of the scores.
+def _scaled(x, SCALE: tl.constexpr):
+    """Queries [ROWS, D] as keys in eight bits are multiplied by, and factors [ROWS] of the scores,
+    SCALE among them.
 
     Such keys become half precision in one instruction for two of them, bfloat16 in five. Its range
     is enough for queries whose greatest numbers are from 2^14 to 2^15; float32 stays what it is.
@@ -153,21 +150,84 @@ def _scaled(x):
     else:
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         x = (x.to(tl.float32) * inverse[:, None]).to(tl.float16)
-    return x, (exponent << 23).to(tl.float32, bitcast=True)
+    return x, (exponent << 23).to(tl.float32, bitcast=True) * SCALE
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, V_PAD: tl.constexpr, WORDS: tl.constexpr):
+    """Outputs [ROWS, V_PAD] to begin with; in words, of each fourth column from the first, second,
+    third and fourth on."""
+    if WORDS:
+        fourth = tl.zeros((ROWS, V_PAD // 4), tl.float32)
+        acc = fourth, fourth, fourth, fourth
+    else:
+        acc = tl.zeros((ROWS, V_PAD), tl.float32)
+    return acc
+
+
+@triton.jit
+def _whole(acc, ROWS: tl.constexpr, V_PAD: tl.constexpr, WORDS: tl.constexpr):
+    """Outputs [ROWS, V_PAD] of what `_zeros` has begun."""
+    if WORDS:
+        a, b, c, d = acc
+        acc = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, V_PAD))
+    return acc
+
+
+@triton.jit
+def _byte(words, PLACE: tl.constexpr, dtype: tl.constexpr):
+    """Numbers of eight bits at a place of words."""
+    return (words >> 8 * PLACE).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(dtype)
+
+
+@triton.jit
+def _bytes(words, dtype: tl.constexpr, WORDS: tl.constexpr):
+    """Numbers of eight bits at each of four places of words."""
+    if WORDS == 2 and dtype == tl.float16:
+        # Six instructions for two words, whose bytes of a place become one register: the compiler
+        # takes fifteen.
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 lower, upper;
+            .reg .b16 a, b, c, d;
+            prmt.b32 lower, $4, $5, 0x5140;
+            prmt.b32 upper, $4, $5, 0x7362;
+            mov.b32 {a, b}, lower;
+            mov.b32 {c, d}, upper;
+            cvt.rn.f16x2.e4m3x2 $0, a;
+            cvt.rn.f16x2.e4m3x2 $1, b;
+            cvt.rn.f16x2.e4m3x2 $2, c;
+            cvt.rn.f16x2.e4m3x2 $3, d;
+            }""",
+            constraints="=r,=r,=r,=r,r,r",
+            args=[words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        a, b = _byte(words, 0, dtype), _byte(words, 1, dtype)
+        c, d = _byte(words, 2, dtype), _byte(words, 3, dtype)
+    return a, b, c, d
 
 
 @triton.jit
 def _step(
-    acc, top, total, q, q_scales, keys, values, key_scales, value_scales, start, end, limit, part,
+    acc, top, total, q, q_scales, keys, values, scales, start, end, limit, part,
     SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     V_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    WORDS: tl.constexpr = False,
 ):  # fmt: skip
     """One block of keys, from `start`, of an online softmax in powers of two; SCALE is positive.
 
     Of the values, columns `part` * V_PAD and the following. The block's offset is 64-bit, those
     within it 32-bit: a head's keys may be over 2^31 numbers. Keys and values in eight bits have
-    scales, by which scores and weights are multiplied, and q has those of `_scaled`; else all are
-    None.
+    scales (`scale_words`), by which scores and weights are multiplied, and q has those of
+    `_scaled`; else all are None.
+
+    With WORDS, values of eight bits are read from shared memory four columns at a time: byte by
+    byte, that would be a fifth of all instructions, which keep memory waiting. So there are four
+    products, of each fourth column. 2: NVIDIA's instructions take the words apart.
     """
     block = tl.arange(0, BLOCK_N)
     slot = start + block
@@ -176,6 +236,10 @@ def _step(
     v_at = block[:, None] * ROW + columns[None, :]
     keys += tl.cast(start, tl.int64) * ROW
     values += tl.cast(start, tl.int64) * ROW
+    if WORDS:
+        fourths = part * (V_PAD // 4) + tl.arange(0, V_PAD // 4)
+        columns, v_at = 4 * fourths, block[:, None] * (ROW // 4) + fourths[None, :]
+        values = values.to(tl.pointer_type(tl.int32), bitcast=True)
     if MASKED:  # what lies beyond `end` may be NaN and is not loaded
         loaded = (slot < end)[:, None]
         k = tl.load(keys + at, mask=loaded & (dims < D)[None, :], other=0.0)
@@ -186,45 +250,62 @@ def _step(
     else:
         k = tl.load(keys + at, mask=(dims < D)[None, :], other=0.0)
         v = tl.load(values + v_at, mask=(columns < D)[None, :], other=0.0)
-    if key_scales is not None:
+    if scales is not None:
         if MASKED:
-            key_scale = tl.load(key_scales + slot, mask=slot < end, other=0.0)
-            value_scale = tl.load(value_scales + slot, mask=slot < end, other=0.0)
+            word = tl.load(scales + slot, mask=slot < end, other=0)
         else:
-            key_scale = tl.load(key_scales + slot)
-            value_scale = tl.load(value_scales + slot)
-        k, v = k.to(q.dtype), v.to(q.dtype)
+            word = tl.load(scales + slot)
+        k = k.to(q.dtype)
+        if not WORDS:
+            v = v.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if key_scales is not None:
-        scores *= key_scale[None, :] * q_scales[:, None]
+    if scales is not None:
+        scores *= (word << 16).to(tl.float32, bitcast=True)[None, :]
     if MASKED:
         visible = slot[None, :] < tl.minimum(limit, end)[:, None]
         if WINDOW > 0:
             visible = visible & (slot[None, :] >= (limit - WINDOW)[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-    if value_scales is None:
+    if scales is None:
         new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
     else:
-        # Weights times scales are 2^15 at most, since float16 takes them down to 2^-24.
-        exponent = (value_scale.to(tl.int32, bitcast=True) >> 23) - (127 + 15)
-        new_top = tl.maximum(top, tl.max(scores * SCALE + exponent.to(tl.float32)[None, :], 1))
+        # Weights times scales, 2^15 at most since float16 takes them down to 2^-24, are computed
+        # first, and weights by dividing by scales: powers of two.
+        exponent = (word >> 23) - (127 + 15)
+        scores = scores * q_scales[:, None] + exponent.to(tl.float32)[None, :]
+        new_top = tl.maximum(top, tl.max(scores, 1))
     shift = new_top
     if MASKED:  # a row may have seen no key yet
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores * SCALE - shift[:, None])  # one instruction for both
+    if scales is None:
+        weights = tl.exp2(scores * SCALE - shift[:, None])  # one instruction for both
+        masses = weights
+    else:
+        weights = tl.exp2(scores - (shift - 15)[:, None])
+        inverse = (0x7F000000 - (word & -0x10000)).to(tl.float32, bitcast=True)
+        masses = weights * inverse[None, :]
     fade = tl.exp2(top - shift)
-    total = total * fade + tl.sum(weights, 1)
-    if value_scales is not None:
-        weights *= value_scale[None, :]
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    total = total * fade + tl.sum(masses, 1)
+    if WORDS:
+        weights = weights.to(q.dtype)
+        v_a, v_b, v_c, v_d = _bytes(v, q.dtype, WORDS)
+        a, b, c, d = acc
+        a = tl.dot(weights, v_a, a * fade[:, None], input_precision="ieee")
+        b = tl.dot(weights, v_b, b * fade[:, None], input_precision="ieee")
+        c = tl.dot(weights, v_c, c * fade[:, None], input_precision="ieee")
+        d = tl.dot(weights, v_d, d * fade[:, None], input_precision="ieee")
+        acc = a, b, c, d
+    else:
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, new_top, total
 
 
 @triton.jit
 def _walk(
-    acc, top, total, q, q_scales, keys, values, key_scales, value_scales, first, seen_from, seen_to,
-    end, limit, part, SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    acc, top, total, q, q_scales, keys, values, scales, first, seen_from, seen_to, end, limit, part,
+    SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     V_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+    WORDS: tl.constexpr = False,
 ):  # fmt: skip
     """Online softmax over keys first .. end - 1: each row sees those from limit - WINDOW (from
     `first`, if WINDOW is 0) to limit - 1. Masks only the blocks outside seen_from .. seen_to - 1,
@@ -235,19 +316,19 @@ def _walk(
         begin += tl.cdiv(tl.maximum(seen_from - first, 0), BLOCK_N) * BLOCK_N
         for start in range(first, begin, BLOCK_N):
             acc, top, total = _step(
-                acc, top, total, q, q_scales, keys, values, key_scales, value_scales, start, end,
-                limit, part, SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, True,
+                acc, top, total, q, q_scales, keys, values, scales, start, end, limit, part, SCALE,
+                ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, True, WORDS,
             )  # fmt: skip
     rest = begin + tl.maximum(tl.minimum(seen_to, end) - begin, 0) // BLOCK_N * BLOCK_N
     for start in range(begin, rest, BLOCK_N):
         acc, top, total = _step(
-            acc, top, total, q, q_scales, keys, values, key_scales, value_scales, start, end, limit,
-            part, SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, False,
+            acc, top, total, q, q_scales, keys, values, scales, start, end, limit, part, SCALE, ROW,
+            D, D_PAD, V_PAD, BLOCK_N, WINDOW, False, WORDS,
         )  # fmt: skip
     for start in range(rest, end, BLOCK_N):
         acc, top, total = _step(
-            acc, top, total, q, q_scales, keys, values, key_scales, value_scales, start, end, limit,
-            part, SCALE, ROW, D, D_PAD, V_PAD, BLOCK_N, WINDOW, True,
+            acc, top, total, q, q_scales, keys, values, scales, start, end, limit, part, SCALE, ROW,
+            D, D_PAD, V_PAD, BLOCK_N, WINDOW, True, WORDS,
         )  # fmt: skip
     return acc, top, total
 
@@ -344,6 +425,14 @@ def _parts(dim: int) -> int:
     """In how many parts programs take the values' columns: outputs of 64 rows and 512 columns fill
     half of all registers, and to compute the scores twice is the cheaper way."""
     return 2 if dim > 256 else 1
+
+
+def words(rows: int, keys: Held) -> int:
+    """How `_step` reads the values beside keys, for so many rows: more than a few are products."""
+    dim = keys.shape[2]
+    if not isinstance(keys, EightBits) or rows > 16 or dim % 4 or not 64 < dim <= 128:
+        return 0
+    return 2 if keys.device.type == "cuda" and torch.version.hip is None else 1
 
 
 def _query_constants(q: Tensor, heads: int, angles: Angles | None, scale: float | None) -> dict:
@@ -481,7 +570,7 @@ def _over_cache(
         stripes: of which the keys and values are; the output is that of `cache_attention_part`.
     """
     q, shape = packed_heads(q), _Shape.of(q, keys)
-    numbers, key_scales, value_scales = numbers_of(keys), scales_of(keys), scales_of(values)
+    numbers, scales = numbers_of(keys), scale_words(keys, values)
     heads, _, dim = numbers.shape
     if angles is not None and plan.block_m >= _ROTATED_FIRST:
         q, angles = rotate(q, angles), None
@@ -493,12 +582,12 @@ def _over_cache(
     cos, sin = angles or (q, q)
     order, positions = batch or (plan.tasks, plan.tasks)
     _cache_kernel[(plan.tasks.shape[0] * heads * _parts(dim),)](
-        q, cos, sin, numbers, numbers_of(values), key_scales, value_scales, out, partial, norms,
-        plan.tasks, plan.ranges, order, positions, _head_slots(numbers),
-        0 if stripes is None else stripes.rank,
+        q, cos, sin, numbers, numbers_of(values), scales, out, partial, norms, plan.tasks,
+        plan.ranges, order, positions, _head_slots(numbers), 0 if stripes is None else stripes.rank,
         BLOCK_M=plan.block_m, BATCH=batch is not None, WINDOW=window, OUT=out.stride(0),
         SHARES=0 if stripes is None else stripes.size,
-        RUN=1 if stripes is None else stripes.block, **_query_constants(q, heads, angles, scale),
+        RUN=1 if stripes is None else stripes.block, WORDS=words(plan.block_m, keys),
+        **_query_constants(q, heads, angles, scale),
         **_config(plan.block_m, dim, q.dtype, shape.eight_bits),
         **_registers(plan.block_m, shape, stripes is not None),
     )  # fmt: skip
@@ -521,11 +610,12 @@ def _held(slot, rank, SHARES: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit(do_not_specialize=("capacity", "rank"))
 def _cache_kernel(
-    q, cos, sin, keys, values, key_scales, value_scales, out, partial, norms, tasks, ranges, order,
-    positions, capacity, rank, SCALE: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr,
+    q, cos, sin, keys, values, scales, out, partial, norms, tasks, ranges, order, positions,
+    capacity, rank, SCALE: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, V_PAD: tl.constexpr,
     ROTATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BATCH: tl.constexpr,
     WINDOW: tl.constexpr, OUT: tl.constexpr, SHARES: tl.constexpr, RUN: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     """One task, key-value head and part of the values' columns: a block of rows over a list of key
     ranges.
@@ -564,11 +654,10 @@ def _cache_kernel(
     keys += head.to(tl.int64) * capacity * D
     values += head.to(tl.int64) * capacity * D
     x_scales = None
-    if key_scales is not None:
-        key_scales += head.to(tl.int64) * capacity
-        value_scales += head.to(tl.int64) * capacity
-        x, x_scales = _scaled(x)
-    acc = tl.zeros((BLOCK_M, V_PAD), tl.float32)
+    if scales is not None:
+        scales += head.to(tl.int64) * capacity
+        x, x_scales = _scaled(x, SCALE)
+    acc = _zeros(BLOCK_M, V_PAD, WORDS)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for i in range(first_range, end_range):
@@ -584,9 +673,10 @@ def _cache_kernel(
             last_query = (tl.minimum(end_row, first_row + BLOCK_M) - 1) // GROUP
             seen_from = tl.minimum(last_query + shift - WINDOW, end)
         acc, top, total = _walk(
-            acc, top, total, x, x_scales, keys, values, key_scales, value_scales, first, seen_from,
-            seen_by_all, end, limit, part, SCALE, D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
+            acc, top, total, x, x_scales, keys, values, scales, first, seen_from, seen_by_all, end,
+            limit, part, SCALE, D, D, D_PAD, V_PAD, BLOCK_N, WINDOW, WORDS,
         )  # fmt: skip
+    acc = _whole(acc, BLOCK_M, V_PAD, WORDS)
     if piece < 0:
         _store_output(out, query, column, acc, total, valid, part, OUT, D, V_PAD)
         if SHARES:
@@ -1151,7 +1241,7 @@ def _window_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     end = seen + tokens - 1
     acc, top, total = _walk(
-        acc, top, total, x, None, keys, values, None, None, 0, end - WINDOW, seen, end, row + seen,
-        part, SCALE, HEADS * D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
+        acc, top, total, x, None, keys, values, None, 0, end - WINDOW, seen, end, row + seen, part,
+        SCALE, HEADS * D, D, D_PAD, V_PAD, BLOCK_N, WINDOW,
     )  # fmt: skip
     _store_output(out, token, column, acc, total, valid, part, HEADS * GROUP * D, D, V_PAD)

@@ -8,8 +8,9 @@ Of a token's head x [D], and a its greatest absolute value:
 
 and number * scale is read. 448 is the largest number of e4m3, so that every number has the four
 significant bits of that format unless it is less than a / 28672. A power of two costs none of them,
-and number * scale is exact in bfloat16. A scale of each token makes what is read a matter of the
-token alone: not of those that are fed, or lie, beside it, and nothing is ever rounded again.
+and number * scale is exact in bfloat16, which scales are, too. A scale of each token makes what is
+read a matter of the token alone: not of those that are fed, or lie, beside it, and nothing is ever
+rounded again. If any number of a token is not finite, all that is read of it is NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NUMBER, SCALE = torch.float8_e4m3fn, torch.float32
+NUMBER, SCALE = torch.float8_e4m3fn, torch.bfloat16
 LEAST = -60  # exponent of the least scale
 _NOISE = 1 << 12  # tokens that are made up at a time
 
@@ -31,17 +32,21 @@ class EightBits:
 
     Attributes:
         numbers: float8_e4m3fn [..., N, D].
-        scales: float32 [..., N], NaN of a token that is not finite.
+        scales: bfloat16 [..., N].
     """
 
     numbers: Tensor
     scales: Tensor
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], device: torch.device) -> EightBits:
-        """Uninitialised, of `shape` [..., N, D]."""
-        scales = torch.empty(shape[:-1], dtype=SCALE, device=device)
-        return cls(torch.empty(shape, dtype=NUMBER, device=device), scales)
+    def pair(cls, shape: tuple[int, ...], device: torch.device) -> tuple[EightBits, EightBits]:
+        """Keys and values of `shape` [..., N, D], uninitialised, as kernels read and write them:
+        each token's two scales side by side, which are one word to load."""
+        scales = torch.empty(*shape[:-1], 2, dtype=SCALE, device=device)
+        keys, values = (
+            cls(torch.empty(shape, dtype=NUMBER, device=device), own) for own in scales.unbind(-1)
+        )
+        return keys, values
 
     @property
     def shape(self) -> torch.Size:
@@ -57,7 +62,7 @@ class EightBits:
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """[..., N, D], as it is read."""
-        wide = torch.promote_types(dtype, SCALE)
+        wide = torch.promote_types(dtype, torch.float32)
         return self.numbers.to(wide).mul_(self.scales[..., None]).to(dtype)
 
     def normal_(self) -> None:
@@ -78,15 +83,30 @@ def numbers_of(held: Held) -> Tensor:
     return held.numbers if isinstance(held, EightBits) else held
 
 
-def scales_of(held: Held) -> Tensor | None:
-    """[Hkv, N]; None: numbers are what they are."""
-    return held.scales if isinstance(held, EightBits) else None
+def scale_words(keys: Held, values: Held) -> Tensor | None:
+    """int32 [Hkv, N]: scales of keys in the lower halves, of values in the upper ones.
+
+    None: numbers are what they are.
+
+    Raises:
+        ValueError: they do not lie side by side, as those of `EightBits.pair` do.
+    """
+    if not (isinstance(keys, EightBits) and isinstance(values, EightBits)):
+        return None
+    first, second = keys.scales, values.scales
+    strides = *first.stride()[:-1], 2
+    beside = first.data_ptr() + first.itemsize == second.data_ptr()
+    if not beside or {first.stride(), second.stride()} != {strides}:
+        raise ValueError("scales of keys and values are not side by side: use EightBits.pair")
+    return first.as_strided((*first.shape, 2), (*strides, 1)).view(torch.int32)[..., 0]
 
 
 def quantise(x: Tensor) -> EightBits:
     """x [..., N, D] in eight bits, rounded from its own dtype, at least float32, at once."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     most = x.abs().amax(-1).clamp(min=2.0**LEAST)
+    finite = most.isfinite()
+    x, most = x.masked_fill(~finite[..., None], float("nan")), most.where(finite, 2.0**LEAST)
     part, exponent = torch.frexp(most)  # most = part * 2^exponent, part from 1/2 up to 1
     exponent = (exponent - 9 + (part > 0.875).int()).clamp(min=LEAST)
     scales = torch.ldexp(torch.ones_like(most), exponent)
@@ -94,4 +114,4 @@ def quantise(x: Tensor) -> EightBits:
     # PyTorch would round numbers of float64 to float32 first.
     unit = torch.ldexp(torch.ones_like(x), torch.frexp(scaled).exponent.clamp(min=-5) - 4)
     numbers = ((scaled / unit).round_() * unit).to(NUMBER)
-    return EightBits(numbers, scales.masked_fill(~most.isfinite(), float("nan")).to(SCALE))
+    return EightBits(numbers, scales.to(SCALE))

@@ -26,9 +26,12 @@ from .attention_triton import (
     _step,
     _store_output,
     _store_piece,
+    _whole,
+    _zeros,
     load_rotated,
+    words,
 )
-from .eight_bits import Held, numbers_of, scales_of
+from .eight_bits import EightBits, Held, numbers_of, scale_words
 from .launch import multiprocessors, packed_heads, padded
 from .rotary import Angles
 from .sequences import to_device
@@ -46,16 +49,18 @@ _PIECES = 64  # of a query's, at most
 def summarise(keys: Held, summaries: Tensor, slots: Tensor) -> None:
     """As `sparse_attention.summarise`."""
     heads, capacity, dim = keys.shape
+    scales = keys.scales if isinstance(keys, EightBits) else None
     _summary_kernel[len(slots), heads](
-        numbers_of(keys), scales_of(keys), summaries, slots, capacity, summaries.shape[1], D=dim,
-        D_PAD=padded(dim), BLOCK=BLOCK, num_warps=4,
+        numbers_of(keys), scales, summaries, slots, capacity, summaries.shape[1], D=dim,
+        D_PAD=padded(dim), BLOCK=BLOCK, APART=1 if scales is None else scales.stride(1),
+        num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("capacity", "blocks"))
 def _summary_kernel(
     keys, scales, summaries, slots, capacity, blocks, D: tl.constexpr, D_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """One head of the block that a slot is the last one of, if it is."""
     head = tl.program_id(1).to(tl.int64)
@@ -68,7 +73,7 @@ def _summary_kernel(
         k = tl.load(keys + head * capacity * D + at, mask=(dims < D)[None, :], other=0.0)
         k = k.to(tl.float32)
         if scales is not None:
-            k *= tl.load(scales + head * capacity + token)[:, None]
+            k *= tl.load(scales + (head * capacity + token) * APART).to(tl.float32)[:, None]
         to = summaries + (head * blocks + block) * (2 * D) + dims
         tl.store(to, tl.min(k, 0), mask=dims < D)
         tl.store(to + D, tl.max(k, 0), mask=dims < D)
@@ -240,10 +245,11 @@ def listed_attention(
     norms = torch.empty(apart, dtype=torch.float32, device=q.device)
     cos, sin = angles or (q, q)
     _listed_kernel[length, heads * _parts(dim), pieces](
-        q, cos, sin, numbers_of(keys), numbers_of(values), scales_of(keys), scales_of(values),
-        chosen, positions.contiguous(), out, partial, norms, capacity, chosen.stride(0),
-        chosen.stride(1), length, COUNT=count, SIZE=size, ROWS=rows, BLOCK=BLOCK, APART=pieces > 1,
-        **_query_constants(q, heads, angles, None), **_config(rows, dim, q.dtype),
+        q, cos, sin, numbers_of(keys), numbers_of(values), scale_words(keys, values), chosen,
+        positions.contiguous(), out, partial, norms, capacity, chosen.stride(0), chosen.stride(1),
+        length, COUNT=count, SIZE=size, ROWS=rows, BLOCK=BLOCK, APART=pieces > 1,
+        WORDS=words(rows, keys), **_query_constants(q, heads, angles, None),
+        **_config(rows, dim, q.dtype),
     )  # fmt: skip
     if apart:
         _merge_pieces[length, query_heads](
@@ -255,11 +261,11 @@ def listed_attention(
 
 @triton.jit(do_not_specialize=("capacity", "length", "by_query", "by_head"))
 def _listed_kernel(
-    q, cos, sin, keys, values, key_scales, value_scales, chosen, positions, out, partial, norms,
-    capacity, by_query, by_head, length, SCALE: tl.constexpr, STRIDE: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
-    ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, V_PAD: tl.constexpr,
-    ROTATE: tl.constexpr, BLOCK: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, cos, sin, keys, values, scales, chosen, positions, out, partial, norms, capacity, by_query,
+    by_head, length, SCALE: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, V_PAD: tl.constexpr, ROTATE: tl.constexpr,
+    BLOCK: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """One query, key-value head, part of the values' columns, and SIZE of the blocks that are
     listed: the last one is the query's own, which it reads up to its position."""
@@ -278,12 +284,11 @@ def _listed_kernel(
     keys += head.to(tl.int64) * capacity * D
     values += head.to(tl.int64) * capacity * D
     x_scales = None
-    if key_scales is not None:
-        key_scales += head.to(tl.int64) * capacity
-        value_scales += head.to(tl.int64) * capacity
-        x, x_scales = _scaled(x)
+    if scales is not None:
+        scales += head.to(tl.int64) * capacity
+        x, x_scales = _scaled(x, SCALE)
     chosen += query.to(tl.int64) * by_query + head * by_head
-    acc = tl.zeros((ROWS, V_PAD), tl.float32)
+    acc = _zeros(ROWS, V_PAD, WORDS)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     first = piece * SIZE
@@ -293,17 +298,18 @@ def _listed_kernel(
     for i in range(first * steps, end * steps):
         start = tl.load(chosen + i // steps) * BLOCK + i % steps * BLOCK_N
         acc, top, total = _step(
-            acc, top, total, x, x_scales, keys, values, key_scales, value_scales, start, start,
-            limit, part, SCALE, D, D, D_PAD, V_PAD, BLOCK_N, 0, False,
+            acc, top, total, x, x_scales, keys, values, scales, start, start, limit, part, SCALE, D,
+            D, D_PAD, V_PAD, BLOCK_N, 0, False, WORDS,
         )  # fmt: skip
     if (last >= first) & (last < first + SIZE):
         start = tl.load(chosen + last) * BLOCK
         stop = start + position % BLOCK + 1
         for begin in range(start, stop, BLOCK_N):
             acc, top, total = _step(
-                acc, top, total, x, x_scales, keys, values, key_scales, value_scales, begin, stop,
-                limit + stop, part, SCALE, D, D, D_PAD, V_PAD, BLOCK_N, 0, True,
+                acc, top, total, x, x_scales, keys, values, scales, begin, stop, limit + stop, part,
+                SCALE, D, D, D_PAD, V_PAD, BLOCK_N, 0, True, WORDS,
             )  # fmt: skip
+    acc = _whole(acc, ROWS, V_PAD, WORDS)
     if APART:
         place = ((piece * length + query) * HEADS + head) * GROUP + row
         _store_piece(partial, norms, place, acc, top, total, valid, part, D, V_PAD)

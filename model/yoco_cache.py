@@ -58,7 +58,7 @@ class YocoCache(SlotCache[SelfState]):
         self.keys: Held
         self.values: Held
         if eight_bits:
-            self.keys, self.values = (EightBits.empty(shape, device) for _ in range(2))
+            self.keys, self.values = EightBits.pair(shape, device)
         else:
             self.keys, self.values = (
                 torch.empty(shape, dtype=dtype, device=device) for _ in range(2)

@@ -9,7 +9,7 @@ import torch
 from yoco_eval.kernels import attention
 from yoco_eval.kernels.attention import batch_attention_reference, cache_attention_reference
 from yoco_eval.kernels.cache_writes import store_keys_values_reference
-from yoco_eval.kernels.eight_bits import EightBits, quantise
+from yoco_eval.kernels.eight_bits import EightBits, quantise, scale_words
 from yoco_eval.kernels.rotary import rotary_angles, rotate
 from yoco_eval.kernels.sequences import Readings, Span, Spans
 from yoco_eval.kernels.sparse_attention import listed_attention_reference, summarise_reference
@@ -17,7 +17,7 @@ from yoco_eval.kernels.striped_attention import cache_attention_part_reference
 from yoco_eval.kernels.stripes import Stripes
 
 # Query heads, key-value heads, and numbers in each.
-SHAPES = [(4, 2, 16), (3, 1, 24)]
+SHAPES = [(4, 2, 16), (3, 1, 24), (3, 1, 72)]  # from 64 on, values are read as words
 if torch.cuda.is_available():
     SHAPES += [(24, 8, 128), (8, 8, 64), (16, 2, 256), (2, 1, 512)]
 FINITE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
@@ -81,18 +81,48 @@ def test_what_is_not_finite_stays_so(value):
 
 
 def poisoned(heads, slots, dim, device):
-    """Of which nothing may be read."""
-    held = EightBits.empty((heads, slots, dim), torch.device(device))
-    held.numbers.view(torch.uint8).fill_(0x7F)
-    held.scales.fill_(float("nan"))
-    return held
+    """Keys and values of which nothing may be read."""
+    pair = EightBits.pair((heads, slots, dim), torch.device(device))
+    for held in pair:
+        held.numbers.view(torch.uint8).fill_(0x7F)
+        held.scales.fill_(float("nan"))
+    return pair
+
+
+def write(held, slots, x):
+    """x [Hkv, slots, D], rounded."""
+    own = quantise(x)
+    held.scales[:, slots] = own.scales
+    held.numbers.view(torch.uint8)[:, slots] = own.numbers.view(torch.uint8)
+
+
+def paired(keys, values):
+    pair = EightBits.pair(keys.shape, keys.device)
+    for held, x in zip(pair, (keys, values), strict=True):
+        write(held, range(x.shape[1]), x)
+    return pair
 
 
 def test_noise():
-    held = poisoned(2, 5000, 8, "cpu")
-    held.normal_()
-    x = held.to(torch.float64)
-    assert x.isfinite().all() and 0.9 < x.std() < 1.1
+    for held in poisoned(2, 5000, 8, "cpu"):
+        held.normal_()
+        x = held.to(torch.float64)
+        assert x.isfinite().all() and 0.9 < x.std() < 1.1
+
+
+def test_scales_are_read_as_words():
+    pair = poisoned(2, 9, 8, "cpu")
+    for held in pair:
+        held.normal_()
+    for part in (pair, [held[:, 2:7] for held in pair]):
+        words = scale_words(*part)
+        assert words.shape == part[0].shape[:2]
+        for held, bits in zip(part, (words << 16, words & -0x10000), strict=True):
+            assert torch.equal(bits.view(torch.float32), held.scales.float())
+    assert scale_words(*torch.zeros(2, 1, 4, 8)) is None
+    x = torch.randn(2, 9, 8)
+    with pytest.raises(ValueError, match=r"side by side: use EightBits\.pair"):
+        scale_words(quantise(x), quantise(x))
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -105,7 +135,7 @@ def test_triton_store(dim, on_device, dtype, device):
     angles = rotary_angles(torch.arange(21, device=device), dim, 1e4, dtype)
     slots = 5 + torch.randperm(21, device=device) if on_device else 5
     for turned in (angles, None):
-        found, expected = ([poisoned(3, 30, dim, device) for _ in range(2)] for _ in range(2))
+        found, expected = (poisoned(3, 30, dim, device) for _ in range(2))
         store_keys_values(k, v, turned, *found, slots)
         store_keys_values_reference(k, v, turned, *expected, slots)
         for one, other in zip(found, expected, strict=True):
@@ -120,7 +150,7 @@ def test_store_is_as_defined():
     """Keys are rotated, and rounded once, from bfloat16, too."""
     k, v = (numbers(9, 2, 16, dtype=torch.bfloat16) for _ in range(2))
     angles = rotary_angles(torch.arange(9), 16, 1e4, torch.bfloat16)
-    held = [poisoned(2, 20, 16, "cpu") for _ in range(2)]
+    held = poisoned(2, 20, 16, "cpu")
     store_keys_values_reference(k, v, angles, *held, 3)
     turned = rotate(k.float(), tuple(x.float() for x in angles))
     for one, x in zip(held, (turned, v), strict=True):
@@ -135,16 +165,12 @@ def filled(read, heads, slots, dim, dtype, device):
     They are the same on all devices: of other draws, of so few queries, rounding in bfloat16 alone
     may take up what an error is allowed to be.
     """
-    held, wide = [], []
-    for seed in range(2):
+    held = poisoned(heads, slots, dim, device)
+    for seed, every in enumerate(held):
         torch.manual_seed(seed)
         x = torch.randn(heads, len(read), dim) * torch.randn(heads, len(read), 1).exp()
-        own, every = quantise(x.to(device)), poisoned(heads, slots, dim, device)
-        every.scales[:, read] = own.scales
-        every.numbers.view(torch.uint8)[:, read] = own.numbers.view(torch.uint8)
-        held.append(every)
-        wide.append(every.to(torch.float64))
-    return held, wide
+        write(every, read, x.to(device))
+    return held, [every.to(torch.float64) for every in held]
 
 
 # Texts that share a prefix behind which each goes on, and one that is alone.
@@ -248,7 +274,7 @@ def test_triton_values_of_all_sizes(dtype, device, close):
     keys[:, :2], sinks[:, 0], sinks[:, 1], sinks[:, 2:200] = 2 * q[:, 0], 0, 1e-14, 100
     rows, positions = Readings([0], [Span(0, 1, 0, 300, False, 0)]), torch.tensor([299]).to(device)
     for values in (sinks, 1e-4 * small):
-        held = [quantise(x) for x in (keys, values)]
+        held = paired(keys, values)
         wide = [x.to(torch.float64) for x in held]
         expected = batch_attention_reference(q.double(), *wide, positions, rows)
         close(batch_attention(q, *held, positions, rows), expected)
@@ -268,7 +294,7 @@ def test_triton_queries_of_all_sizes(dtype, device, close):
     keys[..., 3] /= 2**14
     q = q.to(dtype)
     rows, positions = Readings([0], [Span(0, 1, 0, 300, False, 0)]), torch.tensor([299]).to(device)
-    held = [quantise(x) for x in (keys, values)]
+    held = paired(keys, values)
     wide = [x.to(torch.float64) for x in held]
     expected = batch_attention_reference(q.double(), *wide, positions, rows)
     close(batch_attention(q, *held, positions, rows), expected)
@@ -282,8 +308,8 @@ def test_triton_stripes(dtype, device, close):
     stripes, spans = Stripes(1, 3, 4), Spans(SPANS)
     slots = [slot for slot in READ if slot // 4 % 3 == 1]
     own = [stripes.held(slot) for slot in slots]
-    held, wide = filled(own, 2, 120, 24, dtype, device)
-    q, angles = queries(47, 4, 24, dtype, device)
+    held, wide = filled(own, 1, 120, 72, dtype, device)
+    q, angles = queries(47, 3, 72, dtype, device)
     expected = cache_attention_part_reference(q.double(), *wide, spans, stripes, double(angles))
     close(cache_attention_part(q, *held, spans, stripes, angles), expected)
 
