@@ -10,8 +10,9 @@ It starts its processes itself, for each number of GPUs as torchrun does, and ha
   dealt out one by one as lm-eval deals them. Timed from the call until all have all answers, texts
   to tokens included; making texts and loading the model is not. Prompts are random tokens which
   share what those of yoco_needle share (`prompts.py`); a tokenizer that has a word for each token
-  stands between. The busiest process's time in the engine is compared with the mean, and answers
-  with those of one process: in bfloat16, what is computed side by side moves roundings.
+  stands between. Beside all seconds stand those that the busiest process was in the engine, which
+  are compared with the mean, and at texts; answers are compared with those of one process: in
+  bfloat16, what is computed side by side moves roundings.
 - together: a prompt of `--length` that all processes hold together (`context_parallel`), through
   the engine: seconds to the first new token, new tokens per second after it, and the largest peak
   of memory of any card beside what the engine had planned.
@@ -256,6 +257,26 @@ class Timed:
         self._seconds += time.perf_counter() - begin
 
 
+class TimedEncoder:
+    """An encoder of texts, and the seconds in it since it was last asked for them."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder, self._seconds = encoder, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def seconds(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        begin = time.perf_counter()
+        found = self._encoder.encode_all(texts)
+        self._seconds += time.perf_counter() - begin
+        return found
+
+
 class Worker:
     """What one process has: the backend with the model, its place, and where it leaves figures."""
 
@@ -278,6 +299,7 @@ class Worker:
         self.rank, self.size = (self.ranks.rank, self.ranks.size) if self.ranks else (0, 1)
         self.engine = self.lm.engine
         self.timed = self.lm.engine = Timed(self.engine)  # type: ignore[assignment]
+        self.encoding = self.lm._encoder = TimedEncoder(self.lm._encoder)  # type: ignore[assignment]
         self.group: Any = None
         if self.ranks is not None:
             from yoco_eval.context_parallel import own_group
@@ -388,20 +410,23 @@ def evaluated(
     worker: Worker, documents: Documents, ask: Callable[..., list[Any]]
 ) -> dict[str, Any]:
     """Seconds until all processes have all answers, those of the busiest one in the engine and
-    that over the mean, and the answers by document."""
+    that over the mean, those of the busiest one at texts, and the answers by document."""
     worker.everyones(None)
     worker.timed.seconds()
+    worker.encoding.seconds()
     begin = time.perf_counter()
     answers = ask(documents.own, disable_tqdm=True)
     worker.lm.barrier()
     seconds = time.perf_counter() - begin
-    found, busy = zip(*worker.everyones((answers, worker.timed.seconds())), strict=True)
+    own = answers, worker.timed.seconds(), worker.encoding.seconds()
+    found, busy, encoding = zip(*worker.everyones(own), strict=True)
     each, answered = documents.each, []
     for document in range(documents.count):
-        own, i = found[document % worker.size], document // worker.size
-        answered.append(own[i * each : (i + 1) * each])
+        given, i = found[document % worker.size], document // worker.size
+        answered.append(given[i * each : (i + 1) * each])
     spread = max(busy) * len(busy) / sum(busy)
-    return {"seconds": seconds, "engine": max(busy), "spread": spread, "answers": answered}
+    times = {"seconds": seconds, "engine": max(busy), "spread": spread, "texts": max(encoding)}
+    return times | {"answers": answered}
 
 
 def single(worker: Worker) -> None:
@@ -530,6 +555,7 @@ def of_data(args: argparse.Namespace, found: Found, kind: str) -> list[Row]:
         row: Row = {"GPUs": gpus, "s": now["seconds"]}
         row["of linear"] = one and one["seconds"] / gpus / now["seconds"]
         row |= {"engine s": now["engine"], "busiest / mean": now["spread"]}
+        row["texts s"] = now["texts"]
         row["other answers"] = one and differing(kind, one["answers"], now["answers"])
         rows.append(row | {"loading s": found.get(gpus, "loading")["seconds"]})
     return rows

@@ -8,6 +8,7 @@ everyone in the process who has the same tokenizer: for a task that sizes prompt
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from bisect import bisect_left
 from collections import OrderedDict
@@ -171,7 +172,7 @@ class Encoder:
 
         # Threads of our own: lm-eval switches the library's off, which lets Python run meanwhile.
         batches = list(_batches(new))
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(_threads()) as pool:
             encoded = pool.map(encode, batches) if len(batches) > 1 else map(encode, batches)
             for batch, pieces in zip(batches, encoded, strict=True):
                 for cutout, piece in zip(batch, pieces, strict=True):
@@ -218,6 +219,13 @@ class Encoder:
         if self._whole_words and not new[_AGREEING - 1]:
             return index, None
         return index, (*ids[around.start : around.stop].tolist(), *new)
+
+
+def _threads() -> int:
+    """This process's cores, or its part of them where torchrun has started others beside it."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux has it
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
