@@ -311,7 +311,7 @@ class YocoLM(TemplateLM):
         settings.append(self.add_bos_token)
         # The tokenizer's own end token is among what follows.
         ends = sorted(self._end_tokens - {self.eot_token_id})
-        settings += [one for one in (ends, self.think_end_token) if one]
+        settings += [one for one in (ends or None, self.think_end_token) if one is not None]
         settings += [f"{name}={value}" for name, value in self._cache_settings.items()]
         digest = hashlib.sha256(repr(settings).encode())
         for name, parameter in self.model.state_dict().items():

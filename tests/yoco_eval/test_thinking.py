@@ -209,6 +209,8 @@ def test_responses_of_other_endings_are_not_kept(folders, tmp_path):
     cached()
     with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
         cached(think_end_token="</think>")
+    with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
+        cached(think_end_token=0)
     settings = folders["phi"] / "yoco" / "generation_config.json"
     before = settings.read_text()
     settings.write_text('{"eos_token_id": 7}')
