@@ -50,7 +50,7 @@ def cache_attention(
     Args:
         q: [T, Hq, D].
         keys, values: [Hkv, N, D], rotated; both of one buffer shape, or of such buffers the same
-            slots; or both in eight bits. Keys outside the spans may be uninitialised.
+            slots; or both of an `EightBits.pair`. Keys outside the spans may be uninitialised.
         spans: which keys each query reads.
         angles: cos and sin [T, D / 2] by which q is rotated first; None: it is rotated already.
         scale: of the scores, positive.

@@ -61,7 +61,7 @@ def _block_sizes(dtype: torch.dtype, dim: int) -> tuple[int, ...]:
     return (16, 32, 64, 128)
 
 
-def _config(block_m: int, dim: int, dtype: torch.dtype, eight_bits: bool = False) -> dict[str, int]:
+def _config(block_m: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Keys per step, warps and pipeline stages, within 228 KiB of shared memory."""
     if dtype == torch.float32:
         stages = 2 if dim <= 256 else 1
@@ -71,13 +71,23 @@ def _config(block_m: int, dim: int, dtype: torch.dtype, eight_bits: bool = False
         return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 3 if block_m == 64 else 2}
     if dim > 128:
         return {"BLOCK_N": 32, "num_warps": warps, "num_stages": 2}
-    return {"BLOCK_N": _keys(block_m, dim, eight_bits), "num_warps": warps, "num_stages": 3}
+    return {"BLOCK_N": 64, "num_warps": warps, "num_stages": 3}
 
 
-def _keys(block_m: int, dim: int, eight_bits: bool) -> int:
-    """Per step, of up to 128 columns. Few rows over keys in eight bits, which are as many bytes as
-    half the keys in 16, take twice as many: that is fewer instructions for each."""
-    return 128 if eight_bits and block_m == 16 and dim > 64 else 64
+def _cache_config(block_m: int, shape: _Shape) -> dict[str, int]:
+    """`_config` of `_cache_kernel`. Few rows take twice as many keys of eight bits, which are as
+    many bytes as others: that is fewer instructions for each."""
+    _, _, dim, dtype, device, eight_bits = shape
+    config = _config(block_m, dim, dtype)
+    if _few(block_m, dim) and eight_bits and dtype != torch.float32 and on_hopper(device):
+        config["BLOCK_N"] = 128
+    return config
+
+
+def _few(rows: int, dim: int) -> bool:
+    """So few rows that instructions for keys and values in eight bits keep memory waiting; and
+    columns for which that was measured."""
+    return rows <= 16 and 64 < dim <= 128
 
 
 def _fit(block_m: int, dim: int, eight_bits: bool) -> int:
@@ -86,7 +96,7 @@ def _fit(block_m: int, dim: int, eight_bits: bool) -> int:
     fit = {16: 3, 32: 2, 64: 2, 128: 1}
     if dim <= 64:
         fit |= {16: 4, 32: 3}
-    elif eight_bits and dim <= 128:
+    elif eight_bits and _few(block_m, dim):
         fit |= {16: 2}
     elif dim > 256:
         fit |= {16: 2, 64: 1}
@@ -102,7 +112,7 @@ def _registers(block_m: int, shape: _Shape, striped: bool) -> dict[str, int]:
     _, _, dim, dtype, device, eight_bits = shape
     if not (striped or eight_bits) or dtype == torch.float32 or not on_hopper(device):
         return {}
-    warps = _config(block_m, dim, dtype, eight_bits)["num_warps"]
+    warps = _config(block_m, dim, dtype)["num_warps"]
     limit = (1 << 16) // (32 * warps * _fit(block_m, dim, eight_bits)) // 8 * 8
     return {"maxnreg": limit} if limit < 256 else {}
 
@@ -216,18 +226,18 @@ def _step(
     acc, top, total, q, q_scales, keys, values, scales, start, end, limit, part,
     SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     V_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
-    WORDS: tl.constexpr = False,
+    WORDS: tl.constexpr = 0,
 ):  # fmt: skip
     """One block of keys, from `start`, of an online softmax in powers of two; SCALE is positive.
 
     Of the values, columns `part` * V_PAD and the following. The block's offset is 64-bit, those
     within it 32-bit: a head's keys may be over 2^31 numbers. Keys and values in eight bits have
-    scales (`scale_words`), by which scores and weights are multiplied, and q has those of
-    `_scaled`; else all are None.
+    scales (`scale_words`): a key's multiplies scores, a value's, a power of two, is added to what
+    is exponentiated. q has those of `_scaled`; else all are None.
 
-    With WORDS, values of eight bits are read from shared memory four columns at a time: byte by
-    byte, that would be a fifth of all instructions, which keep memory waiting. So there are four
-    products, of each fourth column. 2: NVIDIA's instructions take the words apart.
+    With WORDS (`words`), values of eight bits are read from shared memory four columns at a time:
+    byte by byte, that would be a fifth of all instructions. So there are four products, of each
+    fourth column.
     """
     block = tl.arange(0, BLOCK_N)
     slot = start + block
@@ -269,11 +279,10 @@ def _step(
     if scales is None:
         new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
     else:
-        # Weights times scales, 2^15 at most since float16 takes them down to 2^-24, are computed
-        # first, and weights by dividing by scales: powers of two.
-        exponent = (word >> 23) - (127 + 15)
+        # First come weights times scales, 2^15 at most since float16 takes them down to 2^-24.
+        exponent = (word >> 23) - 127
         scores = scores * q_scales[:, None] + exponent.to(tl.float32)[None, :]
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        new_top = tl.maximum(top, tl.max(scores, 1) - 15)
     shift = new_top
     if MASKED:  # a row may have seen no key yet
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -281,7 +290,7 @@ def _step(
         weights = tl.exp2(scores * SCALE - shift[:, None])  # one instruction for both
         masses = weights
     else:
-        weights = tl.exp2(scores - (shift - 15)[:, None])
+        weights = tl.exp2(scores - shift[:, None])
         inverse = (0x7F000000 - (word & -0x10000)).to(tl.float32, bitcast=True)
         masses = weights * inverse[None, :]
     fade = tl.exp2(top - shift)
@@ -305,7 +314,7 @@ def _walk(
     acc, top, total, q, q_scales, keys, values, scales, first, seen_from, seen_to, end, limit, part,
     SCALE: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     V_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
-    WORDS: tl.constexpr = False,
+    WORDS: tl.constexpr = 0,
 ):  # fmt: skip
     """Online softmax over keys first .. end - 1: each row sees those from limit - WINDOW (from
     `first`, if WINDOW is 0) to limit - 1. Masks only the blocks outside seen_from .. seen_to - 1,
@@ -428,11 +437,18 @@ def _parts(dim: int) -> int:
 
 
 def words(rows: int, keys: Held) -> int:
-    """How `_step` reads the values beside keys, for so many rows: more than a few are products."""
+    """WORDS of `_step` for so many rows: 0, numbers one by one; 1, four in a word; 2, likewise, and
+    NVIDIA's instructions take it apart."""
     dim = keys.shape[2]
-    if not isinstance(keys, EightBits) or rows > 16 or dim % 4 or not 64 < dim <= 128:
+    if not isinstance(keys, EightBits) or not _few(rows, dim) or dim % 4 or not _has_tuples():
         return 0
-    return 2 if keys.device.type == "cuda" and torch.version.hip is None else 1
+    return 2 if isinstance(_cache_kernel, triton.JITFunction) and torch.version.hip is None else 1
+
+
+@cache
+def _has_tuples() -> bool:
+    """Triton's loops carry them from 3.3 on."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
 def _query_constants(q: Tensor, heads: int, angles: Angles | None, scale: float | None) -> dict:
@@ -588,7 +604,7 @@ def _over_cache(
         SHARES=0 if stripes is None else stripes.size,
         RUN=1 if stripes is None else stripes.block, WORDS=words(plan.block_m, keys),
         **_query_constants(q, heads, angles, scale),
-        **_config(plan.block_m, dim, q.dtype, shape.eight_bits),
+        **_cache_config(plan.block_m, shape),
         **_registers(plan.block_m, shape, stripes is not None),
     )  # fmt: skip
     if plan.pieces:
@@ -837,7 +853,8 @@ def _plan(
         walks = [walk for unit in units for walk in _row_blocks(*unit, group, block_m, batch)]
         if stripes is not None:
             walks = [_held_by(stripes, walk) for walk in walks]
-    block_n = _config(block_m, dim, dtype)["BLOCK_N"]
+    block_n = _cache_config(block_m, shape)["BLOCK_N"]
+    least = 4 * _config(block_m, dim, dtype)["BLOCK_N"]  # keys of a piece
     at_once = _at_once(block_m, shape)
     heads *= _parts(dim)
     # All pieces should take about as long as each other, and be as many as fit on the GPU at once;
@@ -847,7 +864,7 @@ def _plan(
     coarse = 4 * len(walks) * heads > at_once
     tasks = []
     for walk in walks:
-        pieces = int(min(walk.keys / share + 0.01, walk.keys / (4 * block_n)))
+        pieces = int(min(walk.keys / share + 0.01, walk.keys / least))
         if coarse:
             pieces = max(pieces, round(min(4 * walk.keys / share, walk.keys / (32 * block_m))))
         if pieces <= 1:

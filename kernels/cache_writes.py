@@ -23,7 +23,7 @@ def store_keys_values(
     Args:
         k, v: [T, Hkv, D].
         angles: cos and sin [T, D / 2] by which k is rotated; None: it is already.
-        keys, values: [Hkv, N, D], each head's slots one behind the other, or both in eight bits,
+        keys, values: [Hkv, N, D], each head's slots one behind the other, or an `EightBits.pair`,
             to which they are rounded at once; changed in place.
         slots: the first of T slots in a row; or, on the device, integers [T].
     """

@@ -82,13 +82,13 @@ def quantised(x):
     most = tl.max(bits, 1)  # in the order of numbers; infinity and NaN are above all
     # 448 = 1.75 * 2^8: of a number's 1.m * 2^e, m above 0.75 takes the next e.
     exponent = tl.maximum(((most + 0x1FFFFF) >> 23) - 8, _LEAST)
-    finite = most < 0x7F800000
-    exponent = tl.where(finite, exponent, _LEAST)
     x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
     # To the nearest of numbers that are 2^(e - 3) apart, e being -6 at least: float32 rounds so
     # beside 1.5 * 2^(e + 20).
     bits = x.to(tl.int32, bitcast=True) & 0x7F800000
     beside = ((tl.maximum(bits, 121 << 23) + (20 << 23)) | 0x400000).to(tl.float32, bitcast=True)
     numbers = ((x + beside) - beside).to(tl.float8e4nv).to(tl.int8, bitcast=True)
-    numbers = tl.where(finite[:, None], numbers, 0x7F)  # NaN, which the interpreter knows only so
-    return numbers.to(tl.float8e4nv, bitcast=True), exponent << 23
+    finite = most < 0x7F800000
+    numbers = tl.where(finite[:, None], numbers, 0x7F)  # NaN, of which the interpreter makes none
+    scale = tl.where(finite, exponent << 23, 0x7FC00000)
+    return numbers.to(tl.float8e4nv, bitcast=True), scale

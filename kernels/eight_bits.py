@@ -10,7 +10,7 @@ and number * scale is read. 448 is the largest number of e4m3, so that every num
 significant bits of that format unless it is less than a / 28672. A power of two costs none of them,
 and number * scale is exact in bfloat16, which scales are, too. A scale of each token makes what is
 read a matter of the token alone: not of those that are fed, or lie, beside it, and nothing is ever
-rounded again. If any number of a token is not finite, all that is read of it is NaN.
+rounded again. A token that is not finite has a scale, and numbers, of NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOISE = 1 << 12  # tokens that are made up at a time
 
 @dataclass(frozen=True, eq=False)
 class EightBits:
-    """Stands where a tensor [Hkv, N, D] of keys or values does.
+    """Stands where a tensor [Hkv, N, D] of keys or values does; kernels take the two of a `pair`.
 
     Attributes:
         numbers: float8_e4m3fn [..., N, D].
@@ -89,24 +89,25 @@ def scale_words(keys: Held, values: Held) -> Tensor | None:
     None: numbers are what they are.
 
     Raises:
-        ValueError: they do not lie side by side, as those of `EightBits.pair` do.
+        ValueError: they are not the two of an `EightBits.pair`, or the same slots of both.
     """
-    if not (isinstance(keys, EightBits) and isinstance(values, EightBits)):
+    if isinstance(keys, Tensor) and isinstance(values, Tensor):
         return None
-    first, second = keys.scales, values.scales
-    strides = *first.stride()[:-1], 2
-    beside = first.data_ptr() + first.itemsize == second.data_ptr()
-    if not beside or {first.stride(), second.stride()} != {strides}:
-        raise ValueError("scales of keys and values are not side by side: use EightBits.pair")
-    return first.as_strided((*first.shape, 2), (*strides, 1)).view(torch.int32)[..., 0]
+    if isinstance(keys, EightBits) and isinstance(values, EightBits):
+        one, other = keys.scales, values.scales
+        strides = *one.stride()[:-1], 2
+        begin, end = (x.untyped_storage().data_ptr() + x.storage_offset() * 2 for x in (one, other))
+        if end - begin == 2 and one.stride() == other.stride() == strides:
+            return one.as_strided((*one.shape, 2), (*strides, 1)).view(torch.int32)[..., 0]
+    raise ValueError("keys and values are not a pair whose scales are side by side: EightBits.pair")
 
 
 def quantise(x: Tensor) -> EightBits:
     """x [..., N, D] in eight bits, rounded from its own dtype, at least float32, at once."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     most = x.abs().amax(-1).clamp(min=2.0**LEAST)
-    finite = most.isfinite()
-    x, most = x.masked_fill(~finite[..., None], float("nan")), most.where(finite, 2.0**LEAST)
+    bad = ~most.isfinite()
+    x, most = x.masked_fill(bad[..., None], float("nan")), most.masked_fill(bad, 1)
     part, exponent = torch.frexp(most)  # most = part * 2^exponent, part from 1/2 up to 1
     exponent = (exponent - 9 + (part > 0.875).int()).clamp(min=LEAST)
     scales = torch.ldexp(torch.ones_like(most), exponent)
@@ -114,4 +115,4 @@ def quantise(x: Tensor) -> EightBits:
     # PyTorch would round numbers of float64 to float32 first.
     unit = torch.ldexp(torch.ones_like(x), torch.frexp(scaled).exponent.clamp(min=-5) - 4)
     numbers = ((scaled / unit).round_() * unit).to(NUMBER)
-    return EightBits(numbers, scales.to(SCALE))
+    return EightBits(numbers, scales.masked_fill(bad, float("nan")).to(SCALE))

@@ -294,6 +294,7 @@ def _listed_kernel(
     first = piece * SIZE
     end = tl.minimum(first + SIZE, last)
     limit = row * 0
+    tl.static_assert(BLOCK % BLOCK_N == 0)
     steps: tl.constexpr = BLOCK // BLOCK_N
     for i in range(first * steps, end * steps):
         start = tl.load(chosen + i // steps) * BLOCK + i % steps * BLOCK_N

@@ -117,7 +117,7 @@ def test_costs_are_those_of_the_cache(model):
     if most != ALL:
         held += cache.summaries.nbytes
     assert model.costs.cache_bytes(torch.float64, 640) == held
-    assert held < 640 * 2 * 2 * (8 + 4) * 1.2
+    assert held < 640 * 2 * 2 * (8 + 2) * 1.2
 
 
 @pytest.mark.parametrize(
