@@ -732,7 +732,7 @@ def test_on_hopper_registers_let_as_many_programs_fit_as_work_is_cut_for(
     )
     for size in triton_kernels._block_sizes(shape.dtype, dim):
         fit = triton_kernels._at_once(size, shape) / 132
-        warps = triton_kernels._config(size, dim, shape.dtype, eight_bits)["num_warps"]
+        warps = triton_kernels._cache_config(size, shape)["num_warps"]
         most = triton_kernels._registers(size, shape, striped=True).get("maxnreg", 256)
         assert most % 8 == 0 and fit * warps * 32 * most <= 1 << 16
 
