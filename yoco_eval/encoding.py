@@ -166,8 +166,10 @@ class Encoder:
         backend = self._backend()
 
         def encode(batch: Sequence[_Cutout]) -> list[_Piece]:
-            texts = [cutout.text for cutout in batch]
-            encodings = backend.encode_batch(texts, add_special_tokens=False)
+            # Positions, which tell where a piece ends in its text, take 40 % of the time.
+            whole = all(c.begin == 0 and c.end == len(c.text) for c in batch) and not ends
+            encode_all = backend.encode_batch_fast if whole else backend.encode_batch
+            encodings = encode_all([c.text for c in batch], add_special_tokens=False)
             return [self._piece(c, e, ends) for c, e in zip(batch, encodings, strict=True)]
 
         # Threads of our own: lm-eval switches the library's off, which lets Python run meanwhile.

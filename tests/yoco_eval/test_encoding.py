@@ -166,6 +166,10 @@ def encoded(monkeypatch):
             sizes.append(sum(map(len, texts)))
             return self._tokenizer.encode_batch(texts, **options)
 
+        def encode_batch_fast(self, texts, **options):
+            sizes.append(sum(map(len, texts)))
+            return self._tokenizer.encode_batch_fast(texts, **options)
+
     monkeypatch.setattr(Encoder, "_backend", lambda encoder: Counting(encoder))
     return sizes
 
