@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -183,7 +184,8 @@ class _Packed(NamedTuple):
         return cls(ids, lengths, [ask.first for ask in asks], [ask.generate for ask in asks])
 
     def asks(self) -> list[Ask]:
-        parts = np.split(self.ids, np.cumsum(self.lengths)[:-1]) if self.lengths else []
+        bounds = pairwise(accumulate(self.lengths, initial=0))
+        parts = [self.ids[begin:end] for begin, end in bounds]
         return [Ask(*ask) for ask in zip(parts, self.firsts, self.generates, strict=True)]
 
 
