@@ -16,6 +16,7 @@ from .section_notes import length_cell
 COSTS = "Costs"
 _QUANTITIES = {  # of profiles: what a reader calls them, and the unit
     "peak_bytes": ("peak memory, GiB", GIB),
+    "cache_bytes": ("cache, GiB", GIB),
     "prefill_seconds": ("prefill, s", 1),
     "decode_tokens_per_second": ("decoding, tokens/s", 1),
 }

@@ -17,7 +17,7 @@ from yoco_eval import __version__
 from yoco_eval.devices import CACHE_DTYPES, DTYPES
 from yoco_eval.lengths import as_argument, parse_length, parse_lengths
 from yoco_eval.printable import PLAIN, message, with_settings
-from yoco_eval.sizes import parse_count, parse_memory, parse_speeds
+from yoco_eval.sizes import parse_blocks, parse_count, parse_memory, parse_speeds
 
 if TYPE_CHECKING:
     import torch
@@ -288,7 +288,7 @@ def _plan(args: argparse.Namespace) -> int:
         result = estimate(blueprint.costs, dtype, card, args.length, args.prefill_chunk)
         print_estimate(result, name, dtype, _console(), positions)
         if args.cache_dtype is not None and device.type == "cpu":
-            _print("On a CPU, numbers of eight bits are converted first, which takes longer.")
+            _print("On a CPU, numbers of eight bits are converted first, and decoding is slower.")
         return 0 if result.fit.fits else 1
     layouts = lay_out(blueprint, dtype, cluster, args.length, args.prefill_chunk)
     print_layouts(layouts, name, dtype, _console(), positions)
@@ -645,7 +645,7 @@ def _add_revision(command: argparse.ArgumentParser, of: str) -> None:
 def _add_cache(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sparse",
-        type=as_argument(parse_count),
+        type=as_argument(parse_blocks),
         metavar="K",
         help="each token chooses K blocks of 64 tokens to read, as with --model_args sparse=K "
         "(default: it reads all)",

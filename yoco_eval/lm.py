@@ -49,7 +49,7 @@ from .requests import GenerateRequest, Progress, Score, ScoreRequest, TokenIds
 from .responses import unite_files
 from .rounds import Ask, Generate, Note, Rounds, united
 from .sampling import Sampling
-from .sizes import parse_count
+from .sizes import parse_blocks
 from .tokenizers import (
     SAMPLE,
     check_ends,
@@ -747,6 +747,6 @@ def _count(name: str, value: Any) -> int:
 
 def _blocks(given: Any) -> int:
     try:
-        return parse_count(str(given))
+        return parse_blocks(str(given))
     except ValueError as error:
         raise ValueError(f"sparse: {error}") from None

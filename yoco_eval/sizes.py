@@ -45,7 +45,7 @@ def parse_speeds(text: str) -> tuple[float, float]:
 
 
 def parse_count(text: str) -> int:
-    """A number of cards, of machines, or of blocks that a token chooses.
+    """A number of cards, or of machines.
 
     Raises:
         ValueError: it is not one from 1 to 65536.
@@ -55,3 +55,18 @@ def parse_count(text: str) -> int:
     if not 1 <= number <= 2**16:
         raise ValueError(f"{short_repr(text)} is no number from 1 to 65536; write 8")
     return number
+
+
+def parse_blocks(text: str) -> int:
+    """How many blocks of the cache a token chooses.
+
+    Raises:
+        ValueError: it is not a number from 1 to 65536.
+    """
+    try:
+        return parse_count(text)
+    except ValueError:
+        raise ValueError(
+            f"{short_repr(text)} is no number of blocks from 1 to 65536; write 64, or leave it "
+            "out, and a token reads all"
+        ) from None

@@ -116,8 +116,8 @@ def test_markdown(full, tmp_path):
 def test_latex(full, tmp_path):
     text = saved(full, tmp_path, "tex")
     for name in ("table", "tabular"):
-        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 7
-    assert text.count(r"\toprule") == text.count(r"\bottomrule") == 7
+        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 8
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == 8
     assert r"effective & 4K & 64K & 256K & 1M \\" in text
     assert r"demo-4k & 0.500 {\scriptsize $\pm$0.010} \\" in text
     for row in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end", text, re.S):

@@ -194,7 +194,7 @@ def test_plan(capsys):
     assert 1.7 * rates[0] < rates[1] < 2 * rates[0] and rates[2] > 6 * rates[0]
     assert main([*command, "--cache-dtype", "fp8", "--gpus", "2"]) == 0
     assert " 1.02 " in capsys.readouterr().out  # GiB of the cache, of texts that both cards hold
-    slower = "On a CPU, numbers of eight bits are converted first, which takes longer."
+    slower = "On a CPU, numbers of eight bits are converted first, and decoding is slower."
     command = ["plan", "--shape", "3b", "--length", "4k", "--device", "cpu"]
     for more, told in ([], False), (["--cache-dtype", "fp8"], True):
         main([*command, *more])

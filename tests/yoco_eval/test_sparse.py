@@ -267,7 +267,10 @@ def test_what_the_backend_says_of_it():
         ({"sparse": 0}, "sparse: '0' "),
         ({"sparse": "many"}, "sparse: 'many' "),
         ({"sparse": True}, "sparse: 'True' "),
-        ({"sparse": 65537}, "sparse: '65537' is no number from 1 to 65536"),
+        (
+            {"sparse": 65537},
+            "sparse: '65537' is no number of blocks from 1 to 65536; write 64, or leave it out",
+        ),
     ],
 )
 def test_refused_arguments(arguments, said):
