@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -236,45 +236,35 @@ def take_turns(args: argparse.Namespace, folder: Path) -> None:
 
 
 class Timed:
-    """An engine, and the seconds in it since it was last asked for them."""
+    """An engine, or an encoder of texts, and the seconds in it since it was last asked for them."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine, self._seconds = engine, 0.0
+    def __init__(self, whole: Any) -> None:
+        self._whole, self._seconds = whole, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
 
     def seconds(self) -> float:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def score(self, *args: Any, **options: Any) -> Iterator[Any]:
-        return self._timed(self._engine.score(*args, **options))
+        with self._running():
+            yield from self._whole.score(*args, **options)
 
     def generate(self, *args: Any, **options: Any) -> Iterator[Any]:
-        return self._timed(self._engine.generate(*args, **options))
-
-    def _timed(self, answers: Iterator[Any]) -> Iterator[Any]:
-        begin = time.perf_counter()
-        yield from answers
-        self._seconds += time.perf_counter() - begin
-
-
-class TimedEncoder:
-    """An encoder of texts, and the seconds in it since it was last asked for them."""
-
-    def __init__(self, encoder: Any) -> None:
-        self._encoder, self._seconds = encoder, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._encoder, name)
-
-    def seconds(self) -> float:
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+        with self._running():
+            yield from self._whole.generate(*args, **options)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with self._running():
+            return self._whole.encode_all(texts)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
         begin = time.perf_counter()
-        found = self._encoder.encode_all(texts)
+        yield
         self._seconds += time.perf_counter() - begin
-        return found
 
 
 class Worker:
@@ -299,7 +289,7 @@ class Worker:
         self.rank, self.size = (self.ranks.rank, self.ranks.size) if self.ranks else (0, 1)
         self.engine = self.lm.engine
         self.timed = self.lm.engine = Timed(self.engine)  # type: ignore[assignment]
-        self.encoding = self.lm._encoder = TimedEncoder(self.lm._encoder)  # type: ignore[assignment]
+        self.encoding = self.lm._encoder = Timed(self.lm._encoder)  # type: ignore[assignment]
         self.group: Any = None
         if self.ranks is not None:
             from yoco_eval.context_parallel import own_group

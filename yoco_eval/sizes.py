@@ -44,8 +44,11 @@ def parse_speeds(text: str) -> tuple[float, float]:
     return products * 1e12, memory * 1e9
 
 
-def parse_count(text: str) -> int:
-    """A number of cards, or of machines.
+def parse_count(text: str, what: str = "number", mend: str = "8") -> int:
+    """A number of cards or of machines.
+
+    Args:
+        what, mend: as the error calls it, and says what to write.
 
     Raises:
         ValueError: it is not one from 1 to 65536.
@@ -53,7 +56,7 @@ def parse_count(text: str) -> int:
     match = re.fullmatch(r"\d{1,5}", text.strip())
     number = int(text) if match else 0
     if not 1 <= number <= 2**16:
-        raise ValueError(f"{short_repr(text)} is no number from 1 to 65536; write 8")
+        raise ValueError(f"{short_repr(text)} is no {what} from 1 to 65536; write {mend}")
     return number
 
 
@@ -63,10 +66,4 @@ def parse_blocks(text: str) -> int:
     Raises:
         ValueError: it is not a number from 1 to 65536.
     """
-    try:
-        return parse_count(text)
-    except ValueError:
-        raise ValueError(
-            f"{short_repr(text)} is no number of blocks from 1 to 65536; write 64, or leave it "
-            "out, and a token reads all"
-        ) from None
+    return parse_count(text, "number of blocks", "64, or leave it out, and a token reads all")
