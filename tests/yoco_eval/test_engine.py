@@ -10,6 +10,7 @@ import torch
 
 from yoco_eval import engine as module
 from yoco_eval.engine import Engine
+from yoco_eval.garbage import collecting_new_only
 from yoco_eval.memory import fit
 from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig, load
 from yoco_eval.requests import GenerateRequest, ScoreRequest
@@ -202,6 +203,15 @@ def test_a_run_does_not_wait_for_garbage_from_before_it(exact):
     for _ in scores:
         assert gc.get_freeze_count()
     assert not gc.get_freeze_count()
+
+
+def test_within_a_run_frozen_objects_are_not_counted(exact, monkeypatch):
+    counted, count = [], gc.get_freeze_count
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: counted.append(count()) or counted[-1])
+    with collecting_new_only():
+        collect(Engine(exact).score, [ScoreRequest([1], [2])])
+        assert count()
+    assert counted == [0] and not count()
 
 
 def test_only_asked_positions_enter_the_cross_decoder(exact):
