@@ -6,15 +6,19 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_frozen = False  # known here, since Python counts frozen objects one by one, for some 20 ms
+_frozen = False
 
 
 @contextmanager
 def collecting_new_only() -> Iterator[None]:
     """Python does not look through what exists already: with torch and transformers some 400 000
-    objects, for which a GPU and all other processes would wait 0.1 to 0.3 s now and then."""
+    objects, for which a GPU and all other processes would wait 0.1 to 0.3 s now and then.
+
+    It does so again afterwards, at what was frozen before, too: in Python 3.12 some hundred objects
+    of its own always are, which look like somebody else's.
+    """
     global _frozen
-    if _frozen or gc.get_freeze_count():  # a caller's doing, or somebody else's
+    if _frozen:  # a caller's doing
         yield
         return
     gc.freeze()

@@ -198,20 +198,20 @@ def test_what_is_computed_is_handed_over_when_a_run_breaks(exact, monkeypatch):
 
 
 def test_a_run_does_not_wait_for_garbage_from_before_it(exact):
+    gc.freeze()  # as Python 3.12 does with some objects
+    before = gc.get_freeze_count()
     requests = [ScoreRequest([1], [2]), ScoreRequest([3], [4])]
     scores = Engine(exact).score(requests, begin=[].append, progress=[].append)
     for _ in scores:
-        assert gc.get_freeze_count()
+        assert gc.get_freeze_count() > before
     assert not gc.get_freeze_count()
 
 
-def test_within_a_run_frozen_objects_are_not_counted(exact, monkeypatch):
-    counted, count = [], gc.get_freeze_count
-    monkeypatch.setattr(gc, "get_freeze_count", lambda: counted.append(count()) or counted[-1])
+def test_a_run_within_another_thaws_nothing(exact):
     with collecting_new_only():
         collect(Engine(exact).score, [ScoreRequest([1], [2])])
-        assert count()
-    assert counted == [0] and not count()
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
 
 
 def test_only_asked_positions_enter_the_cross_decoder(exact):
