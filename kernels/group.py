@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .stripes import Stripes
@@ -85,6 +86,17 @@ class Group:
             x = torch.cat((x, x.new_zeros(longest - len(x), *x.shape[1:])))
         every = self.gather(x)
         return torch.cat([own[:length] for own, length in zip(every, lengths, strict=True)])
+
+    def share_of(self, x: Tensor) -> Tensor:
+        """The rows of x [n, ...] that fall to this process: as many as to all, but at the end."""
+        most = -(-len(x) // self.size)
+        return x[self.rank * most : (self.rank + 1) * most]
+
+    def columns(self, x: Tensor, count: int) -> Tensor:
+        """Everyone's columns beside each other: x [T, own] to [T, count], of `share_of` as many."""
+        short = -(-count // self.size) - x.shape[1]
+        every = self.gather(F.pad(x, (0, short)) if short else x)
+        return every.transpose(0, 1).flatten(1)[:, :count]
 
     def share(self, x: Tensor, source: int) -> Tensor:
         """x [...], contiguous, changed in place to that of process `source`."""

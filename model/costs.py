@@ -123,11 +123,13 @@ class YocoCosts:
         return length * (config.self_layers * layer + 4 * config.dim * self._width)
 
     def decode_bytes(self, dtype: torch.dtype, length: int) -> int:
-        """Every weight is read once but the embedding, of which one row is unless it is tied; the
-        shared cache is read once for each layer of the cross-decoder; the states are moved. Of a
-        sparse one, all summaries are read once, and so many blocks by each layer."""
+        """Every weight is read once but the embedding, of which one row is unless it is tied, and
+        the other parts' rows of the output projection; the shared cache is read once for each
+        layer of the cross-decoder; the states are moved. Of a sparse one, all summaries are read
+        once, and so many blocks by each layer."""
         config = self.config
         unread = 0 if config.tied_embeddings else (config.vocab_size - 1) * config.dim
+        unread += (config.vocab_size - -(-config.vocab_size // self.parts)) * config.dim
         cache = self.cache_bytes(dtype, length) * config.cross_layers
         if self.sparse is not None:
             summary = 2 * self._width * dtype.itemsize
@@ -151,12 +153,13 @@ class YocoCosts:
 
     def stepping(self, dtype: torch.dtype) -> Traffic:
         """Each layer of the cross-decoder merges everyone's outputs and their norms; at the end,
-        all take the first one's token."""
+        all have everyone's logits, and take the first one's token."""
         if self.parts == 1:
             return Traffic()
         outputs = self.config.n_attn_heads * (self.config.attn_head_dim + 1)
         layer = gathered(outputs * max(dtype.itemsize, 4), self.parts)
-        return layer * self.config.cross_layers + handed_on(torch.int64.itemsize)
+        logits = gathered(-(-self.config.vocab_size // self.parts) * dtype.itemsize, self.parts)
+        return layer * self.config.cross_layers + logits + handed_on(torch.int64.itemsize)
 
     @property
     def _width(self) -> int:
