@@ -21,6 +21,12 @@ from .stripes import Stripes
 Result = TypeVar("Result")
 
 
+def rows_each(count: int, processes: int) -> int:
+    """How many of a matrix's rows each process computes products with; the last one takes what is
+    left, where there are as many rows as any model's vocabulary has."""
+    return -(-count // processes)
+
+
 def _at_once(call: Callable[[], Result]) -> Result:
     return call()
 
@@ -87,14 +93,15 @@ class Group:
         every = self.gather(x)
         return torch.cat([own[:length] for own, length in zip(every, lengths, strict=True)])
 
-    def share_of(self, x: Tensor) -> Tensor:
-        """The rows of x [n, ...] that fall to this process: as many as to all, but at the end."""
-        most = -(-len(x) // self.size)
-        return x[self.rank * most : (self.rank + 1) * most]
+    def own_rows(self, matrix: Tensor) -> Tensor:
+        """The rows [n <= rows_each, K] of a matrix [N, K] that are this process's."""
+        each = rows_each(len(matrix), self.size)
+        return matrix[self.rank * each : (self.rank + 1) * each]
 
     def columns(self, x: Tensor, count: int) -> Tensor:
-        """Everyone's columns beside each other: x [T, own] to [T, count], of `share_of` as many."""
-        short = -(-count // self.size) - x.shape[1]
+        """Everyone's products x [T, n] with their `own_rows` of `count`, beside each other:
+        [T, count], not contiguous if some have fewer."""
+        short = rows_each(count, self.size) - x.shape[1]
         every = self.gather(F.pad(x, (0, short)) if short else x)
         return every.transpose(0, 1).flatten(1)[:, :count]
 

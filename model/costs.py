@@ -11,6 +11,7 @@ from yoco_eval.kernels.attention import FEW, KEYS, SCORES
 from yoco_eval.kernels.dispatch import triton_takes
 from yoco_eval.kernels.eight_bits import NUMBER, SCALE
 from yoco_eval.kernels.fused_linear import MIN_TOKENS, fuses_swiglu
+from yoco_eval.kernels.group import rows_each
 from yoco_eval.kernels.sparse_attention import NUMBERS
 from yoco_eval.kernels.striped_attention import GATHERED
 from yoco_eval.kernels.text_blocks import ALWAYS, BLOCK, SCORED
@@ -129,7 +130,7 @@ class YocoCosts:
         once, and so many blocks by each layer."""
         config = self.config
         unread = 0 if config.tied_embeddings else (config.vocab_size - 1) * config.dim
-        unread += (config.vocab_size - -(-config.vocab_size // self.parts)) * config.dim
+        unread += (config.vocab_size - rows_each(config.vocab_size, self.parts)) * config.dim
         cache = self.cache_bytes(dtype, length) * config.cross_layers
         if self.sparse is not None:
             summary = 2 * self._width * dtype.itemsize
@@ -158,8 +159,12 @@ class YocoCosts:
             return Traffic()
         outputs = self.config.n_attn_heads * (self.config.attn_head_dim + 1)
         layer = gathered(outputs * max(dtype.itemsize, 4), self.parts)
-        logits = gathered(-(-self.config.vocab_size // self.parts) * dtype.itemsize, self.parts)
-        return layer * self.config.cross_layers + logits + handed_on(torch.int64.itemsize)
+        logits = rows_each(self.config.vocab_size, self.parts) * dtype.itemsize
+        return (
+            layer * self.config.cross_layers
+            + gathered(logits, self.parts)
+            + handed_on(torch.int64.itemsize)
+        )
 
     @property
     def _width(self) -> int:

@@ -171,7 +171,7 @@ class Decoder(Generic[S]):
 
     def agree(self, count: int = 1) -> None:
         """Has all processes of the group go on with the first one's `tokens` of the first `count`
-        rows: a rounding that differs must not part them."""
+        rows: what another card rounds or draws otherwise must not part them."""
         if self._group is not None:
             self._group.share(self.tokens[:count], 0)
 

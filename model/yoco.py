@@ -297,7 +297,8 @@ class Yoco(nn.Module):
         keys, values = self.cross_decoder.keys_values(x)
         cache.store_step(keys, values, angles, step)
         x = self.cross_decoder(x, cache.step_attention(step, angles))
-        weight = self.output_projection.weight
-        own = weight if self.group is None else self.group.share_of(weight)
-        logits = norm_linear(x, self.layer_norm.weight, own, self.config.norm_eps)
-        return logits if self.group is None else self.group.columns(logits, len(weight))
+        norm, weight, group = self.layer_norm.weight, self.output_projection.weight, self.group
+        if group is None:
+            return norm_linear(x, norm, weight, self.config.norm_eps)
+        own = norm_linear(x, norm, group.own_rows(weight), self.config.norm_eps)
+        return group.columns(own, len(weight))

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import csv
 import faulthandler
-import gc
 import io
 import json
 import logging
@@ -45,6 +44,7 @@ from mutations import SCRIPT, SENTINEL, mutate  # noqa: E402
 
 from yoco_eval import convert, estimate, profiling  # noqa: E402, F401
 from yoco_eval.cli import main as yoco_eval  # noqa: E402
+from yoco_eval.garbage import collecting_new_only  # noqa: E402
 from yoco_eval.lm import YocoLM  # noqa: E402
 from yoco_eval.reports import comparison_files, heatmap  # noqa: E402, F401
 
@@ -92,12 +92,13 @@ def run_cases(seed: int, cases: range) -> Iterator[Outcome]:
         files = Path(folder, "files")
         make_files(files)
         _warm_up(files, Path(folder, "warm"))
-        gc.freeze()  # or each fork would copy the heap as soon as it collects garbage
         case, end = cases.start, cases.stop
-        while case < end:
-            for outcome in _forked(seed, range(case, min(case + _BATCH, end)), files, Path(folder)):
-                yield outcome
-                case = outcome.case + 1
+        with collecting_new_only():  # or each fork would copy the heap as soon as it collects
+            while case < end:
+                batch = range(case, min(case + _BATCH, end))
+                for outcome in _forked(seed, batch, files, Path(folder)):
+                    yield outcome
+                    case = outcome.case + 1
 
 
 def _forked(seed: int, cases: range, files: Path, folder: Path) -> Iterator[Outcome]:

@@ -10,7 +10,6 @@ import torch
 
 from yoco_eval import engine as module
 from yoco_eval.engine import Engine
-from yoco_eval.garbage import collecting_new_only
 from yoco_eval.memory import fit
 from yoco_eval.model import GatedRetentionSettings, Yoco, YocoConfig, load
 from yoco_eval.requests import GenerateRequest, ScoreRequest
@@ -207,10 +206,13 @@ def test_a_run_does_not_wait_for_garbage_from_before_it(exact):
     assert not gc.get_freeze_count()
 
 
-def test_a_run_within_another_thaws_nothing(exact):
-    with collecting_new_only():
-        collect(Engine(exact).score, [ScoreRequest([1], [2])])
+def test_the_last_of_several_runs_thaws(exact):
+    runs = [Engine(exact).score([ScoreRequest([1], [2])], [].append, [].append) for _ in range(2)]
+    for run in runs:
+        next(run)
+    for run in runs:
         assert gc.get_freeze_count()
+        run.close()
     assert not gc.get_freeze_count()
 
 
