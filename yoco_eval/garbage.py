@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Runs under way. Python could tell only by looking at each frozen object, for some 20 ms.
+# Runs under way. To tell by what is frozen, Python would look at each object.
 _running = 0
 
 
