@@ -154,17 +154,13 @@ class YocoCosts:
 
     def stepping(self, dtype: torch.dtype) -> Traffic:
         """Each layer of the cross-decoder merges everyone's outputs and their norms; at the end,
-        all have everyone's logits, and take the first one's token."""
+        all have everyone's logits, and thus the likeliest token."""
         if self.parts == 1:
             return Traffic()
         outputs = self.config.n_attn_heads * (self.config.attn_head_dim + 1)
         layer = gathered(outputs * max(dtype.itemsize, 4), self.parts)
         logits = rows_each(self.config.vocab_size, self.parts) * dtype.itemsize
-        return (
-            layer * self.config.cross_layers
-            + gathered(logits, self.parts)
-            + handed_on(torch.int64.itemsize)
-        )
+        return layer * self.config.cross_layers + gathered(logits, self.parts)
 
     @property
     def _width(self) -> int:

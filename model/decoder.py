@@ -171,7 +171,7 @@ class Decoder(Generic[S]):
 
     def agree(self, count: int = 1) -> None:
         """Has all processes of the group go on with the first one's `tokens` of the first `count`
-        rows: what another card rounds or draws otherwise must not part them."""
+        rows. It is for tokens that were written there: those of a step are everybody's already."""
         if self._group is not None:
             self._group.share(self.tokens[:count], 0)
 

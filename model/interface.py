@@ -93,7 +93,7 @@ class PartCosts(Costs, Protocol):
         """What they tell each other while a text's next `chunk` tokens are fed."""
 
     def stepping(self, dtype: torch.dtype) -> Traffic:
-        """What they tell each other while one token is decoded."""
+        """What they tell each other while one token is decoded, the likeliest one."""
 
 
 class Config(Protocol):

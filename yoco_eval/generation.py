@@ -449,8 +449,11 @@ class Generation:
         if self._changed:
             self._tell_what_is_read()
         self._decoder.step(self._count)
-        self._draw([text for text in live if text.generator is not None])
-        self._decoder.agree(self._count)
+        sampled = [text for text in live if text.generator is not None]
+        if sampled:
+            self._draw(sampled)
+            # Cards of another kind draw other numbers from a seed.
+            self._decoder.agree(self._count)
         for text in live:
             text.launched += 1
         self._launched.append(_Launched(live, self._decoder))

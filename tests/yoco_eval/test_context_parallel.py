@@ -178,7 +178,6 @@ def test_what_processes_tell_each_other_is_counted(kind):
             decoder.read([0], [Span(0, 1, 0, chunk + 1, False, start=0)])
             group.told = Traffic()
             decoder.step()
-            decoder.agree()
             assert group.told == costs.stepping(dtype), (dtype, size)
         whole = model.costs_of(config).prefill_operations(chunk)
         assert costs.part_operations(chunk) == whole // (size if settings[kind].relays else 1)

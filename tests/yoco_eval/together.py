@@ -90,12 +90,15 @@ def scored(unit: int) -> list[ScoreRequest]:
     ]
 
 
-def prompts(unit: int) -> list[GenerateRequest]:
-    """Greedy ones, and some that are drawn; of some an end token shortens the answers."""
+def prompts(unit: int, rank: int) -> list[GenerateRequest]:
+    """Greedy ones, and some that are drawn; of some an end token shortens the answers.
+
+    Each process would draw otherwise, as it would on a card of another kind.
+    """
     rng = random.Random(2)
     requests = []
     for i, text in enumerate(texts(unit, 3)):
-        drawn = Sampling(0.8, 0.9, 0, seed=i) if i % 3 == 2 else Sampling()
+        drawn = Sampling(0.8, 0.9, 0, seed=i + 100 * rank) if i % 3 == 2 else Sampling()
         ends = {7, 8, 9} if i % 2 else set()
         requests.append(GenerateRequest(text, rng.choice([1, 5, 11]), ends, sampling=drawn))
     return [*requests, replace(requests[4], max_tokens=9)]
@@ -170,7 +173,7 @@ def everything(
             "branches": branched(model).cpu(),
             "decoded": decoded(model, unit).cpu(),
         }
-    asked = prompts(unit)
+    asked = prompts(unit, 0 if group is None else group.rank)
     found["answers"] = collected(Engine(model, 5, 30 * unit).generate, asked)
     # Greedy answers are continuations, too: of which each token is the likeliest.
     greedy = [
