@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from yoco_eval.printable import VALUE, listed, one_line
+
 from .cells import CHECKPOINT, NOTHING, Cell, Section, Table, transposed
 from .comparison import Comparison
 from .curve_plots import Plot, plot_panels
@@ -42,6 +44,10 @@ def _profiles(comparison: Comparison) -> tuple[Table, ...]:
             if p
         )
         notes = [f"Not comparable: {where}."]
+    # Settings of the cache stand in a profile's name: they may not be those of the evaluation.
+    named = zip(comparison.names, profiles, strict=True)
+    measured = [f"{name}: {one_line(p.name, VALUE)}" for name, p in named if p]
+    notes.append(f"Measured: {listed(measured, between='; ')}.")
     tables = []
     for quantity, (title, unit) in _QUANTITIES.items():
         rows = []

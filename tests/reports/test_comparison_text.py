@@ -43,7 +43,7 @@ def full(family):
         write(folder, results(scores, folder.name, seed=k), "results_2.json")
         row = ProfileRow("YOCO", 2**20, "measured", 2**30, 2**20, 2**31, 1.5 + k, 20.0)
         save_profile(
-            Profile("tiny", {}, "bfloat16", "GPU", None, {}, 64, 16, 1.0, 0, (row,)),
+            Profile(f"tiny sparse={k}", {}, "bfloat16", "GPU", None, {}, 64, 16, 1.0, 0, (row,)),
             folder / "profile.json",
         )
     (family[0] / "half.json").write_text("{")
@@ -72,6 +72,7 @@ def test_terminal(full):
     assert ["demo-4k", "0.500", "±0.010"] in lines
     assert ["YOCO-3B-1M", "0.747"] in lines and ["published,", "not", "measured", "here"] in lines
     assert ["1M", "1.5", "2.5", "3.5", "4.5"] in lines and "GPU, bfloat16." in text
+    assert "Measured: demo-4k: tiny sparse=0; demo-64k: tiny sparse=1;" in " ".join(text.split())
     headings = re.findall(r"^[A-Z][A-Z ]+$", text, re.M)
     assert headings == [
         "DIFFERENCES", "NEEDLES", "BENCHMARKS", "BY CONTEXT LENGTH", "COSTS", "SOURCES",
