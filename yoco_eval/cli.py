@@ -235,8 +235,12 @@ def _profile(args: argparse.Namespace) -> int:
     try:
         for path in args.output:
             check_output(path)
-        _check_revision(args)
-        profile, code = (load_profile(args.read), 0) if args.read else _measure_profile(args)
+        if args.read:
+            _check_measures_nothing(args)
+            profile, code = load_profile(args.read), 0
+        else:
+            _check_revision(args)
+            profile, code = _measure_profile(args)
     except ResultsError as error:
         raise UserError(error) from error
 
@@ -335,6 +339,14 @@ def _planned_card(
 def _check_revision(args: argparse.Namespace) -> None:
     if args.revision and not args.pretrained:
         raise UserError("--revision is of a checkpoint on the hub; name it with --pretrained")
+
+
+def _check_measures_nothing(args: argparse.Namespace) -> None:
+    alone = vars(_parser().parse_args(["profile", f"--read={args.read}"]))
+    given = [n for n, value in vars(args).items() if n != "output" and value != alone[n]]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"--read measures nothing; leave out {options}")
 
 
 def _measure_profile(args: argparse.Namespace) -> tuple[Profile, int]:

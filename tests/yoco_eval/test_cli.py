@@ -330,6 +330,9 @@ def test_profile_refusals(measured, tmp_path, capsys):
     message = refused(capsys, "profile", "--shape", "3b", "--revision", "v1")
     assert message == "--revision is of a checkpoint on the hub; name it with --pretrained"
     assert "cannot be read" in refused(capsys, "profile", "--read", tmp_path / "none.json")
+    options = "--revision", "v1", "--sparse", "8", "--lengths", "1k"
+    message = refused(capsys, "profile", "--read", tmp_path / "none.json", *options)
+    assert message == "--read measures nothing; leave out --revision, --lengths, --sparse"
     # The output is looked at first: measuring may take long.
     del measured[:]
     message = refused(capsys, "profile", "--shape", "3b", "-o", "a.json", "-o", "a.gif")
