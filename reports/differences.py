@@ -325,9 +325,7 @@ def _find_in(tests: Sequence[PairTest], evaluated: Sequence[int]) -> list[Findin
     if not findings:
         for test in tests:
             if len(test.context_lengths) != 1 and test.significant:
-                lengths = _spans(test.context_lengths, evaluated)
-                where = f"over {lengths} together" if lengths else ""
-                findings.append(_finding(test.better, where, [test]))
+                findings.append(_finding(test.better, _over(test, evaluated), [test]))
     return findings
 
 
@@ -350,6 +348,18 @@ def _finding(better: int, where: str, tests: Sequence[PairTest]) -> Finding:
         worse, scores = one.first, (second, first)
     p = max(test.corrected for test in tests)
     return Finding(one.name, better, worse, where, scores, p, tuple(tests))
+
+
+def on_which(test: PairTest) -> str:
+    """On which of the task's prompts: "at 16K, depth 50 to 100 %"; empty in benchmarks."""
+    lengths = test.context_lengths
+    told = _at(lengths, lengths) if len(lengths) == 1 else _over(test, lengths)
+    return told + (_depth(test.depths) if test.part and test.depths else "")
+
+
+def _over(test: PairTest, evaluated: Sequence[int]) -> str:
+    lengths = _spans(test.context_lengths, evaluated)
+    return f"over {lengths} together" if lengths else ""
 
 
 def _at(lengths: Sequence[int], evaluated: Sequence[int]) -> str:

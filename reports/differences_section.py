@@ -7,7 +7,7 @@ from typing import Any
 
 from .cells import Section
 from .comparison import Comparison, p_text
-from .differences import Finding
+from .differences import Finding, on_which
 from .pairs import advances, matrices, regressions, sort_pairs
 from .part import Part
 
@@ -26,9 +26,8 @@ def _differences(comparison: Comparison) -> Section:
         return Section("Differences", f"No tests were made: {why}.")
     plural = "test" if tests == 1 else "tests"
     if not comparison.findings:
-        return Section(
-            "Differences", f"None is significant at the 5 % level ({tests} {plural}, Holm)."
-        )
+        none = f"None is significant at the 5 % level ({tests} {plural}, Holm)."
+        return Section("Differences", none + _nearest(comparison))
     others = [finding for finding in comparison.findings if not finding.regression]
     text = f"Significant at the 5 % level, corrected for {tests} {plural} (Holm):"
     if comparison.many:
@@ -47,6 +46,17 @@ def _differences(comparison: Comparison) -> Section:
         tuple(f"REGRESSION: {told}" for told in _told(comparison, comparison.regressions)),
         tuple(_told(comparison, others)),
     )
+
+
+def _nearest(comparison: Comparison) -> str:
+    """Of which difference one is surest: few samples may leave large ones without significance."""
+    test = min(comparison.tests, key=lambda test: test.p)
+    if test.corrected == 1:
+        return ""
+    names = [comparison.names[place] for place in (test.first, test.second)]
+    scores = [f"{name} {score:.3g}" for name, score in zip(names, test.scores, strict=True)]
+    of = " ".join(filter(None, [test.name, on_which(test)]))
+    return f" Nearest to it: {of} ({', '.join(scores)}; corrected, {p_text(test.corrected)})."
 
 
 def _told(comparison: Comparison, findings: Sequence[Finding]) -> Iterable[str]:

@@ -198,6 +198,21 @@ def test_restrictions_are_told(tmp_path):
     assert "No tests were made: see below." in terminal(pair)
 
 
+def test_large_differences_that_are_not_significant_are_told(tmp_path):
+    """One sample, of which one model answers 6 of 11 depths at 8K, and the other all."""
+    paths = []
+    for name, length in (("short", 2**12), ("long", 2**20), ("longer", 2**20)):
+        data = needle_results(trained_to(length), name, lengths=(4096, 8192), samples=1)
+        paths.append(write(tmp_path / name, data).parent)
+    text = " ".join(terminal(compare(load_checkpoints(paths[:2]))).split())
+    assert (
+        "None is significant at the 5 % level (5 tests, Holm). Nearest to it: yoco_needle at 8K "
+        "(short 0.545, long 1; corrected, p = 0.31)." in text
+    )
+    text = " ".join(terminal(compare(load_checkpoints(paths[1:]))).split())
+    assert "None is significant at the 5 % level (5 tests, Holm). NEEDLES" in text
+
+
 def test_long_values_and_lists_are_cut_and_counted(tmp_path):
     for name, last in (("a", 7), ("b", 8)):
         data = needle_results(lambda *_: 0.5, lengths=[4096], depths=[0, 1])
