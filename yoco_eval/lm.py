@@ -303,15 +303,27 @@ class YocoLM(TemplateLM):
         """
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
-            unite_files(cache_hook.dbdict, self._fingerprint(), self._ranks)
+            settings = {**self._settings(), **self._cache_settings}
+            told = {k: str(v).removeprefix("torch.") for k, v in settings.items() if k != "config"}
+            unite_files(cache_hook.dbdict, self._fingerprint(), told, self._ranks)
+
+    def _settings(self) -> dict[str, Any]:
+        """What responses depend on besides weights and tokenizer, but for the cache's settings."""
+        settings = {
+            "config": self.model.config,
+            "dtype": self.model.dtype,
+            "max_length": self.max_length,
+            "max_gen_toks": self.max_gen_toks,
+            "add_bos_token": self.add_bos_token,
+        }
+        # The tokenizer's own end token is part of the tokenizer.
+        ends = sorted(self._end_tokens - {self.eot_token_id})
+        further = {"end tokens": ends or None, "think_end_token": self.think_end_token}
+        return settings | {name: one for name, one in further.items() if one is not None}
 
     def _fingerprint(self) -> str:
         """A hash of all that responses depend on; of each parameter, some numbers stand for all."""
-        settings = [self.model.config, self.model.dtype, self.max_length, self.max_gen_toks]
-        settings.append(self.add_bos_token)
-        # The tokenizer's own end token is among what follows.
-        ends = sorted(self._end_tokens - {self.eot_token_id})
-        settings += [one for one in (ends or None, self.think_end_token) if one is not None]
+        settings = list(self._settings().values())
         settings += [f"{name}={value}" for name, value in self._cache_settings.items()]
         digest = hashlib.sha256(repr(settings).encode())
         for name, parameter in self.model.state_dict().items():

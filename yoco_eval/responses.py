@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,16 +18,21 @@ if TYPE_CHECKING:
     from .ranks import Ranks
 
 _NAME = re.compile(r"(.*_rank)\d+\.db")  # as lm-eval names them
-_KEY = "yoco_eval"  # beside the responses' own: under it lies whose they are
+# Beside the responses' own keys: under these lies whose they are, which files of older versions
+# tell by a fingerprint alone.
+_KEY, _SETTINGS = "yoco_eval", "yoco_eval settings"
 _PATIENCE = 60.0  # seconds for another process to finish with a file
 
 
-def unite_files(own: SqliteDict, fingerprint: str, ranks: Ranks | None) -> None:
+def unite_files(
+    own: SqliteDict, fingerprint: str, settings: dict[str, str], ranks: Ranks | None
+) -> None:
     """Adds to a process's file what other processes' files of the same name hold.
 
     Args:
         own: the file, open.
         fingerprint: of all that responses depend on.
+        settings: by name, what of that can be told.
         ranks: the processes of this run, all of which are here; None: there is one.
 
     Raises:
@@ -36,16 +42,29 @@ def unite_files(own: SqliteDict, fingerprint: str, ranks: Ranks | None) -> None:
     for file in _siblings(Path(own.filename)):
         found = _read(file)
         if found and (_KEY not in found or own.decode(found[_KEY]) != fingerprint):
+            theirs = own.decode(found[_SETTINGS]) if _SETTINGS in found else {}
             raise ValueError(
-                f"{file}: holds responses of another model, or of this one with other settings; "
-                "name another file with --use_cache"
+                f"{file}: holds responses of {_others(theirs, settings)}; name another file with "
+                "--use_cache"
             )
         rows |= found
     if ranks is not None:
         ranks.wait()  # nobody writes what another one has yet to read
     with closing(sqlite3.connect(own.filename, timeout=_PATIENCE)) as connection, connection:
         connection.executemany("INSERT OR IGNORE INTO unnamed VALUES (?, ?)", rows.items())
-    own[_KEY] = fingerprint
+    own[_KEY], own[_SETTINGS] = fingerprint, settings
+
+
+def _others(theirs: Mapping[str, str], mine: Mapping[str, str]) -> str:
+    """Whose responses a file holds that are not this model's; of older files that is not known."""
+    if not theirs:
+        return "another model, or of this one with other settings"
+    differing = [
+        f"{name} was {theirs.get(name, 'not set')}, and is {mine.get(name, 'not set')}"
+        for name in dict.fromkeys((*theirs, *mine))
+        if theirs.get(name) != mine.get(name)
+    ]
+    return f"other settings ({'; '.join(differing)})" if differing else "another model or tokenizer"
 
 
 def _siblings(file: Path) -> list[Path]:
