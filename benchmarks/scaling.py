@@ -1,7 +1,7 @@
 """Several GPUs of one machine against one: YOCO-3B's shape, random weights, bfloat16.
 
     python benchmarks/scaling.py [--gpus 1 2] [--parts data together single longest]
-        [--length 1m] [--longest 10m] [--output FOLDER]
+        [--length 1m] [--longest 10m] [--context-parallel N] [--output FOLDER]
 
 It starts its processes itself, for each number of GPUs as torchrun does, and has four parts:
 
@@ -12,7 +12,8 @@ It starts its processes itself, for each number of GPUs as torchrun does, and ha
   share what those of yoco_needle share (`prompts.py`); a tokenizer that has a word for each token
   stands between. Beside all seconds stand those that the busiest process was in the engine, which
   are compared with the mean, and at texts; answers are compared with those of one process: in
-  bfloat16, what is computed side by side moves roundings.
+  bfloat16, what is computed side by side moves roundings. With `--context-parallel N`, where there
+  are several GPUs, N hold each text together, and groups of N answer different ones.
 - together: a prompt of `--length` that all processes hold together (`context_parallel`), through
   the engine: seconds to the first new token, new tokens per second after it, and the largest peak
   of memory of any card beside what the engine had planned.
@@ -134,6 +135,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depths", type=count, default=11, help="(default: 11)")
     parser.add_argument("--samples", type=count, default=2, help="(default: 2)")
     parser.add_argument("--questions", type=count, help="(default: 2000; without GPU, 60)")
+    parser.add_argument(
+        "--context-parallel", type=count, default=1, metavar="N", help="of the part `data`"
+    )
     parser.add_argument("--turns", type=count, default=3, help="of a part `single` (default: 3)")
     parser.add_argument(
         "--timeout", type=count, default=240, help="seconds for all parts of one number of GPUs"
@@ -147,6 +151,8 @@ def arguments() -> argparse.Namespace:
         if max(args.gpus) > there:
             parser.error(f"--gpus {max(args.gpus)}: there are {there}")
     args.cpu = args.cpu or not there
+    if bad := [n for n in args.gpus if n > 1 and n % args.context_parallel]:
+        parser.error(f"--context-parallel {args.context_parallel} does not divide --gpus {bad[0]}")
     defaults = (4096, 16384, 60) if args.cpu else (2**20, 10**7, 2000)
     for name, default in zip(("length", "longest", "questions"), defaults, strict=True):
         if getattr(args, name) is None:
@@ -173,6 +179,7 @@ def start(
     command += [__file__, "--worker", str(folder), "--name", name, "--parts", *parts]
     for option in ("shape", "length", "longest", "depths", "samples", "questions", "turns"):
         command += [f"--{option}", str(getattr(args, option))]
+    command += ["--context-parallel", str(args.context_parallel if torchrun > 1 else 1)]
     # Nothing here gains by NVLink's multicast, and other users of the host can lose by it.
     environment = {"NCCL_NVLS_ENABLE": "0"} | os.environ
     command += ["--cpu"] * args.cpu
@@ -284,6 +291,7 @@ class Worker:
             device="cpu" if args.cpu else None,
             batch_size="auto",
             max_length=2 * max(args.length, args.longest, MODERATE),
+            context_parallel=args.context_parallel,
         )
         self.ranks = join()
         self.rank, self.size = (self.ranks.rank, self.ranks.size) if self.ranks else (0, 1)
@@ -459,7 +467,7 @@ def answer_one(worker: Worker, length: int) -> dict[str, Any]:
     def progress(done: int, spared: int = 0) -> None:
         times.append(time.perf_counter())
 
-    model.group = worker.group
+    groups, model.group = model.group, worker.group
     worker.clear()
     context = np.random.default_rng(0).integers(worker.vocabulary, size=length)
     request = GenerateRequest(context, STEPS)
@@ -471,7 +479,7 @@ def answer_one(worker: Worker, length: int) -> dict[str, Any]:
     del run
     del times[:-STEPS]  # those of the prompt
     decoding = times[-1] - times[STEPS_BEFORE]
-    model.group = None
+    model.group = groups
     own = (worker.peak(), taken(worker), answer)
     every = worker.everyones(own)
     if any(other != answer for _, _, other in every):
@@ -524,8 +532,10 @@ def tables(args: argparse.Namespace, folder: Path) -> None:
 
     length = format_length(args.length)
     prompts = f"{args.depths} depths x {args.samples} samples of {length}"
-    show("needles", f"Data parallel, {shape}: needles, {prompts}", of_data(args, found, "needles"))
-    title = f"Data parallel, {shape}: {args.questions} questions with {ANSWERS} answers"
+    groups = args.context_parallel
+    parallel = "Data parallel" if groups == 1 else f"Groups of {groups} together"
+    show("needles", f"{parallel}, {shape}: needles, {prompts}", of_data(args, found, "needles"))
+    title = f"{parallel}, {shape}: {args.questions} questions with {ANSWERS} answers"
     show("choices", title, of_data(args, found, "choices"))
     for what, tokens in (("together", length), ("longest", format_length(args.longest))):
         title = f"Context parallel, {shape}: one text of {tokens} on all GPUs"
