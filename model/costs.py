@@ -67,12 +67,13 @@ class YocoCosts:
         """The widest point of a layer, beside its input."""
         config, fast = self.config, triton_takes(device, dtype)
         handed, merged = self._together_bytes(dtype, chunk) if self.parts > 1 else (0, 0)
+        fed = self._own_part(chunk)
         chunk, length = -(-chunk // self.parts), -(-length // self.parts)
         mixer = config.self_decoder.activations(config.dim, dtype, fast)
         angles = config.self_decoder.shared(config.dim) + config.attn_head_dim
         attention = Attention(config.n_attn_heads, config.n_attn_kv_heads, config.attn_head_dim)
         mixing = max(mixer, attention.numbers(dtype))
-        layers = layer_bytes(config.dim, config.hidden_dim, mixing, angles, dtype, chunk, device)
+        layers = layer_bytes(config.dim, config.hidden_dim, mixing, angles, dtype, fed, device)
         if self.sparse is None:
             cross = attention.bytes(dtype, length, chunk, fast, self.eight_bits)
         else:
@@ -106,11 +107,13 @@ class YocoCosts:
     def _together_bytes(self, dtype: torch.dtype, chunk: int) -> tuple[int, int]:
         """What goes to other processes and comes from them, while a chunk is fed, and while
         tokens are predicted."""
-        config, one = self.config, -(-chunk // self.parts)
-        # All parts' rows, as they come and in a row; keys and values in both orders, and received;
-        # and what each part does to the states of a layer, up to two states' worth.
-        handed = 2 * chunk * config.dim * dtype.itemsize + 3 * one * self._handed_bytes(dtype)
-        handed += 2 * (self.parts + 1) * self._layer_state(dtype)
+        config, one, handed = self.config, -(-chunk // self.parts), 0
+        if config.self_decoder.relays:
+            # All parts' rows, as they come and in a row; keys and values in both orders, and
+            # received; and what everyone does to the states of a layer, this one's twice.
+            handed = 2 * chunk * config.dim * dtype.itemsize + 3 * one * self._handed_bytes(dtype)
+            relayed = config.self_decoder.relayed(config.dim, dtype, self.parts).received
+            handed += -(-relayed * (self.parts + 1) // (self.parts - 1))
         # Outputs of a part of the keys, with their norms; everyone's, and weighted.
         outputs = config.n_attn_heads * (config.attn_head_dim + 1)
         merged = (one * outputs + 3 * min(GATHERED, chunk * outputs)) * max(dtype.itemsize, 4)
@@ -140,8 +143,12 @@ class YocoCosts:
         return self.weight_bytes(dtype) - unread * dtype.itemsize + cache + states
 
     def part_operations(self, length: int) -> int:
-        parts = self.parts if self.config.self_decoder.relays else 1
-        return -(-self.prefill_operations(length) // parts)
+        return self._own_part(self.prefill_operations(length))
+
+    def _own_part(self, whole: int) -> int:
+        """Of what the self-decoder does with a chunk, which each process does alone unless parts of
+        it can be put together."""
+        return -(-whole // self.parts) if self.config.self_decoder.relays else whole
 
     def feeding(self, dtype: torch.dtype, chunk: int) -> Traffic:
         """States and windows go from part to part in each layer of the self-decoder; then keys and

@@ -183,15 +183,19 @@ def test_what_processes_tell_each_other_is_counted(kind):
         assert costs.part_operations(chunk) == whole // (size if settings[kind].relays else 1)
 
 
-@pytest.mark.parametrize("kind", [*RELAYED, "wide gated_deltanet"])
+@pytest.mark.parametrize("kind", [*together.KINDS, "wide gated_deltanet", "deep gated_deltanet"])
 def test_memory_is_not_more_than_planned(kind, live_bytes):
     """Of a chunk that is fed and predicted, in bytes that the cache and activations take."""
-    settings = {"wide gated_deltanet": GatedDeltaNetSettings(2, 2, 128, 256)} | together.KINDS
+    settings = together.KINDS | {
+        "wide gated_deltanet": GatedDeltaNetSettings(2, 2, 128, 256),
+        "deep gated_deltanet": GatedDeltaNetSettings(2, 4, 256, 64),
+    }
     config = YocoConfig(512, 2, 256, 4, 2, 100, settings[kind])
-    for size, rank in ((3, 1), (3, 2), (8, 0)):
+    # With few tokens it is states that rule.
+    for size, rank, chunk in ((3, 1, 1500), (3, 2, 1500), (16, 0, 1500), (16, 3, 160)):
         model = Yoco(config).requires_grad_(False)
         model.group = Silent(rank, size)
-        length, chunk = 4000, 1500
+        length = 4000
         planned = footprint(model.costs, torch.float32, length, chunk, device=CPU)
         cache = model.new_cache(length)
         held = cache.keys.nbytes + cache.values.nbytes
