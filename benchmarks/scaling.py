@@ -151,7 +151,8 @@ def arguments() -> argparse.Namespace:
         if max(args.gpus) > there:
             parser.error(f"--gpus {max(args.gpus)}: there are {there}")
     args.cpu = args.cpu or not there
-    if bad := [n for n in args.gpus if n > 1 and n % args.context_parallel]:
+    bad = [n for n in args.gpus if n > 1 and n % args.context_parallel]
+    if bad and args.worker is None:
         parser.error(f"--context-parallel {args.context_parallel} does not divide --gpus {bad[0]}")
     defaults = (4096, 16384, 60) if args.cpu else (2**20, 10**7, 2000)
     for name, default in zip(("length", "longest", "questions"), defaults, strict=True):

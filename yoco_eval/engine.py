@@ -187,9 +187,11 @@ class Engine:
     def _fit(self, length: int, tokens: int | None = None, **beside: int) -> Fit:
         """Of contexts of up to `length` tokens, of `tokens` in all; `beside` as in `memory.fit`."""
         model, chunk, group = self.model, self.prefill_chunk, self.model.group
-        beside["sharing"] = self._sharing
-        if group is not None:  # all have to come to the same plan
-            beside |= {"parts": group.size, "free": group.least(free_bytes(model.device))}
+        if group is None:
+            beside["sharing"] = self._sharing
+        else:  # all have to come to the same plan, and may share memory with more or fewer
+            free = group.least(free_bytes(model.device) // self._sharing)
+            beside |= {"parts": group.size, "free": free}
         return fit(model.costs, model.dtype, model.device, length, chunk, True, tokens, **beside)
 
     def _check_snapshots(self, steps: Sequence[Step], fitted: Fit, room: int = 0) -> None:

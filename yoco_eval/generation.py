@@ -452,7 +452,7 @@ class Generation:
         sampled = [text for text in live if text.generator is not None]
         if sampled:
             self._draw(sampled)
-            # Cards of another kind draw other numbers from a seed.
+            # Processors of another kind may draw other numbers from a seed.
             self._decoder.agree(self._count)
         for text in live:
             text.launched += 1

@@ -64,7 +64,8 @@ def _others(theirs: Mapping[str, str], mine: Mapping[str, str]) -> str:
         for name in dict.fromkeys((*theirs, *mine))
         if theirs.get(name) != mine.get(name)
     ]
-    return f"other settings ({'; '.join(differing)})" if differing else "another model or tokenizer"
+    told = f"other settings ({'; '.join(differing)}), or " if differing else ""
+    return f"{told}another model or tokenizer"
 
 
 def _siblings(file: Path) -> list[Path]:

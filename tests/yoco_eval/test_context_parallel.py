@@ -13,7 +13,8 @@ import together
 import torch
 from torch import multiprocessing as torch_multiprocessing
 
-from yoco_eval.context_parallel import check_divides, own_group
+from yoco_eval.context_parallel import check_alike, check_divides, own_group
+from yoco_eval.engine import Engine
 from yoco_eval.kernels.group import Group
 from yoco_eval.memory import fit
 from yoco_eval.model import Span, Spans, Yoco, YocoConfig
@@ -27,7 +28,6 @@ from yoco_eval.model.traffic import Traffic
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
-RELAYED = [kind for kind, settings in together.KINDS.items() if settings.relays]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,14 @@ def test_numbers_of_processes_that_do_not_go():
         assert own_group(1, ranks, CPU) is None
     for count, ranks in ((1, None), (1, SimpleNamespace(size=4)), (2, SimpleNamespace(size=4))):
         check_divides(count, ranks)
+
+
+def test_groups_are_of_cards_of_one_generation():
+    """Elsewhere kernels take other memory, and plans would differ."""
+    hopper, other, ampere = ("H100", (9, 0)), ("GH200", (9, 0)), ("A100", (8, 0))
+    check_alike(2, [hopper, other, ampere, ampere])
+    with pytest.raises(ValueError, match="process 2 has H100, process 3 A100; start them on"):
+        check_alike(2, [ampere, ampere, hopper, ampere])
 
 
 def test_families_that_cannot():
@@ -212,6 +220,22 @@ def test_memory_is_not_more_than_planned(kind, live_bytes):
             with live_bytes(besides=[*model.parameters(), cache.keys, cache.values]) as live:
                 model.predict(rows[-one:], positions, cache, spans)
         assert max(fed, live.peak) < planned.activations + planned.states - OVERHEAD
+
+
+def test_machines_that_more_processes_share_plan_like_others(monkeypatch):
+    free = 3 << 30
+    monkeypatch.setattr("yoco_eval.engine.free_bytes", lambda device: free)
+
+    def plan(sharing, others):
+        class Beside(Silent):
+            def most(self, numbers):
+                return [max(numbers[0], -(free // others))]
+
+        model = Yoco(YocoConfig(64, 2, 64, 4, 2, 100, together.KINDS["retention"]))
+        model.group = Beside(0, 3)
+        return Engine(model, 1, None, sharing)._fit(10**6)
+
+    assert plan(2, 1) == plan(1, 2) != plan(1, 1)
 
 
 def test_memory_falls_with_the_number_of_processes():

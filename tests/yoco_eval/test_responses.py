@@ -73,7 +73,8 @@ def test_another_models_are_refused_wherever_they_are(tmp_path, fingerprint):
         (
             {"dtype": "torch.float32", "max_length": "4096", "think_end_token": "</think>"},
             "other settings (dtype was torch.float32, and is torch.bfloat16; think_end_token was "
-            "</think>, and is not set; sparse was not set, and is 64)",
+            "</think>, and is not set; sparse was not set, and is 64), or another model or "
+            "tokenizer",
         ),
     ],
 )

@@ -93,7 +93,7 @@ def scored(unit: int) -> list[ScoreRequest]:
 def prompts(unit: int, rank: int) -> list[GenerateRequest]:
     """Greedy ones, and some that are drawn; of some an end token shortens the answers.
 
-    Each process would draw otherwise, as it would on a card of another kind.
+    Each process would draw otherwise, as it would on a processor of another kind.
     """
     rng = random.Random(2)
     requests = []
