@@ -213,7 +213,15 @@ def process(rank: int, size: int, folder: Path, dtype: torch.dtype, gpus: bool) 
     dist.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=size, timeout=patience
     )
-    ranks: Any = SimpleNamespace(rank=rank, size=size, unless_lost=lambda call: call())
+
+    def collect(own: Any) -> list[Any]:
+        every = [None] * size
+        dist.all_gather_object(every, own)
+        return every
+
+    ranks: Any = SimpleNamespace(
+        rank=rank, size=size, collect=collect, unless_lost=lambda call: call()
+    )
     found: dict[Any, Any] = {}
     unit = GPU_BLOCK if gpus else 1
     for kind, block, count in cases(size, gpus):
