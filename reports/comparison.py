@@ -94,6 +94,15 @@ class NeedleResult:
     cut: dict[int, int]
     samples: dict[tuple[int, float], tuple[NeedleSample, ...]]
 
+    @property
+    def told_length(self) -> int | None:
+        """The effective length as a number, 0 for none; None where nothing tells whether there is
+        one."""
+        shortest = self.by_length[0].context_length
+        if not self.effective_length and (self.too_few_prompts or shortest in self.cut):
+            return None
+        return self.effective_length or 0
+
     def at(self, context_length: int) -> LengthAccuracy | None:
         found = [one for one in self.by_length if one.context_length == context_length]
         return found[0] if found else None
@@ -351,14 +360,19 @@ def _samples(checkpoint: Checkpoint, skipped: list[Skipped]) -> dict[str, list[N
         sources = {(c.context_length, c.depth): c.source for c in checkpoint.needles[task].cells}
         for source, path in logs.items():
             try:
-                found, unread = read_samples(path)
+                lines, unread = read_samples(path)
             except ResultsError as error:
                 skipped.append(Skipped(path, str(error).removeprefix(f"{path}: ")))
                 continue
             # Not those of cells that a newer run has, too.
-            found = [s for s in found if sources.get((s.context_length, s.depth)) == source]
+            found = [s for s in lines if sources.get((s.context_length, s.depth)) == source]
             samples.setdefault(task, []).extend(found)
-            if unread:
+            cells = checkpoint.needles[task].cells
+            answered = sum(cell.samples for cell in cells if cell.source == source)
+            if len(found) < answered:
+                told = f"{len(found)} of {answered} samples of {task} in it"
+                skipped.append(Skipped(path, told))
+            elif unread:
                 skipped.append(Skipped(path, f"lines that are no samples of {task}: {unread}"))
     return samples
 

@@ -28,7 +28,7 @@ from .comparison import Comparison, NeedleResult, NeedleTask
 from .files import to_json
 from .heatmap import HATCH, MISSING, format_depths, heatmap_figure
 from .inline_svg import SVG, inline_svg
-from .needles_section import GAPS, NEEDLES, effective_cell, effective_note
+from .needles_section import GAPS, NEEDLES, effective_cell, effective_note, few_note
 from .panels import Panel, file_name
 from .section_notes import cut_note, incomparable
 from .sections import panels, sections
@@ -137,12 +137,11 @@ def _effective(comparison: Comparison) -> Table:
     for task in comparison.needles:
         rows.append((Cell(task.task), *map(effective_cell, task.results)))
         notes += incomparable(comparison, task.task)
-        if any(result and result.gaps for result in task.results) and GAPS not in notes:
+        if any(result and result.gaps for result in task.results):
             notes.append(GAPS)
-        cut = [result.cut if result else None for result in task.results]
-        for note in cut_note(comparison, cut):
-            notes += [note] * (note not in notes)
-    notes.append(effective_note(comparison))
+        notes += few_note(comparison, task)
+        notes += cut_note(comparison, [result.cut if result else None for result in task.results])
+    notes = [*dict.fromkeys(notes), effective_note(comparison)]
     header = ("task", *comparison.names)
     table = Table(EFFECTIVE, header, tuple(rows), notes=tuple(notes))
     more_checkpoints = len(comparison.names) > len(rows)  # a table may be high, but not wide

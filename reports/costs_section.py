@@ -12,15 +12,15 @@ from .comparison import Comparison
 from .curve_plots import Plot, plot_panels
 from .panels import Panel
 from .part import Part
-from .profile import GIB
+from .profile import GIB, MIB
 from .section_notes import length_cell
 
 COSTS = "Costs"
-_QUANTITIES = {  # of profiles: what a reader calls them, and the unit
-    "peak_bytes": ("peak memory, GiB", GIB),
-    "cache_bytes": ("cache, GiB", GIB),
-    "prefill_seconds": ("prefill, s", 1),
-    "decode_tokens_per_second": ("decoding, tokens/s", 1),
+_QUANTITIES = {  # of profiles: what a reader calls them
+    "peak_bytes": "peak memory",
+    "cache_bytes": "cache",
+    "prefill_seconds": "prefill, s",
+    "decode_tokens_per_second": "decoding, tokens/s",
 }
 
 
@@ -49,7 +49,8 @@ def _profiles(comparison: Comparison) -> tuple[Table, ...]:
     measured = [f"{name}: {one_line(p.name, VALUE)}" for name, p in named if p]
     notes.append(f"Measured: {listed(measured, between='; ')}.")
     tables = []
-    for quantity, (title, unit) in _QUANTITIES.items():
+    for quantity in _QUANTITIES:
+        title, unit = _titled(comparison, quantity)
         rows = []
         for length in lengths:
             cells = [length_cell(length)]
@@ -66,8 +67,19 @@ def _profiles(comparison: Comparison) -> tuple[Table, ...]:
     return tuple(tables)
 
 
+def _titled(comparison: Comparison, quantity: str) -> tuple[str, int]:
+    """With the unit that its figures are told in: bytes in GiB, or MiB where all are less."""
+    title = _QUANTITIES[quantity]
+    if not quantity.endswith("_bytes"):
+        return title, 1
+    rows = (row for profile in comparison.profiles if profile for row in profile.rows)
+    largest = max((getattr(row, quantity) or 0 for row in rows), default=0)
+    return (f"{title}, GiB", GIB) if largest >= GIB else (f"{title}, MiB", MIB)
+
+
 def _cost_plots(comparison: Comparison) -> Iterator[Plot]:
-    for quantity, (title, unit) in _QUANTITIES.items():
+    for quantity in _QUANTITIES:
+        title, unit = _titled(comparison, quantity)
         curves = []
         for profile in comparison.profiles:
             rows = [profile.row(profile.models[0], n) for n in profile.lengths] if profile else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 from .cells import Section
@@ -21,9 +22,7 @@ def _differences(comparison: Comparison) -> Section:
     if len(comparison.names) < 2:
         return Section("Differences")
     if not tests:
-        there = comparison.caveats or comparison.curves
-        why = "see below" if there else "there is too little in common"
-        return Section("Differences", f"No tests were made: {why}.")
+        return Section("Differences", f"No tests were made: {_why_none(comparison)}.")
     plural = "test" if tests == 1 else "tests"
     if not comparison.findings:
         none = f"None is significant at the 5 % level ({tests} {plural}, Holm)."
@@ -46,6 +45,15 @@ def _differences(comparison: Comparison) -> Section:
         tuple(f"REGRESSION: {told}" for told in _told(comparison, comparison.regressions)),
         tuple(_told(comparison, others)),
     )
+
+
+def _why_none(comparison: Comparison) -> str:
+    if comparison.caveats:
+        return "see below"
+    tasks = [{task for task, _ in run.tasks} for run in comparison.runs]
+    if not any(one & other for one, other in combinations(tasks, 2)):
+        return "no two have a task in common"
+    return "there is too little in common"
 
 
 def _nearest(comparison: Comparison) -> str:

@@ -74,8 +74,9 @@ def _results(comparison: Comparison, place: int) -> Iterator[list[EvalResult]]:
                 ("acc", f"accuracy at {format_length(one.context_length)} tokens", one.accuracy)
                 for one in result.by_length
             ]
-            name = f"{_LONGEST}, above {comparison.threshold:g} with 95 % confidence"
-            metrics.append((_EFFECTIVE, name, result.effective_length or 0))
+            if result.told_length is not None:
+                name = f"{_LONGEST}, above {comparison.threshold:g} with 95 % confidence"
+                metrics.append((_EFFECTIVE, name, result.told_length))
             yield _task(comparison, place, task.task, None, metrics)
     for benchmark in comparison.benchmarks:
         if score := benchmark.scores[place]:

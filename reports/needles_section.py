@@ -80,11 +80,7 @@ def _needles(comparison: Comparison, task: NeedleTask) -> Iterable[Table]:
     intervals = tuple(_interval_notes(comparison, task))
     notes = [*incomparable(comparison, task.task), effective_note(comparison)]
     notes += [] if comparison.many else intervals
-    if any(result and result.too_few_prompts for result in task.results):
-        notes.append(
-            "*: all prompts of the next length were right, but they are too few to tell: it takes "
-            f"{prompts_needed(comparison.threshold)} of each length."
-        )
+    notes += few_note(comparison, task)
     if any(result and result.gaps for result in task.results):
         notes.append(GAPS)
     notes += cut_note(comparison, [result.cut if result else None for result in task.results])
@@ -190,6 +186,15 @@ def effective_note(comparison: Comparison) -> str:
     )
 
 
+def few_note(comparison: Comparison, task: NeedleTask) -> Iterable[str]:
+    """What the star at effective context lengths means, where there is one."""
+    if any(result and result.too_few_prompts for result in task.results):
+        yield (
+            "*: all prompts of the next length were right, but they are too few to tell: it takes "
+            f"{prompts_needed(comparison.threshold)} of each length."
+        )
+
+
 def effective_cell(result: NeedleResult | None) -> Cell:
     """The effective context length of one of the checkpoints, by which tables are sorted."""
     if result is None:
@@ -225,11 +230,18 @@ def _heatmaps(comparison: Comparison, task: NeedleTask) -> Panel:
     columns = _map_columns(task)
     rows = math.ceil(sum(result is not None for result in task.results) / columns)
     height = TITLE + rows * (_CAPTION + grid_height(len(task.depths)) + BELOW)
-    height += _NOTE * any(run.cut for run in task.runs)
+    height += _NOTE * bool(_notes_below(task))
     draw = partial(_draw_heatmaps, comparison, task, columns, height)
     return Panel(
         NEEDLES, f"{file_name(task.task)}-heatmaps", one_line(task.task), height, draw, True
     )
+
+
+def _notes_below(task: NeedleTask) -> list[str]:
+    """What the marks at a figure's effective lengths mean."""
+    cut, few = f"{CUT}: {CUT_LABEL}", "*: more prompts might show a longer one"
+    too_few = any(result and result.too_few_prompts for result in task.results)
+    return [cut] * any(run.cut for run in task.runs) + [few] * too_few
 
 
 def _map_columns(task: NeedleTask) -> int:
@@ -252,10 +264,8 @@ def _draw_heatmaps(
     comparison: Comparison, task: NeedleTask, columns: int, height: float, figure: FigureBase
 ) -> None:
     draw_title(figure, task.task, height)
-    if any(run.cut for run in task.runs):
-        figure.text(
-            0.5, 0.06 / height, f"{CUT}: {CUT_LABEL}", size=FONT - 1, ha="center", va="bottom"
-        )
+    notes = "; ".join(_notes_below(task))
+    figure.text(0.5, 0.06 / height, notes, size=FONT - 1, ha="center", va="bottom")
     width, rows = _map_width(columns), grid_height(len(task.depths))
     names = short_names(comparison.names)
     there = [(name, one) for name, one in zip(names, task.results, strict=True) if one]
@@ -326,7 +336,7 @@ def _task_rows(names: list[str], task: NeedleTask) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
         notes = {"too few prompts": result.too_few_prompts, "shorter ones left out": result.gaps}
         yield {
-            **of, "kind": "effective length", "value": result.effective_length or 0,
+            **of, "kind": "effective length", "value": result.told_length,
             "note": ", ".join(note for note, holds in notes.items() if holds),
         }  # fmt: skip
 

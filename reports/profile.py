@@ -247,8 +247,8 @@ def load_profile(path: str | Path) -> Profile:
         data = read_json(Path(path))
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError):
-        data = None
+    except (ValueError, RecursionError) as error:
+        raise NotAProfile(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, dict) or data.pop("kind", None) != KIND:
         raise NotAProfile(f"{path}: not a profile; yoco-eval profile -o FILE.json writes one")
     try:

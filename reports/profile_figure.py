@@ -69,7 +69,9 @@ def profile_figure(profile: Profile) -> Figure:
         Line2D([], [], label=one_line(model, LONGEST), **series(index))
         for index, model in enumerate(profile.models)
     ]
-    handles += [Patch(color=_tint("#000000", strength), label=part) for part, strength in PARTS]
+    handles += [
+        Patch(color=_tint("#000000", strength), label=part) for part, strength in _parts(profile)
+    ]
     figure.legend(
         handles=handles,
         loc="outside upper center",
@@ -87,6 +89,11 @@ def profile_figure(profile: Profile) -> Figure:
     lines = [line for note in notes for line in wrap(note, _LETTERS)]
     figure.supxlabel("\n".join(lines), size=SMALL_FONT, color="0.3")
     return figure
+
+
+def _parts(profile: Profile) -> tuple[tuple[str, float], ...]:
+    """Those that a profile tells: the rest of a peak where peaks are measured."""
+    return PARTS if any(row.peak_bytes for row in profile.rows) else PARTS[:2]
 
 
 def _draw_memory(profile: Profile, ax: Axes) -> None:

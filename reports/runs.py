@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
 
 from yoco_eval.printable import listed
@@ -19,7 +20,7 @@ from .models import name_folders, name_models, settle
 from .profile import NotAProfile, Profile, load_profile
 from .results import NeedleRun, ResultsError, ResultsFile, read_results
 from .samples import find_samples
-from .task_runs import TaskRun, task_runs
+from .task_runs import TaskRun, predicts_only, task_runs
 from .united import unite
 
 logger = logging.getLogger(__name__)
@@ -141,9 +142,9 @@ def _load(path: Path, name: str) -> Checkpoint:
     skipped += [*of_others, *left_out]
     skipped += [Skipped(file, "an older profile") for file, _ in profiles[:-1]]
     if not (tasks or profiles):
-        first = f" ({skipped[0].path.name}: {skipped[0].reason})" if skipped else ""
         raise ResultsError(
-            f"{path}: no results in it{first}; make some with lm_eval ... --output_path {path}"
+            f"{path}: no results in it{_first(skipped)}; make some with "
+            f"lm_eval ... --output_path {path}"
         )
     needles = {run.task: _needle_run(run, name) for run in tasks.values() if run.cells}
     return Checkpoint(
@@ -175,7 +176,7 @@ def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
     if not files:
         folder = path.parent if path.is_file() else path
         raise ResultsError(
-            f"{path}: no needle results; make some with "
+            f"{path}: no needle results{_first(skipped)}; make some with "
             f"lm_eval ... --tasks yoco_needle --output_path {folder}"
         )
     tasks = sorted({name for file in files for name in file.needle_cells()})
@@ -204,11 +205,19 @@ def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
     return run
 
 
+def _first(skipped: Sequence[Skipped]) -> str:
+    """Why the first of the files that are no use is none."""
+    return f" ({skipped[0].path.name}: {skipped[0].reason})" if skipped else ""
+
+
 def _check_there(path: Path) -> None:
-    if not path.exists():
-        raise ResultsError(
-            f"{path}: no such file or folder; give what lm_eval got as --output_path"
-        )
+    if path.exists():
+        return
+    if path.suffix == ".json":  # lm-eval writes the date of the run into a file's name
+        dated = sorted(path.parent.glob(f"{escape(path.stem)}_????-??-??T*.json"))
+        if dated:
+            raise ResultsError(f"{path}: no such file; there is {listed(map(str, dated))}")
+    raise ResultsError(f"{path}: no such file or folder; give what lm_eval got as --output_path")
 
 
 def _needle_run(run: TaskRun, name: str) -> NeedleRun:
@@ -235,7 +244,9 @@ def _collect(
         for task, error in damaged.items():
             if only in (None, task):
                 skipped.append(Skipped(file.path, f"task {task}: {error}"))
-        superseded[file.path] = "its results are all in newer files" if found else "has no results"
+        nothing = "has no scores: run without --predict_only"
+        nothing = nothing if predicts_only(file) else "has no results"
+        superseded[file.path] = "its results are all in newer files" if found else nothing
         for run in found:
             if only in (None, run.task):
                 runs.setdefault((run.task, run.n_shot), []).append(run)

@@ -97,12 +97,34 @@ def setup(run: TaskRun) -> dict[str, str]:
     settings = {name: common([one[name] for one in of_files]) for name in of_files[0]}
     if run.context_lengths:  # of how many there are, the number of documents is no news
         settings |= {"context lengths": run.context_lengths, "documents": None}
+    if counts := samples_by_length(run):
+        alike = len(set(counts.values())) == 1
+        settings["samples"] = next(iter(counts.values())) if alike else counts
     if run.cells:
         settings["depths"] = sorted({cell.depth for cell in run.cells})
     # Tasks have many settings of generation, of which mostly one differs.
     if isinstance(generation := settings["generation"], dict):
         settings |= {"generation": None, **{f"generation {k}": v for k, v in generation.items()}}
-    return {name: _text(name, value) for name, value in settings.items() if value is not None}
+    return {
+        name: setting_text(name, value) for name, value in settings.items() if value is not None
+    }
+
+
+def samples_by_length(run: TaskRun) -> dict[int, int] | None:
+    """How many samples its files set for each context length at which they have results; None where
+    one does not tell."""
+    found: dict[int, int] = {}
+    for file in run.files[::-1]:  # the newest, of which more counts, last
+        told = common([file.metadata(task).get("samples") for task in run.leaves(file)])
+        scores = [score for values in run.by_length.values() for score in values.items()]
+        lengths = {cell.context_length for cell in run.cells if cell.source == file.path}
+        lengths |= {length for length, score in scores if score.source == file.path}
+        for length in sorted(lengths):
+            count = told.get(str(length)) if isinstance(told, dict) else told
+            if isinstance(count, bool) or not isinstance(count, int):
+                return None
+            found[length] = count
+    return dict(sorted(found.items())) or None
 
 
 def _of_file(run: TaskRun, file: ResultsFile) -> dict[str, Any]:
@@ -149,7 +171,8 @@ def common(values: Sequence[Any]) -> Any:
     return ", ".join(dict.fromkeys(map(str, told)))
 
 
-def _text(name: str, value: Any) -> str:
+def setting_text(name: str, value: Any) -> str:
+    """How a setting's value is told."""
     try:
         if name == "context lengths":
             return ", ".join(format_length(length) for length in value)

@@ -22,6 +22,7 @@ _AT_LENGTH = re.compile(r"(\w+)@(\d{1,12}),")  # acc@0004096,none
 _RULER = re.compile(r"(ruler|niah)(_.*)?")
 _RULER_METRIC = re.compile(r"(\d{1,12}),")  # 4096,none
 _BABILONG = re.compile(r"babilong_qa(\d{1,2})")
+_UNSCORED = "bypass,"  # the metric, with a figure of its own, of `lm_eval --predict_only`
 _LAST_BABILONG_TASK = 10  # that has lengths: lm-eval runs the others at 0K, whatever is set
 
 
@@ -101,10 +102,18 @@ def task_runs(file: ResultsFile) -> tuple[list[TaskRun], dict[str, str]]:
     return [run for run in told if run.scores or run.by_length or run.cells], damaged
 
 
+def predicts_only(file: ResultsFile) -> bool:
+    """Whether answers were asked for and not scored."""
+    results = mapping(file.data.get("results")).values()
+    return any(metric.startswith(_UNSCORED) for one in results for metric in mapping(one))
+
+
 def _scores(metrics: dict[str, Any]) -> dict[str, Score]:
     scores = {}
     for metric, value in metrics.items():
-        if "," in metric and "_stderr," not in metric and is_number(value):
+        if metric.startswith(_UNSCORED) or "_stderr," in metric:
+            continue
+        if "," in metric and is_number(value):
             error = metrics.get(metric.replace(",", "_stderr,", 1))
             scores[metric] = Score(float(value), float(error) if is_number(error) else None)
     return scores

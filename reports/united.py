@@ -14,7 +14,7 @@ from yoco_eval.printable import shown
 
 from .models import model_args
 from .results import NeedleCell, mapping
-from .setups import common, setup
+from .setups import common, samples_by_length, setting_text, setup
 from .task_runs import BUCKETS, Score, TaskRun
 
 # What runs that are one may differ in. The lengths at which they were evaluated have prompts of
@@ -108,6 +108,13 @@ def _obstacle(newest: TaskRun, run: TaskRun) -> str | None:
     if set(newest.members) != set(run.members):
         return "other tasks in the group"
     mine, theirs = _settings(newest), _settings(run)
+    counts, others = samples_by_length(newest), samples_by_length(run)
+    if counts and others:
+        lengths = sorted(counts.keys() & others.keys())
+        mine["samples"], theirs["samples"] = (
+            setting_text("samples", {length: one[length] for length in lengths})
+            for one in (counts, others)
+        )
     differing = [
         _differing(name, theirs.get(name), mine.get(name))
         for name in dict.fromkeys([*mine, *theirs])

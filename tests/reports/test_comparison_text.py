@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import xml.etree.ElementTree as ET
 
 import pytest
 from made_results import LENGTHS, needle_results, of_cache, results, trained_to, write
@@ -213,6 +214,13 @@ def test_large_differences_that_are_not_significant_are_told(tmp_path):
     assert "None is significant at the 5 % level (5 tests, Holm). NEEDLES" in text
 
 
+def test_checkpoints_without_a_common_task(tmp_path):
+    for name, task in (("a", "yoco_needle"), ("b", "yoco_many")):
+        write(tmp_path / name, needle_results(lambda *_: 0.5, task=task))
+    pair = compare(load_checkpoints([tmp_path / name for name in "ab"]))
+    assert "No tests were made: no two have a task in common." in terminal(pair)
+
+
 def test_long_values_and_lists_are_cut_and_counted(tmp_path):
     for name, last in (("a", 7), ("b", 8)):
         data = needle_results(lambda *_: 0.5, lengths=[4096], depths=[0, 1])
@@ -376,12 +384,17 @@ def test_too_few_prompts_are_told(tmp_path):
     text = terminal(comparison)
     assert ["effective", "none*"] in [line.split() for line in text.splitlines()]
     assert "it takes 35 of each length" in " ".join(text.split())
+    # On the page under the first table, too, and under the heatmaps.
+    page = saved(comparison, tmp_path, "html")
+    assert page.count("too few to tell") == 2
+    texts = "".join(ET.fromstring(saved(comparison, tmp_path, "svg")).itertext())
+    assert "*: more prompts might show a longer one" in texts
     (row,) = [
         row
         for row in csv.DictReader(io.StringIO(saved(comparison, tmp_path, "csv")))
         if row["kind"] == "effective length"
     ]
-    assert (row["value"], row["note"]) == ("0", "too few prompts")
+    assert (row["value"], row["note"]) == ("", "too few prompts")
 
 
 def test_refused_outputs(full, tmp_path):

@@ -8,7 +8,7 @@ from made_results import needle_results, of_cache, results, trained_to, write
 
 from yoco_eval.cli import main
 from yoco_eval.reports.comparison import compare
-from yoco_eval.reports.model_card import model_card
+from yoco_eval.reports.model_card import model_card, model_index
 from yoco_eval.reports.runs import load_checkpoints
 
 GRID = {"lengths": [4096, 8192], "depths": [0, 0.5, 1], "samples": 15}
@@ -66,6 +66,15 @@ def test_results_are_in_the_index(tmp_path):
     assert ruler["effective context length in tokens, by RULER's rule"] == 4096
     # A task is a result with several metrics, not several results.
     assert [len(result["metrics"]) for result in index[0]["results"]] == [4, 1, 1, 3]
+
+
+def test_an_effective_length_that_nothing_tells_is_left_out(tmp_path):
+    """Two prompts of a depth, all right, are too few for any; two that are wrong are enough."""
+    for name, right, told in (("right", 1.0, None), ("wrong", 0.0, 0)):
+        write(tmp_path / name, needle_results(lambda *_, right=right: right, samples=2))
+        [entry] = model_index(compare(load_checkpoints([tmp_path / name])))
+        values = {m["type"]: m["value"] for one in entry["results"] for m in one["metrics"]}
+        assert values.get("effective_context_length") == told and values["acc"] == right
 
 
 def test_what_is_read_of_a_cache_is_told_with_every_score(tmp_path):

@@ -9,7 +9,7 @@ from made_results import needle_results, results, write
 from yoco_eval.reports.profile import Profile, ProfileRow
 from yoco_eval.reports.profile_files import save_profile
 from yoco_eval.reports.results import ResultsError
-from yoco_eval.reports.runs import load_checkpoints
+from yoco_eval.reports.runs import load_checkpoints, load_needle_run
 from yoco_eval.reports.samples import NeedleSample, read_samples
 from yoco_eval.reports.task_runs import Score
 
@@ -119,6 +119,25 @@ def test_nothing_to_read(tmp_path):
     write(tmp_path / "empty", "{", "results_1.json")
     with pytest.raises(ResultsError, match=r"empty: no results in it \(results_1.json: not read"):
         load_checkpoints([tmp_path / "empty"])
+    with pytest.raises(ResultsError, match=r"no needle results \(results_1.json: not readable"):
+        load_needle_run(tmp_path / "empty")
+
+
+def test_a_name_that_lm_eval_puts_a_date_into(tmp_path):
+    write(tmp_path, results({}), "mine_2026-01-02T03-04-05.678.json")
+    told = r"mine.json: no such file; there is .*mine_2026-01-02T03-04-05.678.json$"
+    for load in (load_needle_run, lambda path: load_checkpoints([path])):
+        with pytest.raises(ResultsError, match=told):
+            load(tmp_path / "mine.json")
+
+
+def test_predictions_that_nobody_scored_are_no_results(tmp_path):
+    write(tmp_path / "a", results({"yoco_needle": {"bypass,none": 999}}))
+    with pytest.raises(ResultsError, match="has no scores: run without --predict_only"):
+        load_checkpoints([tmp_path / "a"])
+    write(tmp_path / "a", results({"arc_easy": {"acc,none": 0.5, "bypass,none": 999}}), "b.json")
+    (checkpoint,) = load_checkpoints([tmp_path / "a"])
+    assert [list(run.scores) for run in checkpoint.tasks.values()] == [["acc,none"]]
 
 
 def test_names(tmp_path):

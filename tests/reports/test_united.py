@@ -128,7 +128,6 @@ def test_what_is_all_in_newer_files_is_said_to_be(tmp_path):
     ("change", "told"),
     [
         (lambda data: data["configs"]["yoco_needle"]["metadata"].update(seed=3), "seed 3, not 0"),
-        (lambda data: data["configs"]["yoco_needle"]["metadata"].update(samples=9), "samples 9, n"),
         (lambda data: data["configs"]["yoco_needle"]["metadata"].update(protocol="paper"),
          "protocol paper, not None"),
         (lambda data: data["configs"]["yoco_needle"].update(generation_kwargs={"until": []}),
@@ -153,6 +152,24 @@ def test_runs_of_another_setup_are_not_united_and_named(tmp_path, caplog, change
     assert reason.startswith(f"yoco_needle: not united with results_2.json: {told}")
     assert load_needle_run(tmp_path).context_lengths == LONG
     assert f"results_1.json: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize("samples", [3, {"1024": 3}])
+def test_each_length_has_its_number_of_samples(tmp_path, samples):
+    def of(lengths, count, told):
+        data = needle_results(right, lengths=lengths, samples=count)
+        data["configs"]["yoco_needle"]["metadata"]["samples"] = told
+        return data
+
+    few = of([1024], 3, samples)
+    save(tmp_path, few, of([2048, 4096], 5, {"1024": 9, "2048": 5, "4096": 5}))
+    checkpoint = load(tmp_path)
+    assert checkpoint.needles["yoco_needle"].context_lengths == [1024, 2048, 4096]
+    told = setup(checkpoint.needle_task("yoco_needle"))["samples"]
+    assert told == "3 at 1K, 5 at 2K, 5 at 4K"
+    save(tmp_path, few, of([1024, 2048], 5, 5))
+    told = "yoco_needle: not united with results_2.json: samples 3 at 1K, not 5 at 1K"
+    assert skipped(load(tmp_path)) == {"results_1.json": told}
 
 
 def test_a_tokenizer_that_was_changed_in_its_place_makes_another_setup(tmp_path):
