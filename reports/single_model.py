@@ -57,13 +57,31 @@ def downwards(table: Table, corner: str) -> Table:
 
 
 def evaluated(runs: Sequence[TaskRun]) -> Iterator[str]:
-    """How the tasks were run: each setting with its value, and of which tasks that is."""
-    tasks = {run.task: setup(run) for run in runs}
+    """How the tasks were run: each setting with its value, and of which tasks that is.
+
+    A group stands for its members where they are alike.
+    """
+    groups = {run.task: members for run in runs if (members := _members(run, runs))}
+    tasks = {run.task: setup(run) for run in runs if run.task not in groups}
     for name in _ASKED:
         values: dict[str, list[str]] = {}
         for task, settings in tasks.items():
             if name in settings:
                 values.setdefault(settings[name], []).append(task)
         for value, of in values.items():
-            where = "" if len(of) == len(tasks) else f" ({listed(of, _TASKS)})"
+            where = "" if len(of) == len(tasks) else f" ({listed(_folded(of, groups), _TASKS)})"
             yield f"{name}: {shortened(value, VALUE)}{where}"
+
+
+def _members(group: TaskRun, runs: Sequence[TaskRun]) -> set[str]:
+    """The tasks of a group that are there themselves."""
+    return {run.task for run in runs if run.task in group.members and not run.members}
+
+
+def _folded(tasks: Sequence[str], groups: Mapping[str, set[str]]) -> list[str]:
+    """The tasks, groups in the place of all their members."""
+    names = dict.fromkeys(tasks)
+    for group, members in groups.items():
+        if members <= names.keys():
+            names = dict.fromkeys(group if name in members else name for name in names)
+    return list(names)

@@ -10,6 +10,7 @@ from yoco_eval.reports.comparison_files import save_comparison
 from yoco_eval.reports.comparison_text import print_comparison
 from yoco_eval.reports.runs import load_checkpoints
 from yoco_eval.reports.sections import sections
+from yoco_eval.reports.single_model import evaluated
 
 
 def write_model(folder):
@@ -80,3 +81,16 @@ def test_the_model_is_named_first(tmp_path):
     save_comparison(comparison, tmp_path / "p.html")
     page = (tmp_path / "p.html").read_text()
     assert "<title>small</title>" in page and "Differences" not in page
+
+
+def test_a_group_stands_for_its_members_where_they_are_alike(tmp_path):
+    names = ("a", "b", "c", "g")
+    data = results({name: {"acc,none": 0.5} for name in names}, group_subtasks={"g": ["a", "b"]})
+    for name, seed, haystack in (("a", 1, "synthetic"), ("b", 1, "essays"), ("c", 2, "essays")):
+        data["configs"][name]["metadata"] = {"seed": seed, "haystack": haystack}
+    write(tmp_path, data)
+    (model,) = load_checkpoints([tmp_path])
+    items = [*evaluated([*model.tasks.values()])]
+    assert {"seed: 1 (g)", "seed: 2 (c)", "haystack: synthetic (a)", "haystack: essays (b, c)"} <= {
+        *items
+    }
