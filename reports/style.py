@@ -96,9 +96,17 @@ def set_scale(ax: Axes, scale: str) -> None:
     """Makes y "linear" or "log", with plain numbers at its ticks."""
     ax.set_yscale(scale)
     if scale == "log":
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_locator(_RoundNumbers())
         ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter("{x:g}")
+
+
+class _RoundNumbers(LogLocator):
+    """Ticks of a logarithmic axis: more to a decade where there are few decades."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        self.set_params(subs=(1, 2, 5) if vmax > 10 * vmin else (1, 1.5, 2, 3, 4, 5, 6, 8))
+        return super().tick_values(vmin, vmax)
 
 
 def spacing(lengths: Sequence[int]) -> float:

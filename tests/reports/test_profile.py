@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from yoco_eval.reports.profile import (
@@ -29,7 +30,7 @@ from yoco_eval.reports.profile import (
 from yoco_eval.reports.profile_figure import profile_figure
 from yoco_eval.reports.profile_files import check_output, save_profile
 from yoco_eval.reports.results import ResultsError
-from yoco_eval.reports.style import color
+from yoco_eval.reports.style import color, set_scale
 
 LENGTHS = [2**n for n in range(15, 21)]
 
@@ -363,6 +364,17 @@ def test_only_what_was_measured_is_in_the_legend():
         (legend,) = profile_figure(profile).legends
         labels = [text.get_text() for text in legend.get_texts()]
         assert labels == [*profile.models, "weights", "cache", *rest]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0.14, 0.5, [0.15, 0.2, 0.3, 0.4, 0.5]), (1, 101, [1, 2, 5, 10, 20, 50, 100])],
+)
+def test_a_logarithmic_axis_has_some_ticks(low, high, ticks):
+    ax = Figure().add_subplot()
+    ax.set_ylim(low, high)
+    set_scale(ax, "log")
+    assert [tick for tick in ax.get_yticks() if low <= tick <= high] == pytest.approx(ticks)
 
 
 @pytest.mark.slow
