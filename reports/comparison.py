@@ -369,11 +369,11 @@ def _samples(checkpoint: Checkpoint, skipped: list[Skipped]) -> dict[str, list[N
             samples.setdefault(task, []).extend(found)
             cells = checkpoint.needles[task].cells
             answered = sum(cell.samples for cell in cells if cell.source == source)
-            if len(found) < answered:
-                told = f"{len(found)} of {answered} samples of {task} in it"
-                skipped.append(Skipped(path, told))
-            elif unread:
-                skipped.append(Skipped(path, f"lines that are no samples of {task}: {unread}"))
+            there = len({(one.context_length, one.depth, one.sample) for one in found})
+            told = [f"{there} of {answered} samples of {task} in it"] * (there < answered)
+            told += [f"lines that are no samples of {task}: {unread}"] * bool(unread)
+            if told:
+                skipped.append(Skipped(path, "; ".join(told)))
     return samples
 
 
@@ -482,8 +482,10 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> list[LengthCurves]:
                 for run, one in zip(runs, values, strict=True)
             )
             effective = tuple(
-                None if one is None else ruler_effective_length(below_cut(one, lengths))
-                for one, lengths in zip(values, cut, strict=True)
+                ruler_effective_length(whole) if whole else None
+                for whole in (
+                    below_cut(one or {}, lengths) for one, lengths in zip(values, cut, strict=True)
+                )
             )
             curves.append(
                 LengthCurves(

@@ -111,7 +111,7 @@ def _curves(comparison: Comparison, curves: LengthCurves) -> Table:
     foot: tuple[Cell, ...] = ()
     if curves.effective_lengths:
         shown = [
-            NOTHING if n is None else effective_told(n, values or (), cut)
+            effective_told(n, values, cut) if values else NOTHING
             for n, values, cut in zip(
                 curves.effective_lengths, curves.values, curves.cut, strict=True
             )

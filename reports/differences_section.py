@@ -48,12 +48,11 @@ def _differences(comparison: Comparison) -> Section:
 
 
 def _why_none(comparison: Comparison) -> str:
-    if comparison.caveats:
-        return "see below"
     tasks = [{task for task, _ in run.tasks} for run in comparison.runs]
     if not any(one & other for one, other in combinations(tasks, 2)):
         return "no two have a task in common"
-    return "there is too little in common"
+    there = comparison.caveats or comparison.curves
+    return "see below" if there else "there is too little in common"
 
 
 def _nearest(comparison: Comparison) -> str:

@@ -90,8 +90,8 @@ def _results(comparison: Comparison, place: int) -> Iterator[list[EvalResult]]:
                 (curves.metric, f"{named} at {format_length(length)} tokens", value)
                 for length, value in sorted(values.items())
             ]
-            if curves.effective_lengths:
-                effective = curves.effective_lengths[place] or 0
+            effective = curves.effective_lengths[place] if curves.effective_lengths else None
+            if effective is not None:
                 metrics.append((_EFFECTIVE, f"{_LONGEST}, by RULER's rule", effective))
             yield _task(comparison, place, curves.task, curves.n_shot, metrics)
 

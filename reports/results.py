@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from yoco_eval.lengths import LONGEST
 from yoco_eval.printable import shown
 
 from .models import Model, identify, name_models
@@ -94,8 +95,10 @@ class NeedleCell:
             raise ResultsError(f"depth {shown(self.depth)} is not a number")
         if not 0 <= self.depth <= 1:
             raise ResultsError(f"depth {self.depth} is outside 0..1")
-        if self.context_length < 1:
-            raise ResultsError(f"context_length {self.context_length} is below 1")
+        if not 1 <= self.context_length <= LONGEST:
+            raise ResultsError(
+                f"context_length {shown(self.context_length)} is outside 1..{LONGEST}"
+            )
         if not 1 <= self.samples <= _MOST_SAMPLES:
             raise ResultsError(f"samples {self.samples} is outside 1..{_MOST_SAMPLES}")
         if not 0 <= self.correct <= self.samples:

@@ -25,6 +25,8 @@ from .united import unite
 
 logger = logging.getLogger(__name__)
 
+_UNSCORED = "has no scores: run without --predict_only"
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -172,6 +174,7 @@ def load_needle_run(path: str | Path, task: str | None = None) -> NeedleRun:
         skipped: list[Skipped] = []
     else:
         files, _, skipped = _read_files(path)
+    skipped += [Skipped(file.path, _UNSCORED) for file in files if predicts_only(file)]
     files = [file for file in files if file.needle_cells()]
     if not files:
         folder = path.parent if path.is_file() else path
@@ -244,8 +247,7 @@ def _collect(
         for task, error in damaged.items():
             if only in (None, task):
                 skipped.append(Skipped(file.path, f"task {task}: {error}"))
-        nothing = "has no scores: run without --predict_only"
-        nothing = nothing if predicts_only(file) else "has no results"
+        nothing = _UNSCORED if predicts_only(file) else "has no results"
         superseded[file.path] = "its results are all in newer files" if found else nothing
         for run in found:
             if only in (None, run.task):

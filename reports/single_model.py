@@ -74,14 +74,16 @@ def evaluated(runs: Sequence[TaskRun]) -> Iterator[str]:
 
 
 def _members(group: TaskRun, runs: Sequence[TaskRun]) -> set[str]:
-    """The tasks of a group that are there themselves."""
-    return {run.task for run in runs if run.task in group.members and not run.members}
+    """The tasks of a group, if all are there themselves, with results of the same files."""
+    leaves = set(group.leaves(group.file)) if group.members else set()
+    alike = {run.task for run in runs if run.files == group.files and not run.members}
+    return leaves if leaves <= alike else set()
 
 
 def _folded(tasks: Sequence[str], groups: Mapping[str, set[str]]) -> list[str]:
     """The tasks, groups in the place of all their members."""
     names = dict.fromkeys(tasks)
-    for group, members in groups.items():
+    for group, members in sorted(groups.items(), key=lambda one: -len(one[1])):
         if members <= names.keys():
             names = dict.fromkeys(group if name in members else name for name in names)
     return list(names)

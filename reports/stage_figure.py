@@ -70,7 +70,7 @@ def _panels(comparison: Comparison) -> list[Panel]:
 def _find_plots(comparison: Comparison) -> list[_Plot]:
     plots = []
     for task in comparison.needles:
-        values = [r.effective_length or 0 if r else None for r in task.results]
+        values = [one.told_length if one else None for one in task.results]
         plots.append(_Plot(task.task, values, task.context_lengths))
     for curves in comparison.curves:
         if curves.effective_lengths and not curves.member:

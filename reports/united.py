@@ -6,7 +6,7 @@ or at which its prompts were cut and theirs were not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from yoco_eval.printable import shown
 
 from .models import model_args
 from .results import NeedleCell, mapping
-from .setups import common, samples_by_length, setting_text, setup
+from .setups import common, other_counts, samples_by_length, setup
 from .task_runs import BUCKETS, Score, TaskRun
 
 # What runs that are one may differ in. The lengths at which they were evaluated have prompts of
@@ -53,8 +53,7 @@ def unite(runs: Sequence[TaskRun]) -> tuple[TaskRun, list[LeftOut]]:
         reason = _obstacle(newest, run)
         if reason is None:
             # One that is not the newest may be, too, whose prompts at a common length are others.
-            other = next((one for one in joined if _other_prompts(one, run)), None)
-            reason = "other prompts"
+            other, reason = next(_others(joined, run), (None, None))
         if other is None:
             joined.append(run)
         elif run.context_lengths:
@@ -75,6 +74,15 @@ def unite(runs: Sequence[TaskRun]) -> tuple[TaskRun, list[LeftOut]]:
     files = tuple(run.file for run in joined)
     united = replace(joined[0], files=files, scores={}, by_length=by_length, cells=cells)
     return united, left_out
+
+
+def _others(joined: Sequence[TaskRun], run: TaskRun) -> Iterator[tuple[TaskRun, str]]:
+    """Those of the joined runs that have other prompts at a common length, or not as many."""
+    for one in joined:
+        if _other_prompts(one, run):
+            yield one, "other prompts"
+        if counts := other_counts(one, run):
+            yield one, _differing("samples", *counts[::-1])
 
 
 def _cells(runs: Sequence[TaskRun]) -> tuple[NeedleCell, ...]:
@@ -108,13 +116,8 @@ def _obstacle(newest: TaskRun, run: TaskRun) -> str | None:
     if set(newest.members) != set(run.members):
         return "other tasks in the group"
     mine, theirs = _settings(newest), _settings(run)
-    counts, others = samples_by_length(newest), samples_by_length(run)
-    if counts and others:
-        lengths = sorted(counts.keys() & others.keys())
-        mine["samples"], theirs["samples"] = (
-            setting_text("samples", {length: one[length] for length in lengths})
-            for one in (counts, others)
-        )
+    if samples_by_length(newest) and samples_by_length(run):  # see `_others`
+        del mine["samples"], theirs["samples"]
     differing = [
         _differing(name, theirs.get(name), mine.get(name))
         for name in dict.fromkeys([*mine, *theirs])

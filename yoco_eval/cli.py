@@ -449,7 +449,8 @@ for their number; a difference is told only if significant at the 5 % level.""",
         metavar="RESULTS",
         help="for each checkpoint, from the earliest to the latest, what lm_eval got as "
         "--output_path; of every task the newest results count, joined by those of the same "
-        "setup at other context lengths; a .json file of yoco-eval profile may stand beside them",
+        "setup, but for the number of samples, at other context lengths; a .json file of "
+        "yoco-eval profile may stand beside them",
     )
     compare.add_argument(
         "--names",

@@ -219,6 +219,10 @@ def test_checkpoints_without_a_common_task(tmp_path):
         write(tmp_path / name, needle_results(lambda *_: 0.5, task=task))
     pair = compare(load_checkpoints([tmp_path / name for name in "ab"]))
     assert "No tests were made: no two have a task in common." in terminal(pair)
+    for name in "cd":  # without standard errors
+        write(tmp_path / name, results({"yoco_ruler": {"acc@0004096,none": 0.5}}))
+    pair = compare(load_checkpoints([tmp_path / name for name in "cd"]))
+    assert "No tests were made: see below." in terminal(pair)
 
 
 def test_long_values_and_lists_are_cut_and_counted(tmp_path):

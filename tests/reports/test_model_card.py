@@ -75,6 +75,10 @@ def test_an_effective_length_that_nothing_tells_is_left_out(tmp_path):
         [entry] = model_index(compare(load_checkpoints([tmp_path / name])))
         values = {m["type"]: m["value"] for one in entry["results"] for m in one["metrics"]}
         assert values.get("effective_context_length") == told and values["acc"] == right
+    cut = results({"yoco_ruler": {"acc@0008192,none": 0.1}}) | {"max_length": 4096}
+    write(tmp_path / "cut", cut)
+    text = model_card(compare(load_checkpoints([tmp_path / "cut"])))
+    assert "accuracy at 8K tokens" in text and "type: effective_context_length" not in text
 
 
 def test_what_is_read_of_a_cache_is_told_with_every_score(tmp_path):

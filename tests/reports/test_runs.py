@@ -135,6 +135,8 @@ def test_predictions_that_nobody_scored_are_no_results(tmp_path):
     write(tmp_path / "a", results({"yoco_needle": {"bypass,none": 999}}))
     with pytest.raises(ResultsError, match="has no scores: run without --predict_only"):
         load_checkpoints([tmp_path / "a"])
+    with pytest.raises(ResultsError, match="no needle results .results.*: has no scores: run with"):
+        load_needle_run(tmp_path / "a")
     write(tmp_path / "a", results({"arc_easy": {"acc,none": 0.5, "bypass,none": 999}}), "b.json")
     (checkpoint,) = load_checkpoints([tmp_path / "a"])
     assert [list(run.scores) for run in checkpoint.tasks.values()] == [["acc,none"]]

@@ -94,3 +94,10 @@ def test_a_group_stands_for_its_members_where_they_are_alike(tmp_path):
     assert {"seed: 1 (g)", "seed: 2 (c)", "haystack: synthetic (a)", "haystack: essays (b, c)"} <= {
         *items
     }
+    # Not where its results are from before theirs.
+    data["config"]["limit"] = 10
+    write(tmp_path, {**data, "date": 1.6e9}, "results_0.json")
+    del data["results"]["g"], data["config"]["limit"]
+    write(tmp_path, data)
+    (model,) = load_checkpoints([tmp_path])
+    assert "limit: 10 (g)" in [*evaluated([*model.tasks.values()])]

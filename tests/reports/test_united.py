@@ -170,6 +170,27 @@ def test_each_length_has_its_number_of_samples(tmp_path, samples):
     save(tmp_path, few, of([1024, 2048], 5, 5))
     told = "yoco_needle: not united with results_2.json: samples 3 at 1K, not 5 at 1K"
     assert skipped(load(tmp_path)) == {"results_1.json": told}
+    # Nor with one that is not the newest.
+    save(tmp_path, few, of([1024], 5, 5), of([2048], 5, 5))
+    assert skipped(load(tmp_path)) == {"results_1.json": told}
+
+
+def test_samples_differ_only_at_common_lengths(tmp_path):
+    counts = {"1024": 3, "2048": 3, "4096": 2}
+    for name, lengths, told in (
+        ("a", [1024, 2048], counts), ("b", [1024, 2048, 4096], counts), ("c", [1024], 3),
+        ("d", [2048, 4096], 2),
+    ):  # fmt: skip
+        data = needle_results(right, lengths=lengths, samples=3)
+        data["configs"]["yoco_needle"]["metadata"]["samples"] = told
+        write(tmp_path / name, data)
+
+    def differing(*names):
+        comparison = compare(load_checkpoints([tmp_path / name for name in names]))
+        return {one.setting: one.values for one in comparison.setup_differences}
+
+    assert "samples" not in differing("a", "b") | differing("b", "c") | differing("c", "d")
+    assert differing("b", "d")["samples"] == ("3 at 1K, 3 at 2K, 2 at 4K", "2")
 
 
 def test_a_tokenizer_that_was_changed_in_its_place_makes_another_setup(tmp_path):

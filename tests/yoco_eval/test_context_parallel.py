@@ -226,16 +226,24 @@ def test_machines_that_more_processes_share_plan_like_others(monkeypatch):
     free = 3 << 30
     monkeypatch.setattr("yoco_eval.engine.free_bytes", lambda device: free)
 
-    def plan(sharing, others):
-        class Beside(Silent):
-            def most(self, numbers):
-                return [max(numbers[0], -(free // others))]
+    class Beside(Silent):
+        """Of which the others have told `others`."""
 
-        model = Yoco(YocoConfig(64, 2, 64, 4, 2, 100, together.KINDS["retention"]))
-        model.group = Beside(0, 3)
-        return Engine(model, 1, None, sharing)._fit(10**6)
+        others = -free
 
-    assert plan(2, 1) == plan(1, 2) != plan(1, 1)
+        def most(self, numbers):
+            self.own = numbers[0]
+            return [max(numbers[0], self.others)]
+
+    groups, plans = [Beside(0, 3), Beside(1, 3)], {}
+    for _ in range(2):  # at first they do not know of each other
+        for group, sharing in zip(groups, (2, 1), strict=True):
+            model = Yoco(YocoConfig(64, 2, 64, 4, 2, 100, together.KINDS["retention"]))
+            model.group = group
+            plans[sharing] = Engine(model, 1, None, sharing)._fit(10**6)
+        first, second = groups
+        first.others, second.others = second.own, first.own
+    assert plans[1] == plans[2] and plans[1].free < 0.51 * free
 
 
 def test_memory_falls_with_the_number_of_processes():

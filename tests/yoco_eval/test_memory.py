@@ -372,7 +372,8 @@ def test_responses_before_a_failed_allocation_are_kept(tmp_path):
     cached = CachingLM(lm, str(tmp_path / "responses.db"))
     with pytest.raises(OutOfMemory, match=r"; the --use_cache file has the responses so far, .*$"):
         cached.loglikelihood(requests)
-    assert len(cached.dbdict) == 2  # one response, and whose it is
+    # One response, and whose it is, made with which settings.
+    assert len(cached.dbdict) == 3
     assert len(cached.loglikelihood(requests)) == 2 and len(fed) == 3
 
 

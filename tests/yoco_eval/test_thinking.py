@@ -207,14 +207,14 @@ def test_responses_of_other_endings_are_not_kept(folders, tmp_path):
 
     cached()
     cached()
-    with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
+    with pytest.raises(ValueError, match="think_end_token was not set, and is </think>"):
         cached(think_end_token="</think>")
-    with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
+    with pytest.raises(ValueError, match="think_end_token was not set, and is 0"):
         cached(think_end_token=0)
     settings = folders["phi"] / "yoco" / "generation_config.json"
     before = settings.read_text()
     settings.write_text('{"eos_token_id": 7}')
-    with pytest.raises(ValueError, match="cache.db: holds responses of another model"):
+    with pytest.raises(ValueError, match="cache.db: holds responses of other settings .end token"):
         cached()
     settings.write_text(before)
 
