@@ -113,12 +113,12 @@ def test_killed_run_resumes(tmp_path, monkeypatch, quick, capfd):
 
 
 def stored(database: Path) -> int:
-    """Responses in the cache; its one other entry says which model's they are."""
+    """Responses in the cache; its other entries say which model's they are."""
     if not database.exists():
         return 0
     connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     try:
-        count = "SELECT count(*) FROM unnamed WHERE key != 'yoco_eval'"
+        count = "SELECT count(*) FROM unnamed WHERE key NOT LIKE 'yoco_eval%'"
         return connection.execute(count).fetchone()[0]
     except sqlite3.OperationalError:  # not a table yet
         return 0
@@ -228,7 +228,7 @@ def test_bad_input(bad, quick, monkeypatch, arguments, grid, message):
         (["convert", "{bad}/bomb", "{bad}/out"], "refused, its pickle asks for posix.mkdir"),
         (["convert", "{bad}/truncated", "{bad}/out"], "damaged or truncated"),
         (["convert", "{bad}/vocabulary", "{bad}/out"], "no tokenizer in this folder"),
-        (["heatmap", "{bad}"], "no needle results; make some with lm_eval"),
+        (["heatmap", "{bad}"], "not a results file of lm-eval); make some with lm_eval"),
     ],
 )
 def test_bad_input_of_the_command_line(bad, capsys, arguments, message):

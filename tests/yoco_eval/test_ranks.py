@@ -269,7 +269,8 @@ def stored(folder):
     for file in folder.glob("cache_rank*.db"):
         connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
         try:
-            keys |= set(connection.execute("SELECT key FROM unnamed WHERE key != 'yoco_eval'"))
+            responses = "SELECT key FROM unnamed WHERE key NOT LIKE 'yoco_eval%'"
+            keys |= set(connection.execute(responses))
         except sqlite3.OperationalError:  # not a table yet
             pass
         finally:
