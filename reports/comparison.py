@@ -138,6 +138,11 @@ class NeedleTask:
     def depths(self) -> list[float]:
         return common_grid(self.runs)[1]
 
+    @property
+    def too_few_prompts(self) -> bool:
+        """Whether that is so of any result."""
+        return any(result and result.too_few_prompts for result in self.results)
+
 
 @dataclass(frozen=True)
 class LengthCurves:

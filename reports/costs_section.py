@@ -12,7 +12,7 @@ from .comparison import Comparison
 from .curve_plots import Plot, plot_panels
 from .panels import Panel
 from .part import Part
-from .profile import GIB, MIB
+from .profile import bytes_unit
 from .section_notes import length_cell
 
 COSTS = "Costs"
@@ -68,13 +68,14 @@ def _profiles(comparison: Comparison) -> tuple[Table, ...]:
 
 
 def _titled(comparison: Comparison, quantity: str) -> tuple[str, int]:
-    """With the unit that its figures are told in: bytes in GiB, or MiB where all are less."""
+    """With the unit that its figures are told in."""
     title = _QUANTITIES[quantity]
     if not quantity.endswith("_bytes"):
         return title, 1
     rows = (row for profile in comparison.profiles if profile for row in profile.rows)
     largest = max((getattr(row, quantity) or 0 for row in rows), default=0)
-    return (f"{title}, GiB", GIB) if largest >= GIB else (f"{title}, MiB", MIB)
+    unit, name = bytes_unit(largest)
+    return f"{title}, {name}", unit
 
 
 def _cost_plots(comparison: Comparison) -> Iterator[Plot]:

@@ -188,7 +188,7 @@ def effective_note(comparison: Comparison) -> str:
 
 def few_note(comparison: Comparison, task: NeedleTask) -> Iterable[str]:
     """What the star at effective context lengths means, where there is one."""
-    if any(result and result.too_few_prompts for result in task.results):
+    if task.too_few_prompts:
         yield (
             "*: all prompts of the next length were right, but they are too few to tell: it takes "
             f"{prompts_needed(comparison.threshold)} of each length."
@@ -240,8 +240,7 @@ def _heatmaps(comparison: Comparison, task: NeedleTask) -> Panel:
 def _notes_below(task: NeedleTask) -> list[str]:
     """What the marks at a figure's effective lengths mean."""
     cut, few = f"{CUT}: {CUT_LABEL}", "*: more prompts might show a longer one"
-    too_few = any(result and result.too_few_prompts for result in task.results)
-    return [cut] * any(run.cut for run in task.runs) + [few] * too_few
+    return [cut] * any(run.cut for run in task.runs) + [few] * task.too_few_prompts
 
 
 def _map_columns(task: NeedleTask) -> int:

@@ -429,7 +429,12 @@ def memory_unit(profile: Profile) -> tuple[int, str]:
     known = [
         row.peak_bytes or (row.weights_bytes or 0) + (row.cache_bytes or 0) for row in profile.rows
     ]
-    return (GIB, "GiB") if max(known) >= GIB else (MIB, "MiB")
+    return bytes_unit(max(known))
+
+
+def bytes_unit(largest: int) -> tuple[int, str]:
+    """The one, and its name, for figures of which this is the largest."""
+    return (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
 
 
 def _number(value: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, starmap
+from itertools import combinations
 from typing import Any
 
 from yoco_eval.lengths import format_length
@@ -73,7 +73,7 @@ def find_differences(
             if len({value for value in values if value is not None}) < 2:
                 continue
             there = combinations([run for run in runs if run], 2)
-            if name != "samples" or not all(starmap(_as_many_samples, there)):
+            if name != "samples" or any(other_samples(*pair) != ({}, {}) for pair in there):
                 found.setdefault((name, values), []).append(key[0])
     differences = [
         SetupDifference(name, tuple(dict.fromkeys(members)), values, effect(name))
@@ -87,27 +87,19 @@ def differing(first: TaskRun, second: TaskRun, kind: str) -> list[str]:
     """The settings of that effect in which two runs of a task differ."""
     one, other = setup(first), setup(second)
     names = dict.fromkeys([*one, *other])
-    if _as_many_samples(first, second):
+    if other_samples(first, second) == ({}, {}):
         names.pop("samples", None)
     return [name for name in names if one.get(name) != other.get(name) and effect(name) == kind]
 
 
-def other_counts(first: TaskRun, second: TaskRun) -> tuple[str, str] | None:
-    """The samples of either at the context lengths of both where they are not as many; None where
-    they are, or the files do not tell."""
+def other_samples(first: TaskRun, second: TaskRun) -> tuple[dict[int, int], dict[int, int]] | None:
+    """The samples of either at those context lengths of both at which they are not as many; None
+    where the files do not tell."""
     one, other = samples_by_length(first), samples_by_length(second)
     if one is None or other is None:
         return None
     lengths = [n for n in one if n in other and one[n] != other[n]]
-    told = ({n: counts[n] for n in lengths} for counts in (one, other))
-    mine, theirs = (setting_text("samples", counts) for counts in told)
-    return (mine, theirs) if lengths else None
-
-
-def _as_many_samples(first: TaskRun, second: TaskRun) -> bool:
-    """Whether that is so at each context length of both, as far as files tell."""
-    told = samples_by_length(first) and samples_by_length(second)
-    return bool(told) and other_counts(first, second) is None
+    return {n: one[n] for n in lengths}, {n: other[n] for n in lengths}
 
 
 def effect(setting: str) -> str:

@@ -22,7 +22,7 @@ _AT_LENGTH = re.compile(r"(\w+)@(\d{1,12}),")  # acc@0004096,none
 _RULER = re.compile(r"(ruler|niah)(_.*)?")
 _RULER_METRIC = re.compile(r"(\d{1,12}),")  # 4096,none
 _BABILONG = re.compile(r"babilong_qa(\d{1,2})")
-_UNSCORED = "bypass,"  # the metric, with a figure of its own, of `lm_eval --predict_only`
+_PLACEHOLDER = "bypass,"  # the metric, with a figure of its own, of `lm_eval --predict_only`
 _LAST_BABILONG_TASK = 10  # that has lengths: lm-eval runs the others at 0K, whatever is set
 
 
@@ -105,13 +105,13 @@ def task_runs(file: ResultsFile) -> tuple[list[TaskRun], dict[str, str]]:
 def predicts_only(file: ResultsFile) -> bool:
     """Whether answers were asked for and not scored."""
     results = mapping(file.data.get("results")).values()
-    return any(metric.startswith(_UNSCORED) for one in results for metric in mapping(one))
+    return any(metric.startswith(_PLACEHOLDER) for one in results for metric in mapping(one))
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, Score]:
     scores = {}
     for metric, value in metrics.items():
-        if metric.startswith(_UNSCORED) or "_stderr," in metric:
+        if metric.startswith(_PLACEHOLDER) or "_stderr," in metric:
             continue
         if "," in metric and is_number(value):
             error = metrics.get(metric.replace(",", "_stderr,", 1))

@@ -14,7 +14,7 @@ from yoco_eval.printable import shown
 
 from .models import model_args
 from .results import NeedleCell, mapping
-from .setups import common, other_counts, samples_by_length, setup
+from .setups import common, other_samples, setting_text, setup
 from .task_runs import BUCKETS, Score, TaskRun
 
 # What runs that are one may differ in. The lengths at which they were evaluated have prompts of
@@ -81,8 +81,10 @@ def _others(joined: Sequence[TaskRun], run: TaskRun) -> Iterator[tuple[TaskRun, 
     for one in joined:
         if _other_prompts(one, run):
             yield one, "other prompts"
-        if counts := other_counts(one, run):
-            yield one, _differing("samples", *counts[::-1])
+        mine, theirs = other_samples(one, run) or ({}, {})
+        if mine:
+            told = (setting_text("samples", counts) for counts in (theirs, mine))
+            yield one, _differing("samples", *told)
 
 
 def _cells(runs: Sequence[TaskRun]) -> tuple[NeedleCell, ...]:
@@ -116,7 +118,7 @@ def _obstacle(newest: TaskRun, run: TaskRun) -> str | None:
     if set(newest.members) != set(run.members):
         return "other tasks in the group"
     mine, theirs = _settings(newest), _settings(run)
-    if samples_by_length(newest) and samples_by_length(run):  # see `_others`
+    if other_samples(newest, run) is not None:  # see `_others`
         del mine["samples"], theirs["samples"]
     differing = [
         _differing(name, theirs.get(name), mine.get(name))
